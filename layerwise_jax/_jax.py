@@ -1,0 +1,100 @@
+"""The one door to what is unstable in JAX.
+
+Every name that JAX does not promise to keep enters the package here, each branch naming the version that needs it.
+The package is written for jax 0.11.2 to 0.12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax._src import config as _config
+from jax._src import source_info_util as _source_info
+from jax._src.core import get_opaque_trace_state
+from jax._src.state.types import AbstractRef
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+
+__all__ = [
+    "AbstractRef",
+    "Jaxpr",
+    "JaxprEqn",
+    "Literal",
+    "Var",
+    "bind",
+    "emulate_devices",
+    "key_paths",
+    "scan_parts",
+    "source_line",
+    "tracing_state",
+]
+
+CALL_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "core_call"})
+REMAT_PRIMITIVES = frozenset({"remat", "remat2", "checkpoint"})
+CUSTOM_RULE_PRIMITIVES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
+
+
+def bind(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """Apply an equation's primitive to `operands`, in the context (precision, keys) in which it was traced."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    stack = _source_info.current_name_stack() + eqn.source_info.name_stack
+    with _source_info.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+        out = eqn.primitive.bind(*operands, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def inner_jaxpr(eqn: JaxprEqn) -> Jaxpr:
+    """The body of a call, remat or scan equation."""
+    return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+
+
+def inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr]:
+    """Every jaxpr among an equation's parameters, the branches of a cond included."""
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(item, "eqns"):
+                found.append(item)
+    return found
+
+
+def scan_parts(eqn: JaxprEqn, operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Split a scan's operands into (constants, initial carry, scanned inputs)."""
+    consts, carry, scanned = eqn.params["ft_in"].update(list(operands)).unpack()
+    return list(consts), list(carry), list(scanned)
+
+
+def source_line(eqn: JaxprEqn) -> str:
+    """`file:line (function)` of the user's code that made the equation."""
+    return _source_info.summarize(eqn.source_info)
+
+
+def tracing_state() -> Any:
+    """A value that is equal for two moments under the same trace."""
+    return get_opaque_trace_state()
+
+
+def key_paths(tree: Any) -> tuple[list[tuple[Any, ...]], list[Any], Any]:
+    """A pytree as (path of every leaf, leaves, structure)."""
+    flat, structure = jax.tree_util.tree_flatten_with_path(tree)
+    return [path for path, _ in flat], [leaf for _, leaf in flat], structure
+
+
+def emulate_devices(count: int) -> None:
+    """Ask JAX for `count` emulated CPU devices. Must run before JAX touches a device.
+
+    Raises:
+      RuntimeError: the backend is already up with another number of devices.
+    """
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{count} emulated CPU devices were asked for after JAX had started its backend; "
+            "ask for them before the first array or device is made."
+        ) from error
+
+
+assert hasattr(_config, "threefry_partitionable"), "jax._src.config moved: see the supported versions in pyproject.toml"

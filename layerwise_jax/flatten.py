@@ -1,0 +1,257 @@
+"""Open a jaxpr into a flat `Program`.
+
+Opened: `jit` and closed calls; `jax.checkpoint` (its operations keep the mark, and are wrapped again when they run);
+a `scan` over layers, that is a scan whose scanned inputs are parameters, one iteration a time. Never opened:
+`custom_jvp`, `custom_vjp` (that would change gradients), `cond`, `while`, and scans over data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layerwise_jax import _jax
+from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal
+from layerwise_jax.program import Op, Operand, Program, Remat, Value, Weight
+
+FROM_WEIGHTS, FROM_INPUTS = 1, 2
+
+
+def flatten(jaxpr: Jaxpr, num_weight_leaves: int) -> Program:
+    """The flat program of a jaxpr whose first `num_weight_leaves` inputs are parameters.
+
+    A leaf that is used only in slices along its first axis becomes one weight a slice, so that a stage need not hold
+    the others; a leaf that is used whole anywhere stays whole.
+    """
+    sliceable = frozenset(range(num_weight_leaves))
+    while True:
+        flattener = _Flattener(sliceable)
+        program = flattener.flatten(jaxpr, num_weight_leaves)
+        blocked = {leaf for leaf in flattener.slices if not _slices_suffice(program, flattener, leaf)}
+        if not blocked:
+            return program
+        sliceable -= blocked
+
+
+def source_flags(program: Program) -> list[int]:
+    """For each value: does it come from weights, from inputs, or both (a bit mask)."""
+    flags = [0] * len(program.avals)
+    for value in program.weights:
+        flags[value] = FROM_WEIGHTS
+    for value in program.inputs:
+        flags[value] = FROM_INPUTS
+    for op in program.ops:
+        mask = 0
+        for value in op.values:
+            mask |= flags[value]
+        for value in op.results:
+            flags[value] = mask
+    return flags
+
+
+def _slices_suffice(program: Program, flattener: _Flattener, leaf: int) -> bool:
+    """Whether a leaf is used in disjoint slices only, and so need not be whole anywhere."""
+    whole = flattener.leaf_values[leaf]
+    if any(whole in op.values for op in program.ops) or whole in program.outputs:
+        return False
+    spans = sorted(flattener.slices[leaf])
+    return all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
+
+
+class _Flattener:
+    """Walks a jaxpr once: env, read, write, one loop."""
+
+    def __init__(self, sliceable: frozenset[int]):
+        self.sliceable = sliceable
+        self.ops: list[Op] = []
+        self.avals: list[Any] = []
+        self.flags: list[int] = []
+        self.constants: dict[Value, Any] = {}
+        self.weights: dict[Value, Weight] = {}
+        self.leaf_values: list[Value] = []
+        self.slices: dict[int, dict[tuple[int, int], Value]] = {}
+        self.casts: dict[Value, Op] = {}
+
+    def flatten(self, jaxpr: Jaxpr, num_weight_leaves: int) -> Program:
+        values = [self.value(var.aval) for var in jaxpr.invars]
+        self.leaf_values, inputs = values[:num_weight_leaves], values[num_weight_leaves:]
+        for leaf, value in enumerate(self.leaf_values):
+            self.weights[value] = Weight(leaf)
+            self.flags[value] = FROM_WEIGHTS
+        for value in inputs:
+            self.flags[value] = FROM_INPUTS
+        outputs = self.run(jaxpr, values, ())
+        ops = _without_dead_code(self.ops, outputs)
+        return Program(
+            ops=tuple(ops),
+            avals=tuple(self.avals),
+            weights=self._placed_weights(ops, outputs),
+            inputs=tuple(inputs),
+            outputs=tuple(outputs),
+            constants=self.constants,
+        )
+
+    def _placed_weights(self, ops: Sequence[Op], outputs: Sequence[Operand]) -> dict[Value, Weight]:
+        """Every leaf whole or in slices; slices that nothing uses are kept, so that the leaf can be put together."""
+        placed = {}
+        for value, weight in self.weights.items():
+            spans = self.slices.get(weight.leaf)
+            if weight.start is None and spans:
+                placed.update(self._gaps(weight.leaf, sorted(spans)))
+            elif weight.start is not None or not spans:
+                placed[value] = weight
+        used = {x for op in ops for x in op.values} | {x for x in outputs if not isinstance(x, Literal)}
+        for leaf in self.slices:
+            if self.leaf_values[leaf] in used:  # refused by _slices_suffice, and flattened again
+                placed[self.leaf_values[leaf]] = Weight(leaf)
+        return placed
+
+    def _gaps(self, leaf: int, spans: list[tuple[int, int]]) -> dict[Value, Weight]:
+        length = self.avals[self.leaf_values[leaf]].shape[0]
+        stops, starts = [0] + [stop for _, stop in spans], [start for start, _ in spans] + [length]
+        holes = [(stop, start) for stop, start in zip(stops, starts, strict=True) if stop < start]
+        return {self._rows_value(leaf, *hole): Weight(leaf, *hole) for hole in holes}
+
+    def value(self, aval: Any, flags: int = 0) -> Value:
+        self.avals.append(aval)
+        self.flags.append(flags)
+        return len(self.avals) - 1
+
+    def run(self, jaxpr: Jaxpr, args: Sequence[Operand], remats: tuple[Remat, ...]) -> list[Operand]:
+        env: dict[Any, Operand] = {}
+        for var, const in zip(jaxpr.constvars, jaxpr.consts, strict=True):
+            env[var] = self.constant(const, var.aval)
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom: Any) -> Operand:
+            return atom if isinstance(atom, Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            operands = [read(atom) for atom in eqn.invars]
+            env.update(zip(eqn.outvars, self.open(eqn, operands, remats), strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def constant(self, const: Any, aval: Any) -> Value:
+        if isinstance(const, jax.core.Tracer):
+            raise ValueError(
+                f"The function closes over a traced array ({aval}); a stage's program must know all that it reads. "
+                "Pass that array as a parameter or as an input."
+            )
+        value = self.value(aval)
+        self.constants[value] = const
+        return value
+
+    def open(self, eqn: JaxprEqn, operands: list[Operand], remats: tuple[Remat, ...]) -> Sequence[Operand]:
+        """The values of an equation's results: by opening it, or by one operation of the program."""
+        name = eqn.primitive.name
+        if name in _jax.CALL_PRIMITIVES and not _names_devices(eqn):
+            return self.run(_jax.inner_jaxpr(eqn), operands, remats)
+        if name in _jax.REMAT_PRIMITIVES and not eqn.params["differentiated"]:
+            remat = Remat(eqn.params["policy"], eqn.params["prevent_cse"])
+            return self.run(_jax.inner_jaxpr(eqn), operands, (*remats, remat))
+        if name == "scan" and self._scans_layers(eqn, operands):
+            return self._open_scan(eqn, operands, remats)
+        if name == "slice" and (rows := _leading_rows(eqn)) and (view := self._rows_of(operands[0], *rows)) is not None:
+            return [view]
+        return self.emit(eqn, operands, remats)
+
+    def emit(self, eqn: JaxprEqn, operands: Sequence[Operand], remats: tuple[Remat, ...]) -> list[Value]:
+        flags = 0
+        for operand in operands:
+            flags |= 0 if isinstance(operand, Literal) else self.flags[operand]
+        results = tuple(self.value(var.aval, flags) for var in eqn.outvars)
+        op = Op(eqn, tuple(operands), results, remats)
+        self.ops.append(op)
+        if op.name == "convert_element_type":
+            self.casts[results[0]] = op
+        return list(results)
+
+    def replay(self, fn: Callable, operands: Sequence[Operand], remats: tuple[Remat, ...]) -> list[Operand]:
+        """Add the operations of a small function of our own, applied to `operands`."""
+        avals = [x.aval if isinstance(x, Literal) else self.avals[x] for x in operands]
+        return self.run(jax.make_jaxpr(fn)(*avals), operands, remats)
+
+    def _scans_layers(self, eqn: JaxprEqn, operands: list[Operand]) -> bool:
+        _, _, scanned = _jax.scan_parts(eqn, operands)
+        flags = [0 if isinstance(x, Literal) else self.flags[x] for x in scanned]
+        return any(flag == FROM_WEIGHTS for flag in flags) and not _jax.inner_jaxpr(eqn).effects
+
+    def _open_scan(self, eqn: JaxprEqn, operands: list[Operand], remats: tuple[Remat, ...]) -> list[Operand]:
+        consts, carry, scanned = _jax.scan_parts(eqn, operands)
+        length, body = eqn.params["length"], _jax.inner_jaxpr(eqn)
+        order = range(length - 1, -1, -1) if eqn.params["reverse"] else range(length)
+        collected: dict[int, list[Operand]] = {}
+        for i in order:
+            rows = [self._row(x, i, remats) for x in scanned]
+            results = self.run(body, [*consts, *carry, *rows], remats)
+            carry, collected[i] = results[: len(carry)], results[len(carry) :]
+        stacked = [
+            self.replay(lambda *rows: jnp.stack(rows), [collected[i][j] for i in range(length)], remats)[0]
+            for j in range(len(collected[0]) if length else 0)
+        ]
+        return [*carry, *stacked]
+
+    def _row(self, operand: Operand, i: int, remats: tuple[Remat, ...]) -> Operand:
+        view = self._rows_of(operand, i, i + 1)
+        if view is None:
+            return self.replay(lambda x: jax.lax.index_in_dim(x, i, keepdims=False), [operand], remats)[0]
+        return self.replay(lambda x: jax.lax.squeeze(x, (0,)), [view], remats)[0]
+
+    def _rows_of(self, operand: Operand, start: int, stop: int) -> Value | None:
+        """The rows of a parameter leaf, or of a cast of one (the cast then follows the slice)."""
+        if isinstance(operand, Literal):
+            return None
+        if operand in self.casts:
+            cast = self.casts[operand]
+            source = self._rows_of(cast.operands[0], start, stop)
+            if source is None:
+                return None
+            dtype = cast.eqn.params["new_dtype"]
+            return self.replay(lambda x: jax.lax.convert_element_type(x, dtype), [source], cast.remats)[0]  # type: ignore[return-value]
+        weight = self.weights.get(operand)
+        if weight is None or weight.start is not None or weight.leaf not in self.sliceable:
+            return None
+        return self._rows_value(weight.leaf, start, stop)
+
+    def _rows_value(self, leaf: int, start: int, stop: int) -> Value:
+        spans = self.slices.setdefault(leaf, {})
+        if (start, stop) not in spans:
+            aval = self.avals[self.leaf_values[leaf]]
+            spans[start, stop] = self.value(aval.update(shape=(stop - start, *aval.shape[1:])), FROM_WEIGHTS)
+            self.weights[spans[start, stop]] = Weight(leaf, start, stop)
+        return spans[start, stop]
+
+
+def _leading_rows(eqn: JaxprEqn) -> tuple[int, int] | None:
+    """(start, stop) where a slice takes whole rows of the first axis."""
+    shape = eqn.invars[0].aval.shape
+    start, stop, strides = (eqn.params[k] for k in ("start_indices", "limit_indices", "strides"))
+    whole = tuple(start[1:]) == (0,) * (len(shape) - 1) and tuple(stop[1:]) == tuple(shape[1:])
+    unit = strides is None or all(stride == 1 for stride in strides)
+    return (start[0], stop[0]) if shape and whole and unit else None
+
+
+def _names_devices(eqn: JaxprEqn) -> bool:
+    """Whether a nested jit fixes where its arguments or results live."""
+    shardings = (*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ()))
+    return any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)
+
+
+def _without_dead_code(ops: Sequence[Op], outputs: Sequence[Operand]) -> list[Op]:
+    """Drop operations whose results nothing uses and that have no effect."""
+    used = {x for x in outputs if not isinstance(x, Literal)}
+    kept = []
+    for op in reversed(ops):
+        if op.eqn.effects or any(x in used for x in op.results):
+            used.update(op.values)
+            kept.append(op)
+    return kept[::-1]
+
+
+def same_constant(a: Any, b: Any) -> bool:
+    """Whether two constants are the same array, element by element."""
+    return a is b or (np.shape(a) == np.shape(b) and np.array_equal(np.asarray(a), np.asarray(b)))
