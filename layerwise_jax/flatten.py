@@ -197,8 +197,9 @@ class _Flattener:
 
     def _row(self, operand: Operand, i: int, remats: tuple[Remat, ...]) -> Operand:
         view = self._rows_of(operand, i, i + 1)
-        if view is None:
-            return self.replay(lambda x: jax.lax.index_in_dim(x, i, keepdims=False), [operand], remats)[0]
+        if view is None:  # the index is an operand, so that the iterations are the same operations
+            index = Literal(np.int32(i), jax.core.ShapedArray((), np.dtype(np.int32)))
+            return self.replay(_take, [operand, index], remats)[0]
         return self.replay(lambda x: jax.lax.squeeze(x, (0,)), [view], remats)[0]
 
     def _rows_of(self, operand: Operand, start: int, stop: int) -> Value | None:
@@ -226,6 +227,11 @@ class _Flattener:
         return spans[start, stop]
 
 
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    row = jax.lax.dynamic_slice(x, (index, *[jnp.int32(0)] * (x.ndim - 1)), (1, *x.shape[1:]))
+    return jax.lax.squeeze(row, (0,))
+
+
 def _leading_rows(eqn: JaxprEqn) -> tuple[int, int] | None:
     """(start, stop) where a slice takes whole rows of the first axis."""
     shape = eqn.invars[0].aval.shape
@@ -250,8 +256,3 @@ def _without_dead_code(ops: Sequence[Op], outputs: Sequence[Operand]) -> list[Op
             used.update(op.values)
             kept.append(op)
     return kept[::-1]
-
-
-def same_constant(a: Any, b: Any) -> bool:
-    """Whether two constants are the same array, element by element."""
-    return a is b or (np.shape(a) == np.shape(b) and np.array_equal(np.asarray(a), np.asarray(b)))

@@ -9,7 +9,7 @@ of the next's the program is cut where the fewest bytes are alive. Operations th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -45,11 +45,16 @@ class Signature:
 
     params_tree: Any
     params_avals: tuple[Any, ...]
-    params_names: tuple[str, ...]
+    params_paths: tuple[Any, ...]
     inputs_tree: Any
     inputs_avals: tuple[Any, ...]
     outputs_tree: Any
     outputs_avals: tuple[Any, ...]
+
+    @property
+    def params_names(self) -> tuple[str, ...]:
+        """The path of every parameter, as JAX prints it."""
+        return tuple(jax.tree_util.keystr(path) for path in self.params_paths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +81,11 @@ class LayerSequence:
         env.update({value: weight.of(leaves[weight.leaf]) for value, weight in program.weights.items()})
         env.update(zip(program.inputs, jax.tree.leaves(inputs), strict=True))
         return jax.tree.unflatten(self.signature.outputs_tree, evaluate(program.ops, env, program.outputs))
+
+    def with_program(self, program: Program) -> LayerSequence:
+        """The same layers over a program whose operations are the same ones in the same places."""
+        assert len(program.ops) == len(self.program.ops)
+        return replace(self, program=program)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -120,7 +130,7 @@ def trace_layers(fn: Callable[..., Any], params: Any, *inputs: Any) -> LayerSequ
     signature = Signature(
         params_tree=params_tree,
         params_avals=tuple(var.aval for var in jaxpr.invars[: len(leaves)]),
-        params_names=tuple(jax.tree_util.keystr(path) for path in paths),
+        params_paths=tuple(paths),
         inputs_tree=inputs_tree,
         inputs_avals=tuple(var.aval for var in jaxpr.invars[len(leaves) :]),
         outputs_tree=outputs_tree,

@@ -1,0 +1,83 @@
+"""Run a neural network layer-wise: every device holds a contiguous group of layers that fits its on-chip cache.
+
+    import layerwise_jax as lw
+
+    pipeline = lw.layerwise(model.apply, params, tokens)
+    print(pipeline.plan)
+    staged = pipeline.place(params)
+    logits = jax.jit(pipeline)(staged, tokens)
+    loss, grads = jax.jit(pipeline.value_and_grad)(staged, batch)  # where the function returns a scalar loss
+    params = pipeline.gather(staged)
+
+Names are loaded when they are first used, so that planning, which is plain numbers, does not import JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layerwise_jax.batching import BatchError
+    from layerwise_jax.cost import LayerCost
+    from layerwise_jax.detect import detect_device
+    from layerwise_jax.devices import A100, B200, CPU, H100, H200, L4, L40S, DeviceSpec
+    from layerwise_jax.layers import LayerSequence, trace_layers
+    from layerwise_jax.layerwise import layerwise, stage_mesh
+    from layerwise_jax.measure import measure_costs
+    from layerwise_jax.partition import CapacityError, Partition, partition_layers, solve
+    from layerwise_jax.pipeline import Pipeline, build_pipeline
+    from layerwise_jax.plan import Plan
+    from layerwise_jax.stages import CutError
+
+_HOMES = {
+    "layerwise": ("layerwise", "stage_mesh"),
+    "layers": ("trace_layers", "LayerSequence"),
+    "measure": ("measure_costs",),
+    "partition": ("partition_layers", "solve", "Partition", "CapacityError"),
+    "pipeline": ("build_pipeline", "Pipeline"),
+    "plan": ("Plan",),
+    "cost": ("LayerCost",),
+    "devices": ("DeviceSpec", "A100", "B200", "CPU", "H100", "H200", "L4", "L40S"),
+    "detect": ("detect_device",),
+    "batching": ("BatchError",),
+    "stages": ("CutError",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "layerwise",
+    "trace_layers",
+    "measure_costs",
+    "partition_layers",
+    "build_pipeline",
+    "solve",
+    "stage_mesh",
+    "detect_device",
+    "LayerSequence",
+    "LayerCost",
+    "Partition",
+    "Pipeline",
+    "Plan",
+    "DeviceSpec",
+    "A100",
+    "B200",
+    "CPU",
+    "H100",
+    "H200",
+    "L4",
+    "L40S",
+    "BatchError",
+    "CapacityError",
+    "CutError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'layerwise_jax' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"layerwise_jax.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

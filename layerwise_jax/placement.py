@@ -1,0 +1,246 @@
+"""Which weight lives on which stage, and back.
+
+All stages run one program, so their weights are held in slots: a slot is one array of shape (stages, *weight shape),
+sharded over the stages, whose s-th row is a weight of stage s in its own shape. Weights that stand at the same place of
+the common body share a slot; other weights share a slot where shape and dtype agree; a stage that has nothing to put
+into a slot leaves zeros there, and that padding is counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from layerwise_jax.alignment import Alignment
+from layerwise_jax.layers import Signature
+from layerwise_jax.modules import path_names
+from layerwise_jax.program import Program, Value, Weight, nbytes
+from layerwise_jax.stages import Stage
+
+STAGE = "stage"
+
+Staged = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One array over all stages.
+
+    Attributes:
+      name: the path of its weights in the parameter tree, `*` where they differ.
+      aval: shape and dtype of one stage's row.
+      weights: the weight in every stage's row, or None where the row is padding.
+    """
+
+    name: str
+    aval: Any
+    weights: tuple[Weight | None, ...]
+
+    @property
+    def padding_bytes(self) -> int:
+        return nbytes(self.aval) * self.weights.count(None)
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Every weight's slot and stage.
+
+    Attributes:
+      slots: all slots.
+      num_stages: rows of every slot.
+      signature: trees and types of the parameters.
+    """
+
+    slots: tuple[Slot, ...]
+    num_stages: int
+    signature: Signature
+
+    def copies(self) -> dict[Weight, list[tuple[int, int]]]:
+        """The (slot, stage) places of every weight; a tied weight has several."""
+        places: dict[Weight, list[tuple[int, int]]] = {}
+        for j, slot in enumerate(self.slots):
+            for s, weight in enumerate(slot.weights):
+                if weight is not None:
+                    places.setdefault(weight, []).append((j, s))
+        return places
+
+    @property
+    def padding_bytes(self) -> int:
+        """Bytes that all stages together hold in vain."""
+        return sum(slot.padding_bytes for slot in self.slots)
+
+    def slot_of(self, stage: int) -> dict[Weight, int]:
+        """The slot of every weight of a stage."""
+        return {slot.weights[stage]: j for j, slot in enumerate(self.slots) if slot.weights[stage] is not None}  # type: ignore[misc]
+
+    def place(self, params: Any, mesh: Mesh) -> Staged:
+        """The parameters as slots, each stage's row on that stage's devices only.
+
+        Args:
+          params: the tree that was traced: JAX or numpy arrays, or `jax.ShapeDtypeStruct` for an abstract result.
+          mesh: the mesh, with an axis `stage`.
+
+        Raises:
+          ValueError: the tree, or a leaf's shape or dtype, is not the traced one.
+        """
+        leaves = self.check(params)
+        sharding = NamedSharding(mesh, PartitionSpec(STAGE))
+        return {slot.name: self._fill(slot, leaves, sharding) for slot in self.slots}
+
+    def gather(self, staged: Staged) -> Any:
+        """The exact inverse of `place`: the user's tree, from the first copy of every weight."""
+        self.check_staged(staged)
+        parts: dict[int, list[tuple[int, Any]]] = {}
+        for weight, ((j, s), *_) in self.copies().items():
+            row = _row(staged[self.slots[j].name], s)
+            parts.setdefault(weight.leaf, []).append((weight.start or 0, row))
+        leaves = [
+            rows[0][1] if len(rows) == 1 else jnp.concatenate([row for _, row in sorted(rows, key=lambda x: x[0])])
+            for _, rows in sorted(parts.items())
+        ]
+        return jax.tree.unflatten(self.signature.params_tree, leaves)
+
+    def check(self, params: Any) -> list[Any]:
+        """The leaves of `params`, if tree, shapes and dtypes are those that were traced."""
+        leaves, tree = jax.tree.flatten(params)
+        if tree != self.signature.params_tree:
+            raise ValueError(
+                f"The parameters have another tree than the traced ones.\n  came:   {tree}\n"
+                f"  wanted: {self.signature.params_tree}\nTrace the model again, or pass the tree it was traced with."
+            )
+        for name, leaf, aval in zip(self.signature.params_names, leaves, self.signature.params_avals, strict=True):
+            came = jax.typeof(leaf) if not hasattr(leaf, "dtype") else leaf
+            if tuple(came.shape) != aval.shape or came.dtype != aval.dtype:
+                raise ValueError(
+                    f"Parameter {name} came as {came.dtype}{list(came.shape)}, but was traced as {aval.dtype}"
+                    f"{list(aval.shape)}. Convert it, or trace the model with these parameters."
+                )
+        return leaves
+
+    def check_staged(self, staged: Any) -> None:
+        """Refuse what `place` has not made."""
+        names = {slot.name for slot in self.slots}
+        if not isinstance(staged, dict) or set(staged) != names:
+            came = sorted(staged) if isinstance(staged, dict) else type(staged).__name__
+            raise ValueError(
+                f"These are not this pipeline's placed parameters: came {came}, wanted the slots {sorted(names)}. "
+                "Call pipeline.place(params) first."
+            )
+        for slot in self.slots:
+            came, wanted = staged[slot.name], (self.num_stages, *slot.aval.shape)
+            if tuple(came.shape) != wanted or came.dtype != slot.aval.dtype:
+                raise ValueError(
+                    f"Slot {slot.name} came as {came.dtype}{list(came.shape)}, wanted {slot.aval.dtype}{list(wanted)}. "
+                    "Call pipeline.place(params) of this pipeline."
+                )
+
+    def _fill(self, slot: Slot, leaves: Sequence[Any], sharding: NamedSharding) -> Any:
+        shape = (self.num_stages, *slot.aval.shape)
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+            return jax.ShapeDtypeStruct(shape, slot.aval.dtype, sharding=sharding)
+        empty = _zeros(slot.aval)
+        rows = [empty if weight is None else weight.of(leaves[weight.leaf]) for weight in slot.weights]
+        if any(isinstance(row, jax.core.Tracer) for row in rows):
+            return jax.lax.with_sharding_constraint(jnp.stack(rows), sharding)
+        shards = [
+            jax.device_put(rows[index[0].start or 0][None], device)
+            for device, index in sharding.addressable_devices_indices_map(shape).items()
+        ]
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _zeros(aval: Any) -> Any:
+    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key(0, impl=jax.random.key_impl(aval)), aval.shape)
+    return np.zeros(aval.shape, aval.dtype)
+
+
+def _row(array: Any, stage: int) -> Any:
+    """One stage's row, read where it lives if the array is concrete."""
+    if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct) or not getattr(array, "is_fully_addressable", False):
+        return array[stage]
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = _row(jax.random.key_data(array), stage)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    for shard in array.addressable_shards:
+        rows = range(*shard.index[0].indices(array.shape[0]))
+        if stage in rows:
+            return jnp.asarray(np.asarray(shard.data)[stage - rows.start])
+    raise AssertionError("a fully addressable array lacks a row")
+
+
+def assign_slots(program: Program, stages: Sequence[Stage], alignment: Alignment, signature: Signature) -> Placement:
+    """Give every weight of every stage a slot."""
+    num_stages = len(stages)
+    rows: list[tuple[Any, list[Weight | None]]] = []
+    placed: list[dict[Weight, int]] = [{} for _ in stages]
+    for values in zip(*(part.shape.weights for part in alignment.parts), strict=True):
+        weights = [program.weights[value] for value in values]
+        for s, weight in enumerate(weights):
+            placed[s][weight] = len(rows)
+        rows.append((program.avals[values[0]], list(weights)))
+    common = len(rows)
+    for (value, weight), users in _odd_weights(program, stages, placed).items():
+        slot = _free_slot(rows, common, program.avals[value], users, num_stages)
+        for s in users:
+            rows[slot][1][s] = weight
+    names = _slot_names([weights for _, weights in rows], signature)
+    slots = tuple(Slot(name, aval, tuple(weights)) for name, (aval, weights) in zip(names, rows, strict=True))
+    return Placement(slots, len(stages), signature)
+
+
+def _odd_weights(
+    program: Program, stages: Sequence[Stage], placed: Sequence[Mapping[Weight, int]]
+) -> dict[tuple[Value, Weight], list[int]]:
+    """The stages that use each weight outside the common body; a weight that nothing uses lives on stage 0."""
+    used = {value for stage in stages for value in stage.weights}
+    odd: dict[tuple[Value, Weight], list[int]] = {}
+    for value, weight in program.weights.items():
+        users = [s for s, stage in enumerate(stages) if value in stage.weights and weight not in placed[s]]
+        if users or value not in used:
+            odd[value, weight] = users or [0]
+    return dict(sorted(odd.items(), key=lambda item: -len(item[1])))
+
+
+def _free_slot(
+    rows: list[tuple[Any, list[Weight | None]]], common: int, aval: Any, users: Sequence[int], num_stages: int
+) -> int:
+    for j, (other, weights) in enumerate(rows[common:], start=common):
+        if (other.shape, other.dtype) == (aval.shape, aval.dtype) and all(weights[s] is None for s in users):
+            return j
+    rows.append((aval, [None] * num_stages))
+    return len(rows) - 1
+
+
+def _slot_names(rows: Sequence[Sequence[Weight | None]], signature: Signature) -> list[str]:
+    paths = signature.params_paths
+    names: list[str] = []
+    for weights in rows:
+        own = [_weight_name(weight, paths) for weight in weights if weight is not None]
+        name = _common_name(own)
+        copies = names.count(name) + sum(other.startswith(f"{name} #") for other in names)
+        names.append(name if not copies else f"{name} #{copies + 1}")
+    return names
+
+
+def _weight_name(weight: Weight, paths: Sequence[Any]) -> str:
+    name = "/".join(path_names(paths[weight.leaf])) or "params"
+    return name if weight.start is None else f"{name}[{weight.start}]"
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """The names as one, `*` for every number in which they differ."""
+    pieces = [re.findall(r"\d+|\D+", name) for name in names]
+    if len({len(piece) for piece in pieces}) > 1:
+        return names[0]
+    columns = list(zip(*pieces, strict=True))
+    if any(len(set(column)) > 1 and not column[0].isdigit() for column in columns):
+        return names[0]
+    return "".join(column[0] if len(set(column)) == 1 else "*" for column in columns)

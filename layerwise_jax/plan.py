@@ -1,0 +1,184 @@
+"""What a pipeline will do, in plain numbers: the value behind `print(pipeline.plan)`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from layerwise_jax.cost import LayerCost
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What was measured of the layers, for which device, by what, and the capacity that they were held against."""
+
+    costs: tuple[LayerCost, ...]
+    device: str
+    measured_on: str
+    capacity: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage.
+
+    Attributes:
+      layers: the names of its layers, in order.
+      weight_bytes, activation_bytes, buffer_bytes: sums over its layers, of one microbatch.
+      send_bytes: bytes of one microbatch that cross the boundary after it.
+    """
+
+    layers: tuple[str, ...]
+    weight_bytes: int
+    activation_bytes: int
+    buffer_bytes: int
+    send_bytes: int
+
+    @property
+    def size(self) -> int:
+        """S(P), the paper's sum of size(l) over the layers of the stage."""
+        return self.weight_bytes + self.activation_bytes + self.buffer_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages, and what is known about the whole.
+
+    Attributes:
+      stages: the stages in order.
+      capacity: bytes that a stage may hold, or None.
+      num_microbatches: microbatches of each replica.
+      num_ticks: ticks of the forward loop.
+      padding_bytes: bytes that all devices together hold in vain, because stages differ.
+      common_layers: layers of every stage that stand once in the loop, without a branch.
+      has_branch: whether the loop has a branch on the stage index.
+      device: the device that the sizes are for.
+      measured_on: what compiled the layers to size them.
+      bottleneck, lower_bound, gap: the largest stage load, what no partition can beat, and their relative distance
+        (None if nothing was proven).
+      fewest_stages: how many stages would do under the capacity, if counted.
+      notes: the partition's limits, and warnings.
+    """
+
+    stages: tuple[StagePlan, ...]
+    capacity: int | None
+    num_microbatches: int
+    num_ticks: int
+    padding_bytes: int
+    common_layers: int
+    has_branch: bool
+    device: str
+    measured_on: str
+    bottleneck: float
+    lower_bound: float
+    gap: float | None
+    fewest_stages: int | None
+    notes: tuple[str, ...]
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.stages)
+
+    @property
+    def bubble_share(self) -> float:
+        """The share of all (stage, tick) pairs in which a stage has no microbatch: (k - 1) / (M + k - 1)."""
+        return (self.num_stages - 1) / (self.num_microbatches + self.num_stages - 1)
+
+    def __str__(self) -> str:
+        from layerwise_jax.report import plan_table
+
+        return plan_table(self)
+
+    def to_json(self) -> str:
+        """The plan as JSON; `from_json` reads it back."""
+        return json.dumps({"version": PLAN_VERSION, **dataclasses.asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """A plan from `to_json`.
+
+        Raises:
+          ValueError: not JSON, of another version, or with fields missing, unknown or of the wrong type.
+        """
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"A plan is JSON text as plan.to_json() writes it; this is not JSON: {error}.") from error
+        version = fields.pop("version", None) if isinstance(fields, dict) else None
+        if version != PLAN_VERSION:
+            raise ValueError(f"This plan has version {version!r}; this library reads version {PLAN_VERSION}. Plan again.")
+        stages = tuple(_checked(StagePlan, stage, layers=tuple(stage.get("layers", ()))) for stage in fields["stages"])
+        return _checked(cls, fields, stages=stages, notes=tuple(fields.get("notes", ())))
+
+
+def make_plan(
+    partition: Any,
+    sizes: Sizes,
+    *,
+    send_bytes: Sequence[int],
+    num_microbatches: int,
+    num_ticks: int,
+    padding_bytes: int,
+    common_layers: int,
+    has_branch: bool,
+) -> Plan:
+    """The plan of a partition.
+
+    Args:
+      partition: a `Partition`, or its boundaries alone, of which then nothing is proven.
+      sizes: what was measured of the layers.
+      send_bytes: bytes of one microbatch that every stage sends.
+      num_microbatches, num_ticks, padding_bytes, common_layers, has_branch: as in `Plan`.
+    """
+    groups = [sizes.costs[a:b] for a, b in pairwise(getattr(partition, "boundaries", partition))]
+    stages = tuple(_stage_plan(costs, sent) for costs, sent in zip(groups, send_bytes, strict=True))
+    limits = getattr(partition, "limits", "")
+    return Plan(
+        stages=stages,
+        capacity=sizes.capacity,
+        num_microbatches=num_microbatches,
+        num_ticks=num_ticks,
+        padding_bytes=padding_bytes,
+        common_layers=common_layers,
+        has_branch=has_branch,
+        device=sizes.device,
+        measured_on=sizes.measured_on,
+        bottleneck=float(getattr(partition, "bottleneck", max(stage.size for stage in stages))),
+        lower_bound=float(getattr(partition, "lower_bound", 0.0)),
+        gap=float(partition.gap) if hasattr(partition, "gap") else None,
+        fewest_stages=getattr(partition, "fewest_stages", None),
+        notes=tuple(note for note in (limits, *sizes.notes) if note),
+    )
+
+
+def _stage_plan(costs: Sequence[LayerCost], send_bytes: int) -> StagePlan:
+    return StagePlan(
+        layers=tuple(cost.name for cost in costs),
+        weight_bytes=sum(cost.weight_bytes for cost in costs),
+        activation_bytes=sum(cost.activation_bytes for cost in costs),
+        buffer_bytes=sum(cost.buffer_bytes for cost in costs),
+        send_bytes=send_bytes,
+    )
+
+
+def _checked(kind: type, fields: Any, **replaced: Any) -> Any:
+    """A dataclass from a mapping with just its fields, each of the type of its annotation's first name."""
+    wanted = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    if not isinstance(fields, dict) or set(fields) != set(wanted):
+        came = sorted(fields) if isinstance(fields, dict) else fields
+        raise ValueError(f"A {kind.__name__} has the fields {sorted(wanted)}; came {came}.")
+    accepted = {"int": (int,), "float": (int, float), "str": (str,)}
+    for name, annotation in wanted.items():
+        value, base = fields[name], annotation.split(" | ")[0]
+        if base not in accepted or (value is None and annotation.endswith("| None")):
+            continue
+        if isinstance(value, bool) or not isinstance(value, accepted[base]):
+            raise ValueError(f"{kind.__name__}.{name} is {value!r}; wanted {annotation}.")
+    return kind(**{**fields, **replaced})

@@ -1,0 +1,115 @@
+"""What cannot be staged, found before anything runs, and said in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from layerwise_jax._jax import AbstractRef, Literal, source_line
+from layerwise_jax.layers import LayerSequence
+from layerwise_jax.placement import STAGE
+from layerwise_jax.program import Program, Weight
+from layerwise_jax.stages import CutError
+
+
+def check_mesh(mesh: Mesh, num_stages: int | None) -> int:
+    """The number of replicas on a mesh that fits `num_stages` (None: any number).
+
+    Raises:
+      ValueError: no axis `stage`, or one of another size.
+    """
+    if STAGE not in mesh.axis_names:
+        raise ValueError(
+            f"The mesh has the axes {mesh.axis_names}; layer-wise placement needs one named 'stage'. "
+            "Make it with jax.make_mesh((num_stages,), ('stage',), axis_types=(jax.sharding.AxisType.Auto,))."
+        )
+    if num_stages is not None and mesh.shape[STAGE] != num_stages:
+        raise ValueError(
+            f"The partition has {num_stages} stages, the mesh's axis 'stage' has {mesh.shape[STAGE]} devices. "
+            "Give a mesh with one device a stage on that axis, or ask for another number of stages."
+        )
+    return mesh.shape.get("data", 1)
+
+
+def check_stageable(program: Program) -> None:
+    """Refuse operations that a loop over microbatches on other devices would run differently.
+
+    Raises:
+      CutError: an effect (a print, a callback) or a sharding that names devices.
+    """
+    for op in program.ops:
+        if op.eqn.effects and not any(isinstance(aval, AbstractRef) for aval in _avals(program, op)):
+            raise CutError(
+                f"{op.name} at {source_line(op.eqn)} has an effect; in a pipeline it would run once a tick and device, "
+                "idle ticks included. Remove it from the function that is staged."
+            )
+        if op.name == "sharding_constraint" or op.name in ("jit", "pjit"):
+            raise CutError(
+                f"{op.name} at {source_line(op.eqn)} places its value on devices of its own; a stage's values live on "
+                "the stage's device. Remove the sharding from the function that is staged."
+            )
+
+
+def _avals(program: Program, op: Any) -> list[Any]:
+    return [program.avals[x] for x in (*op.values, *op.results)]
+
+
+def find_state(layers: LayerSequence, pick: Callable[[Any], Any] | None, replicas: int) -> dict[int, Weight]:
+    """The outputs that are new values of weights.
+
+    Args:
+      layers: the traced function.
+      pick: chooses from the function's outputs a tree whose paths are paths of the parameters.
+      replicas: replicas of the pipeline.
+
+    Raises:
+      ValueError: what was picked is not part of the parameters, or replicas would each have a state of their own.
+    """
+    if pick is None:
+        return {}
+    if replicas > 1:
+        raise ValueError(
+            f"State with {replicas} replicas on the axis 'data': each would update its own copy. "
+            "Use a mesh without that axis."
+        )
+    signature = layers.signature
+    positions = jax.tree.unflatten(signature.outputs_tree, list(range(len(signature.outputs_avals))))
+    picked = jax.tree_util.tree_flatten_with_path(pick(positions))[0]
+    leaves = {jax.tree_util.keystr(path): i for i, path in enumerate(signature.params_paths)}
+    weights = {weight.leaf: weight for weight in layers.program.weights.values() if weight.start is None}
+    found = {}
+    for path, position in picked:
+        name = jax.tree_util.keystr(path)
+        if name not in leaves:
+            raise ValueError(f"state= picked {name}, which is no parameter; it must keep the paths of the parameters.")
+        leaf = leaves[name]
+        if leaf not in weights:
+            raise ValueError(
+                f"The state {name} is stacked over the layers of a scan, which live on several stages. "
+                "Unroll the layers, or keep that state out of the scan."
+            )
+        wanted, came = signature.params_avals[leaf], signature.outputs_avals[position]
+        if (wanted.shape, wanted.dtype) != (came.shape, came.dtype):
+            raise ValueError(f"The new state {name} is {came}, the parameter is {wanted}.")
+        if not isinstance(layers.program.outputs[position], Literal):
+            found[position] = weights[leaf]
+    return found
+
+
+def check_state(loop_state: dict[int, Weight], stages: Any) -> None:
+    """Refuse state that more than one stage reads, or that another stage updates than reads.
+
+    Raises:
+      CutError: naming the stages.
+    """
+    for position, weight in loop_state.items():
+        readers = [s for s, stage in enumerate(stages) if weight in stage.weights.values()]
+        (maker,) = [s for s, stage in enumerate(stages) if position in stage.outputs]
+        if readers and readers != [maker]:
+            raise CutError(
+                f"The state of leaf {weight.leaf} is read on stages {readers} and updated on stage {maker}; "
+                "it can only live on one. Choose boundaries that keep its layer together."
+            )
