@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from layerwise_jax.batching import BatchError
     from layerwise_jax.cost import LayerCost
     from layerwise_jax.detect import detect_device
-    from layerwise_jax.devices import A100, B200, CPU, H100, H200, L4, L40S, DeviceSpec
+    from layerwise_jax.device_spec import DeviceSpec
+    from layerwise_jax.devices import A100, B200, CPU, H100, H200, L4, L40S
     from layerwise_jax.layers import LayerSequence, trace_layers
     from layerwise_jax.layerwise import layerwise, stage_mesh
     from layerwise_jax.measure import measure_costs
-    from layerwise_jax.partition import CapacityError, Partition, partition_layers, solve
+    from layerwise_jax.partition import CapacityError, Partition, partition_layers, solve, solve_measured
     from layerwise_jax.pipeline import Pipeline, build_pipeline
     from layerwise_jax.plan import Plan
     from layerwise_jax.stages import CutError
@@ -34,11 +35,12 @@ _HOMES = {
     "layerwise": ("layerwise", "stage_mesh"),
     "layers": ("trace_layers", "LayerSequence"),
     "measure": ("measure_costs",),
-    "partition": ("partition_layers", "solve", "Partition", "CapacityError"),
+    "partition": ("partition_layers", "solve", "solve_measured", "Partition", "CapacityError"),
     "pipeline": ("build_pipeline", "Pipeline"),
     "plan": ("Plan",),
     "cost": ("LayerCost",),
-    "devices": ("DeviceSpec", "A100", "B200", "CPU", "H100", "H200", "L4", "L40S"),
+    "device_spec": ("DeviceSpec",),
+    "devices": ("A100", "B200", "CPU", "H100", "H200", "L4", "L40S"),
     "detect": ("detect_device",),
     "batching": ("BatchError",),
     "stages": ("CutError",),
@@ -52,6 +54,7 @@ __all__ = [
     "partition_layers",
     "build_pipeline",
     "solve",
+    "solve_measured",
     "stage_mesh",
     "detect_device",
     "LayerSequence",

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 from jax._src import config as _config
 from jax._src import source_info_util as _source_info
-from jax._src.core import get_opaque_trace_state
 from jax._src.state.types import AbstractRef
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
@@ -24,10 +23,10 @@ __all__ = [
     "Var",
     "bind",
     "emulate_devices",
+    "is_key",
     "key_paths",
     "scan_parts",
     "source_line",
-    "tracing_state",
 ]
 
 CALL_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "core_call"})
@@ -70,9 +69,9 @@ def source_line(eqn: JaxprEqn) -> str:
     return _source_info.summarize(eqn.source_info)
 
 
-def tracing_state() -> Any:
-    """A value that is equal for two moments under the same trace."""
-    return get_opaque_trace_state()
+def is_key(aval: Any) -> bool:
+    """Whether a type (or array) is of random keys, which collectives and arithmetic do not take."""
+    return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def key_paths(tree: Any) -> tuple[list[tuple[Any, ...]], list[Any], Any]:

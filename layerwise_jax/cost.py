@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -32,12 +34,12 @@ class LayerCost:
     def __post_init__(self) -> None:
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
-            if math.isnan(value) or value < 0:
+            if not 0 <= value < math.inf:
                 raise ValueError(f"{field.name} of layer '{self.name}' is {value}; a number of at least 0 is wanted.")
 
     @property
     def size(self) -> int:
-        """size(l) = weight_size + activation_size + buffer_size, the paper's additive bound on what a layer holds."""
+        """The paper's size(l) = weight_size + activation_size + buffer_size: a bound on what is held, which adds."""
         return self.weight_bytes + self.activation_bytes + self.buffer_bytes
 
     def __add__(self, other: LayerCost) -> LayerCost:
@@ -71,7 +73,7 @@ def total(costs: Iterable[LayerCost]) -> LayerCost:
     Raises:
       ValueError: there is none.
     """
-    first, *rest = costs
-    for cost in rest:
-        first = first + cost
-    return first
+    costs = tuple(costs)
+    if not costs:
+        raise ValueError("The total of no costs has no name; at least one LayerCost is wanted.")
+    return functools.reduce(operator.add, costs)

@@ -8,6 +8,7 @@ a `scan` over layers, that is a scan whose scanned inputs are parameters, one it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -31,7 +32,10 @@ def flatten(jaxpr: Jaxpr, num_weight_leaves: int) -> Program:
     while True:
         flattener = _Flattener(sliceable)
         program = flattener.flatten(jaxpr, num_weight_leaves)
-        blocked = {leaf for leaf in flattener.slices if not _slices_suffice(program, flattener, leaf)}
+        held: dict[int, list[Weight]] = {}
+        for weight in program.weights.values():
+            held.setdefault(weight.leaf, []).append(weight)
+        blocked = {leaf for leaf in flattener.slices if not _are_disjoint(held[leaf])}
         if not blocked:
             return program
         sliceable -= blocked
@@ -53,13 +57,10 @@ def source_flags(program: Program) -> list[int]:
     return flags
 
 
-def _slices_suffice(program: Program, flattener: _Flattener, leaf: int) -> bool:
-    """Whether a leaf is used in disjoint slices only, and so need not be whole anywhere."""
-    whole = flattener.leaf_values[leaf]
-    if any(whole in op.values for op in program.ops) or whole in program.outputs:
-        return False
-    spans = sorted(flattener.slices[leaf])
-    return all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
+def _are_disjoint(weights: Sequence[Weight]) -> bool:
+    """Whether no row of a leaf is in two of its weights."""
+    in_order = sorted(weights, key=lambda weight: weight.start or 0)
+    return all(a.stop is not None and a.stop <= (b.start or 0) for a, b in pairwise(in_order))
 
 
 class _Flattener:
@@ -86,28 +87,27 @@ class _Flattener:
             self.flags[value] = FROM_INPUTS
         outputs = self.run(jaxpr, values, ())
         ops = _without_dead_code(self.ops, outputs)
+        weights = self._placed_weights(ops, outputs)
         return Program(
             ops=tuple(ops),
             avals=tuple(self.avals),
-            weights=self._placed_weights(ops, outputs),
+            weights=weights,
             inputs=tuple(inputs),
             outputs=tuple(outputs),
             constants=self.constants,
         )
 
     def _placed_weights(self, ops: Sequence[Op], outputs: Sequence[Operand]) -> dict[Value, Weight]:
-        """Every leaf whole or in slices; slices that nothing uses are kept, so that the leaf can be put together."""
+        """Every leaf whole, or in the slices that are used and those between them, so that it can be put together."""
         placed = {}
-        for value, weight in self.weights.items():
-            spans = self.slices.get(weight.leaf)
-            if weight.start is None and spans:
-                placed.update(self._gaps(weight.leaf, sorted(spans)))
-            elif weight.start is not None or not spans:
-                placed[value] = weight
         used = {x for op in ops for x in op.values} | {x for x in outputs if not isinstance(x, Literal)}
-        for leaf in self.slices:
-            if self.leaf_values[leaf] in used:  # refused by _slices_suffice, and flattened again
-                placed[self.leaf_values[leaf]] = Weight(leaf)
+        for leaf, whole in enumerate(self.leaf_values):
+            spans = {span: value for span, value in self.slices.get(leaf, {}).items() if value in used}
+            placed.update({value: Weight(leaf, *span) for span, value in spans.items()})
+            if whole in used or not spans:
+                placed[whole] = Weight(leaf)
+            else:
+                placed.update(self._gaps(leaf, sorted(spans)))
         return placed
 
     def _gaps(self, leaf: int, spans: list[tuple[int, int]]) -> dict[Value, Weight]:
@@ -203,7 +203,7 @@ class _Flattener:
         return self.replay(lambda x: jax.lax.squeeze(x, (0,)), [view], remats)[0]
 
     def _rows_of(self, operand: Operand, start: int, stop: int) -> Value | None:
-        """The rows of a parameter leaf, or of a cast of one (the cast then follows the slice)."""
+        """The rows of a parameter leaf, of rows of one, or of a cast of either (the cast then follows the slice)."""
         if isinstance(operand, Literal):
             return None
         if operand in self.casts:
@@ -214,9 +214,10 @@ class _Flattener:
             dtype = cast.eqn.params["new_dtype"]
             return self.replay(lambda x: jax.lax.convert_element_type(x, dtype), [source], cast.remats)[0]  # type: ignore[return-value]
         weight = self.weights.get(operand)
-        if weight is None or weight.start is not None or weight.leaf not in self.sliceable:
+        if weight is None or weight.leaf not in self.sliceable:
             return None
-        return self._rows_value(weight.leaf, start, stop)
+        first = weight.start or 0
+        return self._rows_value(weight.leaf, first + start, first + stop)
 
     def _rows_value(self, leaf: int, start: int, stop: int) -> Value:
         spans = self.slices.setdefault(leaf, {})

@@ -22,7 +22,9 @@ def input_axes(inputs: Any, in_axes: Any) -> tuple[int | None, ...]:
     prefix = tuple(in_axes) if isinstance(in_axes, list) else in_axes
     axes = jax.tree.leaves(jax.tree.broadcast(prefix, inputs, is_leaf=is_axis), is_leaf=is_axis)
     if wrong := [axis for axis in axes if axis not in (0, None)]:
-        raise ValueError(f"in_axes has {wrong[0]!r}; inputs are split along axis 0 or not at all (None). Transpose first.")
+        raise ValueError(
+            f"in_axes has {wrong[0]!r}; inputs are split along axis 0 or not at all (None). Transpose first."
+        )
     avals = [jax.typeof(x) if not hasattr(x, "dtype") else x for x in jax.tree.leaves(inputs)]
     return tuple(axis if aval.shape else None for aval, axis in zip(avals, axes, strict=True))
 

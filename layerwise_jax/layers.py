@@ -169,7 +169,7 @@ def live_bytes(program: Program, anchors: Sequence[int]) -> list[int]:
     """Bytes alive before each anchored operation, and after the last: values made by one and used by a later one."""
     last_use: dict[Value, tuple[int, int]] = {}
     for position, i in enumerate(anchors):
-        last_use.update({x: (position, position) for x in program.ops[i].results})
+        last_use.update(dict.fromkeys(program.ops[i].results, (position, position)))
         for x in program.ops[i].values:
             if x in last_use:
                 last_use[x] = (last_use[x][0], position)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from layerwise_jax.cost import LayerCost
 from layerwise_jax.detect import detect_device
-from layerwise_jax.devices import DeviceSpec
+from layerwise_jax.device_spec import DeviceSpec
 from layerwise_jax.inputs import batch_size, first_rows
-from layerwise_jax.layers import trace_layers
+from layerwise_jax.layers import LayerSequence, trace_layers
 from layerwise_jax.measure import measure_costs
 from layerwise_jax.partition import partition_layers
 from layerwise_jax.pipeline import Pipeline, Reduce, build_pipeline
 from layerwise_jax.placement import STAGE
 from layerwise_jax.plan import Sizes
+from layerwise_jax.program import nbytes
 from layerwise_jax.refusals import check_mesh
 
 # A pipeline with four microbatches a stage idles for less than a fifth of its ticks.
@@ -72,7 +74,8 @@ def layerwise(
         mesh = stage_mesh(wanted if num_stages else min(wanted, len(layers)))
     costs = measure_costs(layers)
     cap = spec.usable_l2_bytes if capacity == "l2" else capacity
-    partition = partition_layers(costs, mesh.shape[STAGE], cap, method)
+    seconds, cut_seconds = roofline_seconds(layers, costs, spec)
+    partition = partition_layers(costs, mesh.shape[STAGE], cap, method, seconds=seconds, cut_seconds=cut_seconds)
     return build_pipeline(
         layers,
         partition,
@@ -86,6 +89,23 @@ def layerwise(
     )
 
 
+def roofline_seconds(
+    layers: LayerSequence, costs: Sequence[LayerCost], device: DeviceSpec
+) -> tuple[list[float], list[float]]:
+    """What layers take on a device, and what crossing each boundary takes.
+
+    A layer takes the longer of its arithmetic and of reading what it holds from the cache; a boundary takes its bytes
+    over the link's bandwidth. The link's latency is left out: the loop pays it once a tick, wherever the cuts are.
+
+    Returns:
+      Seconds of n layers; seconds of n + 1 boundaries, zero at both ends.
+    """
+    dtype = str(max(layers.signature.params_avals, key=nbytes).dtype)
+    seconds = [device.seconds(cost.flops, cost.size, dtype, resident=True) for cost in costs]
+    inner = [sent / device.link_bandwidth for sent in layers.boundary_bytes[1:-1]]
+    return seconds, [0.0, *inner, 0.0]
+
+
 def stage_mesh(num_stages: int) -> Mesh:
     """A mesh of the first local devices, all on the axis `stage`.
 
@@ -95,8 +115,8 @@ def stage_mesh(num_stages: int) -> Mesh:
     devices = jax.local_devices()
     if len(devices) < num_stages:
         raise ValueError(
-            f"{num_stages} stages need {num_stages} devices; there are {len(devices)}. Ask for fewer stages, or emulate "
-            "devices on the CPU: jax.config.update('jax_num_cpu_devices', n) before anything else."
+            f"{num_stages} stages need {num_stages} devices; there are {len(devices)}. Ask for fewer stages, or "
+            "emulate devices on the CPU: jax.config.update('jax_num_cpu_devices', n) before anything else."
         )
     return Mesh(np.array(devices[:num_stages]), (STAGE,), axis_types=(AxisType.Auto,))
 

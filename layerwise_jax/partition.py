@@ -151,9 +151,9 @@ def partition_layers(
         CapacityError: the layers do not fit; the message names the layer and its three sizes, or the fewest stages.
     """
     if num_stages is None and capacity is None:
-        raise ValueError(
-            "num_stages and capacity are both None: give a number of stages, or the capacity they must fit."
-        )
+        raise ValueError("num_stages and capacity are both None: give a number of stages, or a capacity to fit.")
+    if measure is not None and method != "dp":
+        raise ValueError(f"method is {method!r} and stages are measured; only method='dp' can choose again.")
     weight_bytes, transient_bytes = _memory(costs, memory)
     defaults = {
         "exactly": num_stages is not None,

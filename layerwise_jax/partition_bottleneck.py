@@ -3,11 +3,15 @@
 import numpy as np
 
 from layerwise_jax.partition_certificate import refuse
+from layerwise_jax.partition_checks import Floats
 from layerwise_jax.partition_even import even_boundaries
 from layerwise_jax.partition_plan import Plan
-from layerwise_jax.partition_search import RunTable, Search, least_totals, run_table
+from layerwise_jax.partition_search import RunTable, Search, least_totals, longest_run, run_table
 from layerwise_jax.partition_stage import Indices, StageCosts
 from layerwise_jax.partition_sweep import Optimum, least_bottleneck, prune_cuts
+
+# Up to so many steps (a fraction of a second) the evenest optimum is searched; beyond, an even one is walked to.
+_EVENED_BY_SEARCH = 10**7
 
 
 def is_sweep_exact(costs: StageCosts) -> bool:
@@ -39,7 +43,12 @@ def bottleneck_plan(costs: StageCosts, num_stages: int) -> Plan:
 
 def _sweep_plan(costs: StageCosts, num_stages: int) -> Plan:
     optimum = swept_optimum(costs, num_stages)
-    return Plan(costs, swept_boundaries(costs, optimum, num_stages), optimum.bound, optimum.failed, "")
+    width = longest_run(costs, optimum.bound, num_stages)
+    if costs.num_blocks * width * num_stages <= _EVENED_BY_SEARCH:
+        boundaries = evenest_boundaries(RunTable(costs, optimum.bound, width), num_stages)
+    else:
+        boundaries = swept_boundaries(costs, optimum, num_stages)
+    return Plan(costs, boundaries, optimum.bound, optimum.failed, "")
 
 
 def swept_optimum(costs: StageCosts, num_stages: int) -> Optimum:
@@ -49,8 +58,8 @@ def swept_optimum(costs: StageCosts, num_stages: int) -> Optimum:
 
 
 def swept_boundaries(costs: StageCosts, optimum: Optimum, num_stages: int) -> Indices:
-    """Even stages under the optimum. More stages than needed are used only where a boundary costs nothing."""
-    count = min(num_stages, costs.num_blocks) if not costs.has_cuts else optimum.complete.num_stages
+    """Fairly even stages under the optimum, in one walk; more than it takes only where boundaries cost nothing."""
+    count = min(num_stages, costs.num_blocks) if not costs.has_cuts else len(optimum.complete.reached) - 1
     if not costs.is_uniform:
         count = num_stages
     boundaries = even_boundaries(costs, optimum.bound, optimum.complete.reached, count)
@@ -78,15 +87,20 @@ def bottleneck_search(costs: StageCosts, num_stages: int) -> tuple[RunTable, Sea
 
 
 def search_plan(table: RunTable, search: Search, num_stages: int) -> Plan:
-    """Of the partitions with the smallest bottleneck, the one with the smallest sum of squared loads."""
+    """Of the partitions with the smallest bottleneck, the evenest."""
     optimum = float(answers(table.costs, search.totals).min())
     under = RunTable(table.costs, optimum, table.width)
-    evened = least_totals(under, num_stages, np.add, power=2)
-    count = int(answers(table.costs, evened.totals).argmin())
-    return Plan(table.costs, evened.boundaries(count), optimum)
+    return Plan(table.costs, evenest_boundaries(under, num_stages), optimum)
 
 
-def answers(costs: StageCosts, totals: np.ndarray) -> np.ndarray:
+def evenest_boundaries(table: RunTable, num_stages: int) -> Indices:
+    """The partition with the smallest sum of squared loads; among those the one with the most stages."""
+    evened = least_totals(table, num_stages, np.add, power=2)
+    totals = answers(table.costs, evened.totals)
+    return evened.boundaries(num_stages - int(totals[::-1].argmin()))
+
+
+def answers(costs: StageCosts, totals: Floats) -> Floats:
     """The totals for the numbers of stages that the problem accepts; infinity for the others."""
     accepted = totals.copy()
     if costs.problem.exactly:

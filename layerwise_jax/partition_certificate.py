@@ -41,13 +41,18 @@ def refuse(costs: StageCosts, failed: Sweep | None, num_stages: int) -> NoReturn
             f"No partition into {_count(costs, num_stages)} stages satisfies the constraints: every cut was searched."
         )
     capacity = float(costs.by_place[0][:num_stages].max())
-    runs = blocking_runs(costs, failed)
-    fewest = fewest_stages(costs)
-    advice = f"{fewest} stages would do" if fewest else "no number of stages on these devices would do"
+    limit = "" if np.isinf(capacity) else f" of {capacity:,.0f} bytes"
+    if costs.devices_differ:
+        raise CapacityError(
+            f"{costs.problem.num_layers} layers do not fit {num_stages} devices in this order, the largest{limit}: "
+            "filled from the last one they do not reach the first layer.",
+            capacity=capacity,
+        )
+    runs, fewest = blocking_runs(costs, failed), fewest_stages(costs)
+    advice = f"{fewest} stages would do" if fewest else "no number of stages would do"
     raise CapacityError(
-        f"{len(costs.problem.seconds)} layers do not fit {num_stages} stages of {capacity:,.0f} bytes: {advice}. "
-        f"Each of the {len(runs)} runs in the certificate (the first is layers {runs[0][0]}..{runs[0][1] - 1}) "
-        "has to be cut somewhere inside.",
+        f"{costs.problem.num_layers} layers do not fit {num_stages} stages{limit}: {advice}. "
+        f"Each of {len(runs)} runs of layers, the first {runs[0][0]}..{runs[0][1] - 1}, has to be cut inside.",
         capacity=capacity,
         fewest_stages=fewest,
         certificate=runs,
@@ -78,23 +83,23 @@ def explain(costs: StageCosts, boundaries: Indices) -> Blocker:
     head = f"Stage {heaviest} ({_layers(costs, start, stop)}) is the heaviest"
     if stop - start == 1:
         return Blocker(int(costs.boundaries[start]), "single layer", f"{head}, and cannot be divided.")
-    moves = []
+    blockers = []
     if heaviest > 0:
-        neighbour = int(busy[heaviest - 1])
-        moves.append((start, heaviest - 1, int(boundaries[neighbour]), start + 1, int(places[neighbour])))
+        before = busy[heaviest - 1]
+        run = (int(boundaries[before]), start + 1)
+        blockers.append(_blocker(costs, bottleneck, start, heaviest - 1, run, int(places[before])))
     if heaviest < len(busy) - 1:
-        neighbour = int(busy[heaviest + 1])
-        moves.append((stop - 1, heaviest + 1, stop - 1, int(boundaries[neighbour + 1]), int(places[neighbour])))
-    if not moves:
+        after = busy[heaviest + 1]
+        run = (stop - 1, int(boundaries[after + 1]))
+        blockers.append(_blocker(costs, bottleneck, stop - 1, heaviest + 1, run, int(places[after])))
+    if not blockers:
         return Blocker(None, None, f"{head}, and the only one.")
-    blockers = [_blocker(costs, bottleneck, *move) for move in moves]
     return Blocker(blockers[0].layer, blockers[0].constraint, f"{head}; {', and '.join(b.sentence for b in blockers)}.")
 
 
-def _blocker(
-    costs: StageCosts, bottleneck: float, block: int, neighbour: int, start: int, stop: int, place: int
-) -> Blocker:
-    """What a neighbour that holds (start, stop) after taking over the block would exceed."""
+def _blocker(costs: StageCosts, bottleneck: float, block: int, neighbour: int, run: Run, place: int) -> Blocker:
+    """What a neighbour that holds the run after taking over the block would exceed."""
+    start, stop = run
     layer = int(costs.boundaries[block])
     head = f"giving {_layers(costs, block, block + 1)} to stage {neighbour} would"
     if start < costs.apart_start[stop]:
@@ -106,9 +111,8 @@ def _blocker(
         return Blocker(layer, "memory", f"{head} exceed its capacity by {excess:,.0f} bytes")
     load = float(costs.load(start, stop, place))
     comparison = "no less than" if load >= bottleneck else "below"
-    return Blocker(
-        layer, "load", f"{head} load it with {load * costs.quantum:.6g}, {comparison} {bottleneck * costs.quantum:.6g}"
-    )
+    figures = f"{load * costs.quantum:.6g}, {comparison} {bottleneck * costs.quantum:.6g}"
+    return Blocker(layer, "load", f"{head} load it with {figures}")
 
 
 def _refuse_block(costs: StageCosts, num_stages: int) -> None:

@@ -15,7 +15,7 @@ from layerwise_jax.partition_certificate import fewest_stages, refuse
 from layerwise_jax.partition_plan import Plan, objective_value
 from layerwise_jax.partition_search import least_totals, run_table
 from layerwise_jax.partition_stage import StageCosts
-from layerwise_jax.partition_sweep import lower_bound, prune_cuts
+from layerwise_jax.partition_sweep import lower_bound, prune_cuts, sweep
 
 _EVERY_COUNT = "every number of stages was solved or bounded."
 _EVERY_BOUND = "the least sum of loads was searched under every bottleneck that could win."
@@ -39,11 +39,10 @@ def optimal_plan(costs: StageCosts) -> Plan:
 def fewest_stages_plan(costs: StageCosts) -> Plan:
     """As few stages as fit, whatever their load; among those, the smallest bottleneck."""
     most = costs.problem.max_stages
+    fewest = fewest_stages(costs)
+    if fewest is None or fewest > most:
+        refuse(costs, sweep(costs, np.inf, most), most)
     if not costs.forbidden_runs:
-        fewest = fewest_stages(costs)
-        if fewest is None or fewest > most:
-            swept = bottleneck_plan(costs, most)  # raises, with the certificate
-            fewest = len(swept.loads)
         return bottleneck_plan(costs, fewest)
     table = run_table(costs, largest_conceivable_load(costs, most), most)
     counts = np.flatnonzero(np.isfinite(least_totals(table, most, np.maximum).totals))

@@ -29,7 +29,8 @@ class Partition:
         limits: the same as a sentence.
         certificate: runs of layers (start, stop), none of which can be one stage of a better partition. Each needs a
             boundary strictly inside, no two share one, and there are as many runs as stages: one boundary too few.
-            Empty where the lower bound has another reason, which `proof` gives.
+            Where memory depends on a stage's place in the schedule, the runs count at theirs, from the end. Empty where
+            the lower bound has another reason, which `proof` gives.
         proof: why the lower bound holds.
         measured: (start, stop, bytes) of every stage that was measured on the way, if any was.
     """
@@ -147,7 +148,8 @@ class CapacityError(ValueError):
         capacity: the capacity in bytes of the device in question.
         fewest_stages: the number of stages that would do, where one is known.
         certificate: runs of layers, none of which can be one stage. Each needs a boundary of its own, and there are
-            more of them than boundaries.
+            more of them than boundaries between stages; or, where stages were measured, those that do not fit. Empty
+            where devices differ.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from layerwise_jax.partition_checks import Floats
 from layerwise_jax.partition_stage import Indices, StageCosts, earliest_starts
 from layerwise_jax.partition_sweep import uniform_starts
 
-_MOST_RUNS = 2**27
+_MOST_RUNS = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +63,13 @@ def run_table(costs: StageCosts, bound: float, num_places: int) -> RunTable:
     """The table of all runs that may be a stage under the bound.
 
     Raises:
-        ValueError: there are too many such runs to hold.
+        ValueError: there are too many of them to hold.
     """
-    width = _longest_run(costs.without_cuts(), bound, num_places)
-    if width * costs.num_blocks > _MOST_RUNS:
+    width = longest_run(costs, bound, num_places)
+    if max(width, num_places) * costs.num_blocks > _MOST_RUNS:
         raise ValueError(
-            f"{costs.num_blocks} layers in stages of up to {width} make too many runs to search; "
-            "join layers by keep_together, ask for more stages, or leave out the cut costs."
+            f"{costs.num_blocks} layers over {num_places} stages of up to {width} layers have too many cuts to search: "
+            "join layers by keep_together, or leave out either the cut costs or the capacity."
         )
     return RunTable(costs, bound, width)
 
@@ -101,9 +101,9 @@ def least_totals(table: RunTable, num_places: int, combine: np.ufunc, power: int
     return Search(totals, choices)
 
 
-def _longest_run(costs: StageCosts, bound: float, num_places: int) -> int:
-    """An upper bound on the blocks of a stage. Boundaries cost nothing here, so sub-runs of runs that fit do fit."""
-    stops = np.arange(1, costs.num_blocks + 1)
+def longest_run(costs: StageCosts, bound: float, num_places: int) -> int:
+    """An upper bound on the blocks of a stage. Cuts are left out, so that sub-runs of runs that fit do fit."""
+    costs, stops = costs.without_cuts(), np.arange(1, costs.num_blocks + 1)
     if costs.is_uniform:
         return max(1, int((stops - uniform_starts(costs, bound)[1:]).max()))
     starts = (

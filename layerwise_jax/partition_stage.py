@@ -52,6 +52,11 @@ class StageCosts:
         return bool(self.cut.any())
 
     @cached_property
+    def heaviest_block(self) -> float:
+        """The largest compute of one block, in units."""
+        return float(np.diff(self.compute).max())
+
+    @cached_property
     def by_place(self) -> tuple[Floats, Floats, Floats]:
         """Capacity, speed and microbatches in flight at each place, the last stage first.
 

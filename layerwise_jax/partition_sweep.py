@@ -33,11 +33,8 @@ class Sweep:
 
     @property
     def is_complete(self) -> bool:
+        """Whether the stages reach the first block."""
         return self.reached[-1] == 0
-
-    @property
-    def num_stages(self) -> int:
-        return len(self.reached) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +52,8 @@ def prune_cuts(costs: StageCosts) -> StageCosts:
     A run loads its stage with finish(stop) - begin(start), where finish = compute + cut and begin = compute - cut.
     Moving a cut to a boundary with a smaller finish and a larger begin lightens both its sides. Along the boundaries
     that no other dominates neither finish nor begin decreases, so every sub-run of a run under a bound is under it.
-    Holds only where nothing but the load limits a stage: a cut that moves also moves bytes.
+    (Where an end dominates, a stage becomes empty.) Holds only where nothing but the load limits a stage: a cut that
+    moves also moves bytes.
     """
     finish, begin = costs.compute + costs.cut, costs.compute - costs.cut
     # A later boundary dominates if it lowers `finish`; then it raises `begin` too. Mirrored for earlier ones.
@@ -88,11 +86,8 @@ def least_bottleneck(costs: StageCosts, max_stages: int) -> Optimum | Sweep:
 
 def lower_bound(costs: StageCosts, max_stages: int) -> float:
     """What no partition beats: the mean load of the stages, and the heaviest block at the fastest place."""
-    _, speed, _ = costs.by_place
-    speed = speed[:max_stages]
-    heaviest = np.diff(costs.compute).max() / speed.max()
-    mean = costs.compute[-1] / speed.sum()
-    return float(max(heaviest, mean))
+    speed = costs.by_place[1][:max_stages]
+    return float(max(costs.heaviest_block / speed.max(), costs.compute[-1] / speed.sum()))
 
 
 def sweep(costs: StageCosts, bound: float, max_stages: int) -> Sweep:

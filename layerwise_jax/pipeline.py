@@ -4,30 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from layerwise_jax._jax import is_key
 from layerwise_jax.alignment import align_stages
 from layerwise_jax.batching import Batching, analyse_batching
 from layerwise_jax.inputs import check_inputs, input_axes
 from layerwise_jax.layers import LayerSequence
-from layerwise_jax.loop import Loop, is_key
-from layerwise_jax.placement import STAGE, Placement, Staged, assign_slots
+from layerwise_jax.loop import Loop
 from layerwise_jax.measure import measured_by_shape
+from layerwise_jax.placement import STAGE, Placement, Staged, assign_slots
 from layerwise_jax.plan import Plan, Sizes, make_plan
 from layerwise_jax.program import nbytes
 from layerwise_jax.refusals import check_mesh, check_stageable, check_state, find_state
+from layerwise_jax.schedule import Schedule
+from layerwise_jax.schedule_check import check
+from layerwise_jax.schedule_generators import gpipe, one_f_one_b
+from layerwise_jax.schedule_tables import tables
 from layerwise_jax.stages import cut_stages
+from layerwise_jax.training import TrainingLoop
 from layerwise_jax.wiring import wire
 
 DATA = "data"
 
 Reduce = Literal["mean", "sum"]
+ScheduleName = Literal["1f1b", "gpipe"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +51,7 @@ class Pipeline:
     batching: Batching
     plan: Plan
     reduce: Reduce | None
+    schedule: Schedule
 
     @property
     def placement(self) -> Placement:
@@ -79,6 +88,10 @@ class Pipeline:
         leaves = check_inputs(inputs, self.layers.signature, self.loop.in_axes, self.parts)
         slots = [staged[slot.name] for slot in self.placement.slots]
         results, slots = self._mapped(slots, leaves)
+        return self._value(results, slots)
+
+    def _value(self, results: Sequence[Any], slots: Sequence[Any]) -> Any:
+        """What the caller gets: the function's outputs, and the placed parameters if they have new state."""
         outputs = [None if p in self.loop.state else x for p, x in enumerate(results)]
         tree = jax.tree.unflatten(self.layers.signature.outputs_tree, outputs)
         if not self.loop.state:
@@ -88,22 +101,64 @@ class Pipeline:
     def value_and_grad(self, staged: Staged, *inputs: Any) -> tuple[Any, Staged]:
         """The loss and its gradients, where the function returns a scalar loss, alone or first of a tuple.
 
+        Forward and backward run by the pipeline's schedule: memory is bounded by what the schedule stashes.
+
         Returns:
           (value, gradients): `value` is what calling the pipeline returns, the gradients are placed as the parameters
           are. A tied weight has the whole gradient in every copy, so that an optimiser which works leaf by leaf keeps
-          the copies equal. Integer weights have gradients of dtype `float0`, as with `jax.grad(allow_int=True)`.
+          the copies equal. Integer weights have gradients of dtype `float0`, as with `jax.grad(allow_int=True)`;
+          those of state are zero.
 
         Raises:
           ValueError: the function's first output is not a floating-point scalar.
         """
         self._check_loss()
+        self.placement.check_staged(staged)
+        leaves = check_inputs(inputs, self.layers.signature, self.loop.in_axes, self.parts)
+        slots = [staged[slot.name] for slot in self.placement.slots]
+        results, grads, slots = self._mapped_training(slots, leaves)
+        moving = iter(grads)
+        placed = {
+            slot.name: next(moving) if self._has_gradient(j) else _no_gradient(slots[j])
+            for j, slot in enumerate(self.placement.slots)
+        }
+        return self._value(results, slots), placed
 
-        def loss(staged: Staged) -> tuple[Any, Any]:
-            value = self(staged, *inputs)
-            return jax.tree.leaves(value)[0], value
+    @cached_property
+    def _mapped_training(self) -> Callable[[Sequence[Any], Sequence[Any]], tuple[list, list, list]]:
+        """The training program over the mesh: (slots, input leaves) to (output leaves, gradients, slots)."""
+        inputs, slots, outputs = self._specs()
+        grads = [PartitionSpec(STAGE) for j in range(len(self.placement.slots)) if self._has_gradient(j)]
+        seed = 1.0 / self.parts if self.reduce == "mean" and self.batching.outputs[0].kind == "reduced" else 1.0
+        roles = tuple(role.kind for role in self.batching.outputs)
+        training = TrainingLoop(self.loop, tables(self.schedule), roles, seed)
+        return jax.shard_map(
+            partial(self._train_on_device, training),
+            mesh=self.mesh,
+            in_specs=(slots, inputs),
+            out_specs=(outputs, grads, slots),
+            check_vma=False,
+        )
 
-        (_, value), grads = jax.value_and_grad(loss, has_aux=True, allow_int=True)(staged)
-        return value, self._sum_copies(grads)
+    def _train_on_device(
+        self, training: TrainingLoop, slots: Sequence[Any], inputs: Sequence[Any]
+    ) -> tuple[list, list, list]:
+        weights, split, replica = self._local(slots, inputs)
+        outputs, grads, weights_after = training.run(weights, split, replica)
+        rows = [x if role == "rows" else x[None] for x, role in zip(outputs, training.roles, strict=True)]
+        results = [self._finish(position, x) for position, x in enumerate(rows)]
+        grads = self._sum_copies(grads)
+        if DATA in self.mesh.axis_names:
+            grads = [None if g is None else lax.psum(g, DATA) for g in grads]
+        placed = [
+            (jnp.zeros_like(weight) if grad is None else grad.astype(weight.dtype))[None]
+            for j, (grad, weight) in enumerate(zip(grads, weights, strict=True))
+            if self._has_gradient(j)
+        ]
+        return results, placed, [lax.expand_dims(weight, (0,)) for weight in weights_after]
+
+    def _has_gradient(self, slot: int) -> bool:
+        return jnp.issubdtype(self.placement.slots[slot].aval.dtype, jnp.inexact)
 
     def _check_loss(self) -> None:
         aval = self.layers.signature.outputs_avals[0]
@@ -116,18 +171,30 @@ class Pipeline:
     @cached_property
     def _mapped(self) -> Callable[[Sequence[Any], Sequence[Any]], tuple[list, list]]:
         """The program over the mesh: (slots, input leaves) to (output leaves, slots)."""
-        over_batch = PartitionSpec(DATA) if DATA in self.mesh.axis_names else PartitionSpec()
-        inputs = [PartitionSpec() if axis is None else over_batch for axis in self.loop.in_axes]
-        slots = [PartitionSpec(STAGE)] * len(self.placement.slots)
-        outputs = [self._output_spec(position) for position in range(len(self.batching.outputs))]
+        inputs, slots, outputs = self._specs()
         return jax.shard_map(
             self._on_device, mesh=self.mesh, in_specs=(slots, inputs), out_specs=(outputs, slots), check_vma=False
         )
 
-    def _on_device(self, slots: Sequence[Any], inputs: Sequence[Any]) -> tuple[list, list]:
+    def _specs(self) -> tuple[list, list, list]:
+        """How inputs, slots and outputs lie on the mesh."""
+        over_batch = PartitionSpec(DATA) if DATA in self.mesh.axis_names else PartitionSpec()
+        inputs = [PartitionSpec() if axis is None else over_batch for axis in self.loop.in_axes]
+        slots = [PartitionSpec(STAGE)] * len(self.placement.slots)
+        return inputs, slots, [self._output_spec(position) for position in range(len(self.batching.outputs))]
+
+    def _local(self, slots: Sequence[Any], inputs: Sequence[Any]) -> tuple[list, list, Any]:
+        """On a device: its row of every slot, its inputs split into microbatches, its index on the data axis."""
         weights = [lax.squeeze(slot, (0,)) for slot in slots]
         replica = lax.axis_index(DATA) if DATA in self.mesh.axis_names else jnp.int32(0)
-        split = [self._microbatches(x, axis) for x, axis in zip(inputs, self.loop.in_axes, strict=True)]
+        return (
+            weights,
+            [self._microbatches(x, axis) for x, axis in zip(inputs, self.loop.in_axes, strict=True)],
+            replica,
+        )
+
+    def _on_device(self, slots: Sequence[Any], inputs: Sequence[Any]) -> tuple[list, list]:
+        weights, split, replica = self._local(slots, inputs)
         outputs, weights = self.loop.run(weights, split, replica)
         results = [self._finish(position, rows) for position, rows in enumerate(outputs)]
         return results, [lax.expand_dims(weight, (0,)) for weight in weights]
@@ -172,28 +239,20 @@ class Pipeline:
         axes += [STAGE] if self._is_spread(rows) else []
         return PartitionSpec(tuple(axes)) if axes else PartitionSpec()
 
-    def _sum_copies(self, grads: Staged) -> Staged:
-        """Give every copy of a tied weight the sum of all copies' gradients."""
-        names = [slot.name for slot in self.placement.slots]
-        tied = [places for places in self.placement.copies().values() if len(places) > 1]
-        touched = sorted({j for places in tied for j, _ in places if grads[names[j]].dtype != jax.dtypes.float0})
-        if not touched:
-            return grads
+    def _sum_copies(self, grads: list[Any]) -> list[Any]:
+        """On a device: every copy of a tied weight gets the sum of all copies' gradients."""
+        stage, summed = lax.axis_index(STAGE), list(grads)
+        for places in self.placement.copies().values():
+            if len(places) > 1 and grads[places[0][0]] is not None:
+                mine = sum(jnp.where(stage == s, grads[j], 0) for j, s in places)
+                total = lax.psum(mine, STAGE)
+                for j, s in places:
+                    summed[j] = jnp.where(stage == s, total, summed[j])
+        return summed
 
-        def on_device(rows: list[Any]) -> list[Any]:
-            local, stage = dict(zip(touched, rows, strict=True)), lax.axis_index(STAGE)
-            summed = dict(local)
-            for places in tied:
-                if places[0][0] in local:
-                    mine = sum(jnp.where(stage == s, local[j], 0) for j, s in places)
-                    total = lax.psum(mine, STAGE)
-                    for j, s in places:
-                        summed[j] = jnp.where(stage == s, total, summed[j])
-            return [summed[j] for j in touched]
 
-        spec = [PartitionSpec(STAGE)] * len(touched)
-        mapped = jax.shard_map(on_device, mesh=self.mesh, in_specs=(spec,), out_specs=spec, check_vma=False)
-        return {**grads, **dict(zip((names[j] for j in touched), mapped([grads[names[j]] for j in touched]), strict=True))}
+def _no_gradient(slot: Any) -> Any:
+    return np.zeros(slot.shape, jax.dtypes.float0)
 
 
 def _addable(x: Any) -> Any:
@@ -211,6 +270,7 @@ def build_pipeline(
     state: Callable[[Any], Any] | None = None,
     batch_statistics: Literal["per_microbatch"] | None = None,
     sizes: Sizes | None = None,
+    schedule: ScheduleName | Schedule = "1f1b",
     bubble_fill: float = 0.0,
 ) -> Pipeline:
     """Build the pipeline of traced layers.
@@ -229,6 +289,7 @@ def build_pipeline(
       batch_statistics: "per_microbatch" accepts operations that mix the examples of a batch, each microbatch then
         being a batch of its own; None refuses them.
       sizes: what was measured of the layers, for the plan; None for weights and outputs by shape alone.
+      schedule: the order of forwards and backwards in training: a name, or a table of one's own.
       bubble_fill: what idle stages compute on; NaN shows that nothing of it leaks.
 
     Raises:
@@ -249,11 +310,10 @@ def build_pipeline(
     alignment = align_stages(layers, boundaries, stages, with_body=not new_state)
     placement = assign_slots(layers.program, stages, alignment, layers.signature)
     wiring = wire(layers.program, stages, alignment)
-    loop = Loop(
-        layers.program, stages, alignment, wiring, placement, num_microbatches, axes, new_state, bubble_fill
-    )
+    loop = Loop(layers.program, stages, alignment, wiring, placement, num_microbatches, axes, new_state, bubble_fill)
     plan = _plan(partition, loop, sizes or measured_by_shape(layers))
-    return Pipeline(layers, mesh, loop, batching, plan, reduce)
+    order = make_schedule(schedule, len(stages), num_microbatches)
+    return Pipeline(layers, mesh, loop, batching, plan, reduce, order)
 
 
 def _plan(partition: Any, loop: Loop, sizes: Sizes) -> Plan:
@@ -268,3 +328,26 @@ def _plan(partition: Any, loop: Loop, sizes: Sizes) -> Plan:
         common_layers=loop.alignment.num_layers,
         has_branch=loop.wiring.needs_branch,
     )
+
+
+def make_schedule(schedule: ScheduleName | Schedule, num_stages: int, num_microbatches: int) -> Schedule:
+    """The schedule of that name, or a table of the caller's if it does just this work.
+
+    Raises:
+      ValueError: an unknown name, or a table for other stages or microbatches.
+      ScheduleError: the table leaves something out, or does something too early.
+    """
+    if schedule == "1f1b":
+        return one_f_one_b(num_stages, num_microbatches, paired=True)
+    if schedule == "gpipe":
+        return gpipe(num_stages, num_microbatches)
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule is {schedule!r}; '1f1b', 'gpipe' or a Schedule is wanted.")
+    check(schedule)
+    came, wanted = (schedule.num_stages, schedule.num_microbatches), (num_stages, num_microbatches)
+    if came != wanted or schedule.num_devices != num_stages or not schedule.has_backward:
+        raise ValueError(
+            f"The schedule is for {came[0]} stages on {schedule.num_devices} devices and {came[1]} microbatches; the "
+            f"pipeline has {wanted[0]} stages, a device each, and {wanted[1]} microbatches, forward and backward."
+        )
+    return schedule

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from layerwise_jax._jax import is_key
 from layerwise_jax.alignment import Alignment
 from layerwise_jax.layers import Signature
 from layerwise_jax.modules import path_names
@@ -157,7 +158,7 @@ class Placement:
 
 
 def _zeros(aval: Any) -> Any:
-    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+    if is_key(aval):
         return jnp.broadcast_to(jax.random.key(0, impl=jax.random.key_impl(aval)), aval.shape)
     return np.zeros(aval.shape, aval.dtype)
 
@@ -166,7 +167,7 @@ def _row(array: Any, stage: int) -> Any:
     """One stage's row, read where it lives if the array is concrete."""
     if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct) or not getattr(array, "is_fully_addressable", False):
         return array[stage]
-    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    if is_key(array):
         data = _row(jax.random.key_data(array), stage)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
     for shard in array.addressable_shards:

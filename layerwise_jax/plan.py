@@ -43,7 +43,7 @@ class StagePlan:
 
     @property
     def size(self) -> int:
-        """S(P), the paper's sum of size(l) over the layers of the stage."""
+        """The paper's S(P): the sum of size(l) over the layers of the stage."""
         return self.weight_bytes + self.activation_bytes + self.buffer_bytes
 
 
@@ -113,7 +113,9 @@ class Plan:
             raise ValueError(f"A plan is JSON text as plan.to_json() writes it; this is not JSON: {error}.") from error
         version = fields.pop("version", None) if isinstance(fields, dict) else None
         if version != PLAN_VERSION:
-            raise ValueError(f"This plan has version {version!r}; this library reads version {PLAN_VERSION}. Plan again.")
+            raise ValueError(
+                f"This plan has version {version!r}; this library reads version {PLAN_VERSION}. Plan again."
+            )
         stages = tuple(_checked(StagePlan, stage, layers=tuple(stage.get("layers", ()))) for stage in fields["stages"])
         return _checked(cls, fields, stages=stages, notes=tuple(fields.get("notes", ())))
 
@@ -135,11 +137,14 @@ def make_plan(
       partition: a `Partition`, or its boundaries alone, of which then nothing is proven.
       sizes: what was measured of the layers.
       send_bytes: bytes of one microbatch that every stage sends.
-      num_microbatches, num_ticks, padding_bytes, common_layers, has_branch: as in `Plan`.
+      num_microbatches: microbatches of each replica.
+      num_ticks: ticks of the forward loop.
+      padding_bytes: bytes held in vain.
+      common_layers: layers of every stage that stand once in the loop.
+      has_branch: whether the loop has a branch.
     """
     groups = [sizes.costs[a:b] for a, b in pairwise(getattr(partition, "boundaries", partition))]
     stages = tuple(_stage_plan(costs, sent) for costs, sent in zip(groups, send_bytes, strict=True))
-    limits = getattr(partition, "limits", "")
     return Plan(
         stages=stages,
         capacity=sizes.capacity,
@@ -154,8 +159,13 @@ def make_plan(
         lower_bound=float(getattr(partition, "lower_bound", 0.0)),
         gap=float(partition.gap) if hasattr(partition, "gap") else None,
         fewest_stages=getattr(partition, "fewest_stages", None),
-        notes=tuple(note for note in (limits, *sizes.notes) if note),
+        notes=tuple(note for note in (*_reasons(partition), *sizes.notes) if note),
     )
+
+
+def _reasons(partition: Any) -> tuple[str, str]:
+    """What blocks a better partition, and why its bound holds."""
+    return getattr(partition, "limits", ""), getattr(partition, "proof", "")
 
 
 def _stage_plan(costs: Sequence[LayerCost], send_bytes: int) -> StagePlan:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from layerwise_jax._jax import AbstractRef, JaxprEqn, Literal, bind
+from layerwise_jax._jax import AbstractRef, JaxprEqn, Literal, bind, is_key
 
 Value = int
 Operand = int | Literal
@@ -108,7 +108,7 @@ def nbytes(aval: Any) -> int:
     """Bytes of a value of this shape and dtype (a random key counts its key data)."""
     if isinstance(aval, AbstractRef):
         return nbytes(aval.inner_aval)
-    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+    if is_key(aval):
         return int(np.prod(aval.shape, dtype=np.int64)) * 8
     return int(np.prod(aval.shape, dtype=np.int64)) * np.dtype(aval.dtype).itemsize
 

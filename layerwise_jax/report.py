@@ -28,7 +28,9 @@ def plan_table(plan: Plan) -> str:
     table.add_column("sends", justify="right")
     largest = plan.capacity or max(stage.size for stage in plan.stages) or 1
     for s, stage in enumerate(plan.stages):
-        table.add_row(str(s), run_lengths(stage.layers), *_sizes(stage), _bar(stage.size / largest), _bytes(stage.send_bytes))
+        table.add_row(
+            str(s), run_lengths(stage.layers), *_sizes(stage), _bar(stage.size / largest), _bytes(stage.send_bytes)
+        )
     return render(table) + "\n".join(_footer(plan)) + "\n"
 
 
@@ -56,7 +58,11 @@ def _follows(before: str, after: str) -> bool:
     if len(a) != len(b):
         return False
     differing = [(x, y) for x, y in zip(a, b, strict=True) if x != y]
-    return len(differing) == 1 and all(x.isdigit() for x in differing[0]) and int(differing[0][1]) == int(differing[0][0]) + 1
+    return (
+        len(differing) == 1
+        and all(x.isdigit() for x in differing[0])
+        and int(differing[0][1]) == int(differing[0][0]) + 1
+    )
 
 
 def _title(plan: Plan) -> str:
@@ -74,13 +80,11 @@ def _sizes(stage: StagePlan) -> list[str]:
 def _footer(plan: Plan) -> list[str]:
     branch = "the rest under one branch" if plan.has_branch else "no branch"
     proof = "" if plan.gap is None else f", lower bound {plan.lower_bound:.4g}, gap {plan.gap:.2%}"
-    lines = [
-        f"bubble {plan.bubble_share:.1%} of {plan.num_ticks} ticks; padding {_bytes(plan.padding_bytes)}; "
-        f"{plan.common_layers} layers a stage stand once in the loop ({branch})",
-        f"bottleneck {plan.bottleneck:.4g}{proof}"
-        + (f", fewest stages {plan.fewest_stages}" if plan.fewest_stages else ""),
-    ]
-    return lines + [f"note: {note}" for note in plan.notes]
+    fewest = f", fewest stages {plan.fewest_stages}" if plan.fewest_stages else ""
+    loop = f"{plan.common_layers} layers a stage stand once in the loop ({branch})"
+    idle = f"bubble {plan.bubble_share:.1%} of {plan.num_ticks} ticks; padding {_bytes(plan.padding_bytes)}; {loop}"
+    lines = [idle, f"bottleneck {plan.bottleneck:.4g}{proof}{fewest}"]
+    return [*lines, *(f"note: {note}" for note in plan.notes)]
 
 
 def _bar(share: float) -> Text:

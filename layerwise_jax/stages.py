@@ -56,14 +56,18 @@ def cut_stages(layers: LayerSequence, boundaries: Sequence[int]) -> tuple[Stage,
     """The stages between `boundaries` (0, ..., number of layers).
 
     Raises:
+      ValueError: the boundaries do not split the layers into stages of one layer or more.
       CutError: a mutable reference would be alive across a boundary.
     """
+    _check_boundaries(boundaries, len(layers))
     program = layers.program
     anchors = [[i for layer in layers.layers[a:b] for i in layer.anchors] for a, b in pairwise(boundaries)]
     free = free_producers(program, anchored_ops(program))
     outputs = _outputs_of_stages(program, anchors)
     ops = [
-        sorted({*own, *free_ops_behind(program, [x for i in own for x in program.ops[i].values] + [*out.values()], free)})
+        sorted(
+            {*own, *free_ops_behind(program, [x for i in own for x in program.ops[i].values] + [*out.values()], free)}
+        )
         for own, out in zip(anchors, outputs, strict=True)
     ]
     crossing = _crossing(program, anchors, ops, outputs)
@@ -73,6 +77,15 @@ def cut_stages(layers: LayerSequence, boundaries: Sequence[int]) -> tuple[Stage,
     )
     check_cut(program, stages, anchors)
     return stages
+
+
+def _check_boundaries(boundaries: Sequence[int], num_layers: int) -> None:
+    whole = len(boundaries) > 1 and (boundaries[0], boundaries[-1]) == (0, num_layers)
+    if not whole or any(start >= stop for start, stop in pairwise(boundaries)):
+        raise ValueError(
+            f"The boundaries {tuple(boundaries)} do not split {num_layers} layers into {len(boundaries) - 1} stages of "
+            f"one layer or more. Start at 0, rise, end at {num_layers}; there can be no more stages than layers."
+        )
 
 
 def _outputs_of_stages(program: Program, anchors: Sequence[Sequence[int]]) -> list[dict[int, Operand]]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerwise_jax import _jax
-from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal
+from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal, is_key
 from layerwise_jax.program import Op, Program, Value
 
 
@@ -149,7 +149,7 @@ def _rules_within(jaxpr: Jaxpr) -> list[JaxprEqn]:
 
 
 def _fingerprint_array(array: Any) -> Hashable:
-    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    if is_key(array):
         array = jax.random.key_data(array)
     data = np.ascontiguousarray(np.asarray(array))
     return data.shape, str(data.dtype), hashlib.sha256(data.tobytes()).hexdigest()

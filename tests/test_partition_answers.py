@@ -72,9 +72,14 @@ def test_an_unknown_keyword_is_refused():
 
 
 def test_options_are_described_once():
-    keywords = make_problem.__kwdefaults__
-    assert set(keywords) == set(SolveOptions.__annotations__)
-    assert all(f"{name}:" in SolveOptions.__doc__ for name in keywords)
+    keywords, text = set(make_problem.__kwdefaults__ or ()), SolveOptions.__doc__ or ""
+    assert keywords == set(SolveOptions.__annotations__)
+    assert [name for name in keywords if f"    {name}: " not in text] == []
+
+
+def test_a_search_too_large_to_hold_is_refused():
+    with pytest.raises(ValueError, match="too many cuts to search"):
+        solve(np.ones(5000), np.ones(5000), None, np.r_[0, np.ones(4999), 0], max_stages=5000, capacity=10)
 
 
 def test_capacity_error_names_the_layer():
@@ -99,8 +104,19 @@ def test_capacity_error_names_the_fewest_stages():
 def test_capacity_error_counts_stages_deeper_in_the_schedule():
     """Under 1F1B a stage further from the end holds more, so that no number of stages may do."""
     options = {"stash_bytes": [4] * 5, "num_microbatches": 8, "capacity": 8}
-    with pytest.raises(CapacityError, match="no number of stages on these devices"):
+    with pytest.raises(CapacityError, match="no number of stages would do"):
         solve([1] * 5, None, max_stages=2, **options)
+
+
+def test_capacity_error_for_devices_that_differ():
+    with pytest.raises(CapacityError, match="2 devices in this order, the largest of 8 bytes"):
+        solve([1, 1, 1], [5, 4, 5], max_stages=2, capacity=[5, 8])
+    assert solve([1, 1, 1], [5, 2, 5], max_stages=2, capacity=[5, 8]).boundaries == (0, 1, 3)
+
+
+def test_layers_kept_apart_ask_for_more_stages():
+    with pytest.raises(CapacityError, match="3 layers do not fit 1 stages: 2 stages would do"):
+        solve([1, 1, 1], None, max_stages=1, keep_apart=[(0, 2)])
 
 
 def test_memory_blocks_and_says_so():
@@ -210,6 +226,10 @@ LAYERS_REFUSED = {
     "more stages than layers": ({"num_stages": 3}, "ask for 2 or fewer"),
     "cuts without seconds": ({"num_stages": 2, "cut_seconds": [0, 1, 0]}, "seconds is None"),
     "cut bytes without a link": ({"num_stages": 2, "seconds": [1, 1], "cut_bytes": [0, 1, 0]}, "link_bandwidth"),
+    "greedy with measurements": (
+        {"num_stages": 2, "capacity": 5, "method": "greedy", "measure": lambda start, stop: 1},
+        "only method='dp' can choose again",
+    ),
     "an unknown memory": ({"num_stages": 2, "memory": "some"}, "memory is 'some'"),
 }
 

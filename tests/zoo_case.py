@@ -24,7 +24,7 @@ WIDTH = 16
 class Case:
     """A model to run staged and unstaged.
 
-    The leading axis of each batched input and of each output is the batch. `loss_fn` is a mean over the batch of
+    The leading axis of each batched input and of each output is the batch. The loss is a mean over the batch of
     losses of one example each, so that the mean over microbatches of equal size is the loss of the whole batch.
     """
 
@@ -33,8 +33,8 @@ class Case:
     """Batched outputs of (params, *inputs)."""
     params: Any
     inputs: tuple[Any, ...]
-    loss_fn: Callable[..., jax.Array]
-    """A float32 scalar of (params, *inputs)."""
+    loss_of: Callable[..., jax.Array]
+    """A float32 scalar of (what `fn` returns, *inputs)."""
     reduce: str = "mean"
     in_axes: tuple[int | None, ...] | None = None
     """0 for an input that is batched, None for one that every microbatch gets whole; None alone: all are batched."""
@@ -49,6 +49,13 @@ class Case:
     Absolute too, because some gradients are zero but for rounding: softmax does not see the bias of attention's keys.
     """
 
+    def loss_fn(self, params: Any, *inputs: Any) -> jax.Array:
+        return self.loss_of(self.fn(params, *inputs), *inputs)
+
+    def loss_and_outputs(self, params: Any, *inputs: Any) -> tuple[jax.Array, Any]:
+        outputs = self.fn(params, *inputs)
+        return self.loss_of(outputs, *inputs), outputs
+
     def inputs_of(self, examples: slice) -> tuple[Any, ...]:
         """The inputs with only these examples of the batch."""
         axes = self.in_axes or (0,) * len(self.inputs)
@@ -58,12 +65,11 @@ class Case:
 def regression(name: str, fn: Callable[..., Any], params: Any, *inputs: Any, **fields: Any) -> Case:
     """A case whose loss is the mean squared distance of `fn`'s outputs, or of the first of a tuple, from one."""
 
-    def loss_fn(params: Any, *inputs: Any) -> jax.Array:
-        outputs = fn(params, *inputs)
+    def loss_of(outputs: Any, *inputs: Any) -> jax.Array:
         prediction = outputs[0] if isinstance(outputs, tuple) else outputs
         return jnp.mean(jnp.square(prediction - 1.0))
 
-    return Case(name, fn, params, inputs, loss_fn, **fields)
+    return Case(name, fn, params, inputs, loss_of, **fields)
 
 
 def language_model(
@@ -71,11 +77,10 @@ def language_model(
 ) -> Case:
     """A case whose loss is the cross-entropy of `fn`'s logits on the next token of `inputs[target]`."""
 
-    def loss_fn(params: Any, *inputs: Any) -> jax.Array:
-        logits = fn(params, *inputs)
+    def loss_of(logits: jax.Array, *inputs: Any) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], inputs[target][:, 1:]).mean()
 
-    return Case(name, fn, params, inputs, loss_fn, **fields)
+    return Case(name, fn, params, inputs, loss_of, **fields)
 
 
 def draw_weights(shapes: Any, seed: int = 0) -> Any:

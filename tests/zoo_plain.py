@@ -46,13 +46,12 @@ def odd_outputs() -> Case:
         constant = jnp.full((x.shape[0], 2), 0.5)
         return {"last": last, "again": last, "early": middle, "input": x, "constant": constant}
 
-    def loss_fn(params: dict[str, Any], x: jax.Array) -> jax.Array:
-        outputs = fn(params, x)
+    def loss_of(outputs: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         return jnp.mean(jnp.square(outputs["last"] - outputs["input"])) + jnp.mean(outputs["early"])
 
     params = {"layers": draw_layers(), "unused": draw_weights(shape(3, 3))}
     notes = "a constant, an input, an early and a repeated output; a parameter that nothing uses"
-    return Case("odd_outputs", fn, params, (draw_features(WIDTH),), loss_fn, notes=notes)
+    return Case("odd_outputs", fn, params, (draw_features(WIDTH),), loss_of, notes=notes)
 
 
 @jax.custom_vjp

@@ -1,0 +1,136 @@
+"""Measure the partitioner against other balancers: `python -m experiments.partition.run`. Writes results/."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.partition.rivals import Times, block_partition, bottleneck_of, even_by_count, least_spread
+from layerwise_jax.partition import solve
+
+RESULTS = Path(__file__).parent / "results"
+RIVALS: dict[str, Callable[[Times, int], list[int]]] = {
+    "even by count": even_by_count,
+    "block partition (torchgpipe)": block_partition,
+    "least spread (DeepSpeed)": least_spread,
+}
+
+
+def cases() -> dict[str, tuple[Times, int]]:
+    """Layers' times and a number of stages, by name."""
+    draw = np.random.default_rng(0)
+    decoder = np.concatenate([[3.0], np.tile([1.0, 2.0], 48), [14.0]])
+    return {
+        "equal layers, 63 over 32": (np.ones(63), 32),
+        "decoder of 98 layers with a dear head, 98 over 16": (decoder, 16),
+        "uniform, 64 over 8": (draw.random(64), 8),
+        "uniform, 256 over 32": (draw.random(256), 32),
+        "uniform, 1,000 over 64": (draw.random(1000), 64),
+        "log-normal, 256 over 32": (draw.lognormal(0, 1, 256), 32),
+        "log-normal, 1,000 over 64": (draw.lognormal(0, 1, 1000), 64),
+        "a ramp, 200 over 24": (np.linspace(1, 10, 200), 24),
+    }
+
+
+def compare() -> list[dict[str, Any]]:
+    """Each rival's bottleneck over the optimum, and its time over the time of `solve`."""
+    rows = []
+    for name, (times, stages) in cases().items():
+        optimum, seconds = timed(lambda times=times, stages=stages: solve(times, None, max_stages=stages), 3)
+        row: dict[str, Any] = {"case": name, "optimum": optimum.bottleneck, "milliseconds": 1e3 * seconds}
+        for rival, balance in RIVALS.items():
+            boundaries, rival_seconds = timed(lambda times=times, stages=stages, f=balance: f(times, stages), 1)
+            row[rival] = {
+                "quality": bottleneck_of(times, boundaries) / optimum.bottleneck,
+                "time": rival_seconds / seconds,
+            }
+        rows.append(row)
+    return rows
+
+
+def worst_of_many(trials: int = 1000) -> dict[str, float]:
+    """The worst bottleneck over the optimum on small random sequences, by rival."""
+    draw = np.random.default_rng(1)
+    worst = dict.fromkeys(RIVALS, 1.0)
+    for _ in range(trials):
+        layers = int(draw.integers(4, 40))
+        stages = int(draw.integers(2, layers + 1))
+        times = draw.integers(1, 20, size=layers).astype(float)
+        optimum = solve(times, None, max_stages=stages).bottleneck
+        for rival, balance in RIVALS.items():
+            worst[rival] = max(worst[rival], bottleneck_of(times, balance(times, stages)) / optimum)
+    return worst
+
+
+def growth() -> list[dict[str, Any]]:
+    """Milliseconds of `solve` as layers and stages grow, by what the problem holds."""
+    sizes = [(1000, 10), (1000, 64), (1000, 100), (10000, 100), (10000, 1000), (100000, 1000), (100000, 10000)]
+    rows = []
+    for layers, stages in sizes:
+        row: dict[str, Any] = {"layers": layers, "stages": stages}
+        for structure, keywords in structures(layers, stages).items():
+            _, seconds = timed(lambda keywords=keywords: solve(**keywords), 2)
+            row[structure] = 1e3 * seconds
+        rows.append(row)
+    return rows
+
+
+def structures(layers: int, stages: int) -> dict[str, dict[str, Any]]:
+    """Keywords of `solve` for problems of one size."""
+    draw = np.random.default_rng(2)
+    plain = {"seconds": draw.random(layers), "weight_bytes": draw.integers(1, 9, layers), "max_stages": stages}
+    capped = plain | {"transient_bytes": draw.integers(1, 9, layers), "capacity": 6 * layers / stages + 16}
+    cuts = {"cut_seconds": np.concatenate([[0], draw.random(layers - 1), [0]])}
+    shapes = {"balance only": plain, "capacity": capped, "cut costs": plain | cuts}
+    if layers * stages <= 10**6:
+        shapes["capacity and cut costs"] = capped | cuts
+    return shapes
+
+
+def timed(action: Callable[[], Any], repeats: int) -> tuple[Any, float]:
+    """The value of an action, and the least processor seconds that it took."""
+    least, value = float("inf"), None
+    for _ in range(repeats):
+        start = time.process_time()
+        value = action()
+        least = min(least, time.process_time() - start)
+    return value, least
+
+
+def tables(figures: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    lines = ["| case | optimum | `solve`, ms |" + "".join(f" {rival} |" for rival in RIVALS)]
+    lines.append("|---|---|---|" + "---|" * len(RIVALS))
+    for row in figures["compare"]:
+        cells = "".join(f" {row[rival]['quality']:.2f}x, {_short(row[rival]['time'])}x the time |" for rival in RIVALS)
+        lines.append(f"| {row['case']} | {row['optimum']:.4g} | {row['milliseconds']:.1f} |{cells}")
+    worst = "".join(f" {figures['worst'][rival]:.2f}x |" for rival in RIVALS)
+    lines += [f"| worst of 1,000 small ones | | |{worst}", ""]
+    columns = [name for name in figures["growth"][0] if name not in ("layers", "stages")]
+    lines += [
+        "| layers | stages |" + "".join(f" {name}, ms |" for name in columns),
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for row in figures["growth"]:
+        cells = "".join(f" {row[name]:,.0f} |" if name in row else " |" for name in columns)
+        lines.append(f"| {row['layers']:,} | {row['stages']:,} |{cells}")
+    return "\n".join(lines) + "\n"
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
+
+
+def main() -> None:
+    figures = {"compare": compare(), "worst": worst_of_many(), "growth": growth()}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "tables.md").write_text(tables(figures), encoding="utf-8")
+    print(tables(figures))
+
+
+if __name__ == "__main__":
+    main()

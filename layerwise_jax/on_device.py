@@ -1,0 +1,235 @@
+"""One device's view of a pipeline: what its stage reads, runs and sends, for one microbatch.
+
+Random keys are held and sent as their data; `to_wire` and `from_wire` turn them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from layerwise_jax._jax import is_key
+from layerwise_jax.placement import STAGE
+from layerwise_jax.program import Op, Operand, Rows, Value, evaluate
+from layerwise_jax.wiring import FromBody, FromBranch, FromConstant, FromInput, FromLane, Source
+
+if TYPE_CHECKING:
+    from layerwise_jax.loop import Loop
+
+
+class StageResults(NamedTuple):
+    """What a stage made: results of its body and of its branch, and its slots with new state."""
+
+    body: Mapping[int, Any]
+    branch: Sequence[Any]
+    slots: list[Any]
+
+    def made(self, source: FromBody | FromBranch) -> Any:
+        return (self.body if isinstance(source, FromBody) else self.branch)[source.result]
+
+
+class Moment:
+    """A microbatch that a device works on; outside 0..M-1 the device idles, and `is_active` is false."""
+
+    def __init__(self, device: StageOnDevice, microbatch: Any):
+        loop = device.loop
+        self.device = device
+        self.is_active = (microbatch >= 0) & (microbatch < loop.num_microbatches)
+        self.index = jnp.clip(microbatch, 0, loop.num_microbatches - 1)
+        self.rows = Rows(device.replica * loop.num_microbatches + self.index)
+
+    def input(self, j: int) -> Any:
+        """Input leaf j of this microbatch."""
+        array = self.device.inputs[j]
+        if self.device.loop.in_axes[j] is None:
+            return array
+        return lax.dynamic_index_in_dim(array, self.index, 0, keepdims=False)
+
+    def gate(self, values: Mapping[Value, Any]) -> dict[Value, Any]:
+        """The same values; while the device idles their gradients are zero, whatever comes back."""
+        inexact = {x: v for x, v in values.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
+        return {**values, **_gate(self.is_active, inexact)}
+
+
+@jax.custom_jvp
+def _gate(is_active: Any, values: dict[Value, Any]) -> dict[Value, Any]:
+    del is_active
+    return values
+
+
+@_gate.defjvp
+def _gate_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    is_active, values = primals
+    return values, jax.tree.map(lambda x: jnp.where(is_active, x, jnp.zeros_like(x)), tangents[1])
+
+
+class StageOnDevice:
+    """A pipeline's stage on this device, inside `shard_map`.
+
+    Attributes:
+      loop: stages, alignment, wiring and placement.
+      inputs: every input leaf: (microbatches, ...) where it is split, whole otherwise.
+      stage: this device's stage.
+      replica: this device's index on the data axis.
+    """
+
+    def __init__(self, loop: Loop, inputs: list[Any], stage: Any, replica: Any):
+        self.loop, self.inputs, self.stage, self.replica = loop, inputs, stage, replica
+        self.program, self.wiring = loop.program, loop.wiring
+
+    def run_stage(
+        self, moment: Moment, arrived: list[Any], slots: list[Any], late: tuple[Moment, list[Any]] | None = None
+    ) -> StageResults:
+        """Run the stage: its branch, then the common body.
+
+        Args:
+          moment: the microbatch.
+          arrived: what came over each lane.
+          slots: this stage's row of every slot.
+          late: for `after`, which runs a tick behind its body: its microbatch, and what was kept for it. None leaves
+            `after` out, with zeros for what it makes.
+        """
+        branch, slots_after = self._run_branch(moment, arrived, slots, late)
+        if not self.loop.has_body:
+            return StageResults({}, branch, slots_after)
+        values = [*slots[: self.loop.num_body_weights], *self.body_reads(moment, arrived, branch)]
+        return StageResults(self.run_body(moment, values), branch, slots_after)
+
+    def run_before(self, moment: Moment, arrived: list[Any], slots: list[Any]) -> list[Any]:
+        """The results of the branch alone, as they stand before the body; zeros for what `after` makes."""
+        return self._run_branch(moment, arrived, slots, None)[0]
+
+    def run_body(self, moment: Moment, values: Sequence[Any]) -> dict[int, Any]:
+        """The results of the common body that anything uses, given its weights and then its reads."""
+        shape, alignment = self.loop.alignment.parts[0].shape, self.loop.alignment
+        env = moment.gate(dict(zip((*shape.weights, *shape.reads), values, strict=True)))
+        env.update((value, jnp.asarray(table)[self.stage]) for value, table in alignment.varying)
+        wanted = [shape.made[j] for j in self.wiring.body_results]
+        return dict(zip(self.wiring.body_results, evaluate(alignment.body, env, wanted, moment.rows), strict=True))
+
+    def body_reads(self, moment: Moment, arrived: list[Any], branch: Sequence[Any]) -> list[Any]:
+        """What the body reads, in the order in which it reads it."""
+        return [self._body_read(source, moment, arrived, branch) for source in self.wiring.body_reads]
+
+    def _body_read(self, source: Source, moment: Moment, arrived: list[Any], branch: Sequence[Any]) -> Any:
+        match source:
+            case FromInput(j):
+                return moment.input(j)
+            case FromConstant(value):
+                return jnp.asarray(self.program.constants[value])
+            case FromLane(lane, first_input):
+                first = moment.input(first_input)
+                return choose(self.stage == 0, first, from_wire(arrived[lane], jax.typeof(first)))
+            case FromBranch(result):
+                return branch[result]
+        raise AssertionError(f"a body cannot read {source}")
+
+    def _run_branch(
+        self, moment: Moment, arrived: list[Any], slots: list[Any], late: tuple[Moment, list[Any]] | None
+    ) -> tuple[list[Any], list[Any]]:
+        """This stage's own operations: results in the order of the wiring, and the slots with new state."""
+        if not self.wiring.needs_branch:
+            return [], slots
+        branches = [partial(self._branch_of, s, moment, arrived, slots, late) for s in range(self.loop.num_stages)]
+        results, state = branches[0]() if len(branches) == 1 else lax.switch(self.stage, branches)
+        results = [from_wire(x, aval) for x, (aval, _) in zip(results, self.wiring.branch_results, strict=True)]
+        slots = list(slots)
+        for j, new in zip(self.loop.state_slots, state, strict=True):
+            slots[j] = choose(moment.is_active, from_wire(new, jax.typeof(slots[j])), slots[j])
+        return results, slots
+
+    def _branch_of(
+        self, s: int, moment: Moment, arrived: list[Any], slots: list[Any], late: tuple[Moment, list[Any]] | None
+    ) -> tuple[list[Any], list[Any]]:
+        """The branch of stage s: what precedes its body now, and what follows it a tick late."""
+        part = self.loop.alignment.parts[s]
+        of_after = {x for op in part.after for x in op.results}
+        wanted = [values[s] for _, values in self.wiring.branch_results]
+        state = self._new_state(s)
+        early = [x for x in [*wanted, *state.values()] if x is not None and x not in of_after]
+        known = self.known(moment, s, slots) | moment.gate(self.arrived_values(s, arrived))
+        made = dict(zip(map(_key, early), self.evaluate(part.before, known, early, moment), strict=True))
+        if part.after and late is not None:
+            then, kept = late
+            known = self.known(then, s, slots) | then.gate(self._kept_values(kept))
+            due = [x for x in wanted if x is not None and x in of_after]
+            made.update(zip(map(_key, due), self.evaluate(part.after, known, due, then), strict=True))
+        results = [
+            to_wire(made[_key(x)]) if x is not None and _key(x) in made else fill(wire_aval(aval), 0.0)
+            for (aval, _), x in zip(self.wiring.branch_results, wanted, strict=True)
+        ]
+        return results, [to_wire(made[_key(state[j])] if j in state else slots[j]) for j in self.loop.state_slots]
+
+    def _new_state(self, s: int) -> dict[int, Operand]:
+        """The values that stage s gives to the slots of its state."""
+        slot_of = self.loop.placement.slot_of(s)
+        outputs = self.loop.stages[s].outputs.items()
+        return {slot_of[self.loop.state[p]]: x for p, x in outputs if p in self.loop.state}
+
+    def known(self, moment: Moment, s: int, slots: list[Any]) -> dict[Value, Any]:
+        """Weights, inputs and constants of stage s, by value."""
+        stage, slot_of = self.loop.stages[s], self.loop.placement.slot_of(s)
+        weights = moment.gate({x: slots[slot_of[weight]] for x, weight in stage.weights.items()})
+        read = set(stage.inputs)
+        inputs = {x: moment.input(j) for j, x in enumerate(self.program.inputs) if x in read}
+        return {**self.program.constants, **weights, **inputs}
+
+    def arrived_values(self, s: int, arrived: list[Any]) -> dict[Value, Any]:
+        """What came over the lanes to stage s, by value."""
+        found = {}
+        for lane, x in zip(self.wiring.lanes, arrived, strict=True):
+            if s and (value := lane.values[s - 1]) is not None:
+                found[value] = from_wire(x, lane.aval)
+        return found
+
+    def _kept_values(self, kept: list[Any]) -> dict[Value, Any]:
+        avals = self.program.avals
+        return {x: from_wire(v, avals[x]) for (x, _), v in zip(self.wiring.kept, kept, strict=True)}
+
+    def evaluate(
+        self, ops: Sequence[Op], known: Mapping[Value, Any], wanted: Sequence[Operand], moment: Moment
+    ) -> list[Any]:
+        return evaluate(ops, known, wanted, moment.rows)
+
+    def send(self, value: Any, pairs: list[tuple[int, int]], moment: Moment) -> Any:
+        """Move a value between just these pairs of stages; an idle stage sends what bubbles compute on."""
+        value = to_wire(value)
+        value = jnp.where(moment.is_active, value, fill(jax.typeof(value), self.loop.bubble_fill))
+        return lax.ppermute(value, STAGE, pairs)
+
+
+def to_wire(value: Any) -> Any:
+    """A value in the form in which it is held and sent: random keys as their data."""
+    value = jnp.asarray(value)
+    return jax.random.key_data(value) if is_key(value) else value
+
+
+def from_wire(value: Any, aval: Any) -> Any:
+    """The inverse of `to_wire`, given the value's type."""
+    return jax.random.wrap_key_data(value, impl=jax.random.key_impl(aval)) if is_key(aval) else value
+
+
+def wire_aval(aval: Any) -> Any:
+    """The type of `to_wire` of a value of this type."""
+    shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    return jax.eval_shape(jax.random.key_data, shape) if is_key(aval) else shape
+
+
+def choose(condition: Any, a: Any, b: Any) -> Any:
+    """`where`, for random keys too."""
+    return from_wire(jnp.where(condition, to_wire(a), to_wire(b)), jax.typeof(a))
+
+
+def fill(aval: Any, value: float) -> Any:
+    """An array of a type, filled with a value, or with zeros where the type is not inexact."""
+    return jnp.full(aval.shape, value if jnp.issubdtype(aval.dtype, jnp.inexact) else 0, aval.dtype)
+
+
+def _key(operand: Any) -> Any:
+    """Literals have no identity of their own as mapping keys."""
+    return operand if isinstance(operand, int) else id(operand)
