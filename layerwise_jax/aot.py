@@ -226,10 +226,11 @@ def _library_calls(hlo: str) -> tuple[str, ...]:
 
 
 def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    """The bytes of one device's share of an argument. Types below a byte (int4) are packed."""
-    import jax
+    """The bytes of one device's share of an argument. Types below a byte (int4) are packed, keys hold their data."""
+    from jax import dtypes
 
     assert leaf.sharding is not None
     elements = math.prod(leaf.sharding.shard_shape(leaf.shape))
-    bits = jax.dtypes.itemsize_bits(leaf.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+    is_extended = dtypes.issubdtype(leaf.dtype, dtypes.extended)  # pyright: ignore[reportPrivateImportUsage]
+    bits = 8 * leaf.dtype.itemsize if is_extended else dtypes.itemsize_bits(leaf.dtype)
     return -(-elements * bits // 8)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from layerwise_jax.cost import LayerCost
 from layerwise_jax.detect import detect_device
 from layerwise_jax.device_spec import DeviceSpec
 from layerwise_jax.inputs import batch_size, first_rows
-from layerwise_jax.layers import LayerSequence, trace_layers
-from layerwise_jax.measure import measure_costs
-from layerwise_jax.partition import partition_layers
-from layerwise_jax.pipeline import Pipeline, Reduce, build_pipeline
+from layerwise_jax.layers import trace_layers
+from layerwise_jax.microbatch import Staging, StagingChoices, choose_staging
+from layerwise_jax.partition import CapacityError
+from layerwise_jax.pipeline import Pipeline, Reduce, ScheduleName, build_pipeline
 from layerwise_jax.placement import STAGE
 from layerwise_jax.plan import Sizes
 from layerwise_jax.program import nbytes
 from layerwise_jax.refusals import check_mesh
-
-# A pipeline with four microbatches a stage idles for less than a fifth of its ticks.
-MICROBATCHES_PER_STAGE = 4
+from layerwise_jax.schedule import Schedule
+from layerwise_jax.verdict import capacity_verdict, row_chunks_to_fit, streaming_notes
 
 
 def layerwise(
@@ -40,6 +38,7 @@ def layerwise(
     in_axes: Any = 0,
     state: Callable[[Any], Any] | None = None,
     batch_statistics: Literal["per_microbatch"] | None = None,
+    schedule: ScheduleName | Schedule = "1f1b",
 ) -> Pipeline:
     """Make `fn` run layer-wise.
 
@@ -49,15 +48,16 @@ def layerwise(
       *inputs: its inputs at the full batch, likewise; their leading axis is split into microbatches.
       mesh: a mesh with an axis `stage` (and possibly `data`); None puts a stage on each local device.
       num_stages: stages; None for as many as the mesh has devices on `stage`, or as there are layers.
-      num_microbatches: parts that the batch is split into on each replica; "auto" for the largest divisor of the batch
-        up to four a stage.
-      device: the device to size stages for; None for the one that JAX has.
+      num_microbatches: parts that the batch is split into on each replica; "auto" for the number that fits and whose
+        step is predicted to be shortest.
+      device: the device to size stages for, which need not be there; None for the one that JAX has.
       capacity: "l2" for the device's usable cache, a number of bytes, or None to balance without a cap.
       method: "dp" for the exact optimum, "greedy" for the paper's greedy layer aggregation.
       reduce: how outputs without a batch axis (a loss) combine over microbatches: "mean" or "sum".
       in_axes: as in `jax.vmap`, over the inputs: 0 for what is split, None for what every microbatch gets whole.
       state: picks from fn's outputs new values of some parameters, such as running averages.
       batch_statistics: "per_microbatch" if operations may mix the examples of a microbatch.
+      schedule: the order of forwards and backwards in training: a name, or a table of one's own.
 
     Raises:
       CapacityError: a layer, or the model, does not fit the capacity.
@@ -65,45 +65,86 @@ def layerwise(
       CutError: the program cannot be cut.
       ValueError: anything else that came wrong, named.
     """
-    spec = device or detect_device()
-    replicas, wanted = _ways(mesh, num_stages)
+    replicas, num_stages = _ways(mesh, num_stages, fn, params, inputs)
     batch = batch_size(inputs, in_axes)
-    count = _num_microbatches(num_microbatches, batch, replicas, wanted)
-    layers = trace_layers(fn, params, *first_rows(inputs, in_axes, batch // (count * replicas)))
-    if mesh is None:
-        mesh = stage_mesh(wanted if num_stages else min(wanted, len(layers)))
-    costs = measure_costs(layers)
-    cap = spec.usable_l2_bytes if capacity == "l2" else capacity
-    seconds, cut_seconds = roofline_seconds(layers, costs, spec)
-    partition = partition_layers(costs, mesh.shape[STAGE], cap, method, seconds=seconds, cut_seconds=cut_seconds)
+    if batch % replicas:
+        raise ValueError(f"A batch of {batch} does not split over {replicas} replicas (the mesh's axis 'data').")
+    spec = device or detect_device()
+    choices = StagingChoices(
+        trace=lambda rows: trace_layers(fn, params, *first_rows(inputs, in_axes, rows)),
+        num_examples=batch // replicas,
+        num_stages=num_stages,
+        device=spec,
+        target=device,
+        capacity=spec.usable_l2_bytes if capacity == "l2" else capacity,
+        method=method,
+    )
+    staging = _stage(choices, num_microbatches)
     return build_pipeline(
-        layers,
-        partition,
-        mesh,
-        count,
+        staging.layers,
+        staging.partition,
+        stage_mesh(num_stages) if mesh is None else mesh,
+        staging.num_microbatches,
         in_axes=in_axes,
         reduce=reduce,
         state=state,
         batch_statistics=batch_statistics,
-        sizes=Sizes(costs, spec.name, jax.default_backend(), cap),
+        schedule=schedule,
+        sizes=_sizes(choices, staging),
     )
 
 
-def roofline_seconds(
-    layers: LayerSequence, costs: Sequence[LayerCost], device: DeviceSpec
-) -> tuple[list[float], list[float]]:
-    """What layers take on a device, and what crossing each boundary takes.
+def _stage(choices: StagingChoices, num_microbatches: int | str) -> Staging:
+    """Cut the layers, with the number of microbatches that was asked for or the best.
 
-    A layer takes the longer of its arithmetic and of reading what it holds from the cache; a boundary takes its bytes
-    over the link's bandwidth. The link's latency is left out: the loop pays it once a tick, wherever the cuts are.
-
-    Returns:
-      Seconds of n layers; seconds of n + 1 boundaries, zero at both ends.
+    Raises:
+      CapacityError: they do not fit; with the capacity law for the model, and what would fit.
+      ValueError: the microbatches do not divide the batch.
     """
-    dtype = str(max(layers.signature.params_avals, key=nbytes).dtype)
-    seconds = [device.seconds(cost.flops, cost.size, dtype, resident=True) for cost in costs]
-    inner = [sent / device.link_bandwidth for sent in layers.boundary_bytes[1:-1]]
-    return seconds, [0.0, *inner, 0.0]
+    try:
+        if num_microbatches == "auto":
+            return choose_staging(choices)
+        if not isinstance(num_microbatches, int) or num_microbatches < 1 or choices.num_examples % num_microbatches:
+            raise ValueError(
+                f"{choices.num_examples} examples on each replica do not split into {num_microbatches!r} microbatches. "
+                "Choose a number that divides them, or 'auto'."
+            )
+        return choices.measured(num_microbatches)
+    except CapacityError as error:
+        raise _with_verdict(error, choices) from None
+
+
+def _with_verdict(error: CapacityError, choices: StagingChoices) -> CapacityError:
+    costs = choices.gauge(choices.num_examples).costs()
+    error = error.with_note(str(capacity_verdict(costs, choices.device, choices.num_stages, _bits(choices))))
+    if error.layers is None or choices.capacity is None:
+        return error
+    layer = costs[error.layers[0]]
+    chunks = row_chunks_to_fit(layer, choices.capacity)
+    if chunks is None or chunks == 1:
+        return error.with_note("" if chunks is None else f"At one example a microbatch '{layer.name}' fits.")
+    return error.with_note(f"At one example a microbatch '{layer.name}' fits if its rows are run in {chunks} chunks.")
+
+
+def _bits(choices: StagingChoices) -> int:
+    """Bits of a weight, by the largest leaf."""
+    leaves = choices.trace(1).signature.params_avals
+    return max(leaves, key=nbytes).dtype.itemsize * 8
+
+
+def _sizes(choices: StagingChoices, staging: Staging) -> Sizes:
+    """What the plan says of sizes: layers, compiled stages, and what of it streams."""
+    groups = [staging.costs[a:b] for a, b in staging.partition.stages]
+    notes = [str(capacity_verdict(staging.costs, choices.device, choices.num_stages, _bits(choices)))]
+    if choices.capacity is None:
+        notes += streaming_notes(groups, choices.device)
+    return Sizes(
+        costs=staging.costs,
+        device=choices.device.name,
+        measured_on=f"{staging.gauge.compiler}, {staging.gauge.num_compiles} programs compiled",
+        capacity=choices.capacity,
+        notes=tuple(notes),
+    )
 
 
 def stage_mesh(num_stages: int) -> Mesh:
@@ -121,31 +162,10 @@ def stage_mesh(num_stages: int) -> Mesh:
     return Mesh(np.array(devices[:num_stages]), (STAGE,), axis_types=(AxisType.Auto,))
 
 
-def _ways(mesh: Mesh | None, num_stages: int | None) -> tuple[int, int]:
-    """(replicas, stages) that were asked for, or that the devices suggest."""
+def _ways(mesh: Mesh | None, num_stages: int | None, fn: Any, params: Any, inputs: tuple[Any, ...]) -> tuple[int, int]:
+    """(replicas, stages) that were asked for, or that devices and layers suggest."""
     if num_stages is not None and num_stages < 1:
         raise ValueError(f"num_stages is {num_stages}; at least one stage is wanted.")
-    if mesh is None:
-        return 1, num_stages or jax.local_device_count()
-    replicas = check_mesh(mesh, num_stages)
-    return replicas, mesh.shape[STAGE]
-
-
-def _num_microbatches(asked: int | str, batch: int, replicas: int, num_stages: int) -> int:
-    """Microbatches on each replica.
-
-    Raises:
-      ValueError: they do not divide the batch.
-    """
-    if asked == "auto":
-        if batch % replicas:
-            raise ValueError(f"A batch of {batch} does not split over {replicas} replicas (the mesh's axis 'data').")
-        most = MICROBATCHES_PER_STAGE * num_stages
-        return max(m for m in range(1, most + 1) if batch // replicas % m == 0)
-    if not isinstance(asked, int) or asked < 1 or batch % (asked * replicas):
-        raise ValueError(
-            f"A batch of {batch} does not split into {asked!r} microbatches"
-            + (f" on each of {replicas} replicas" if replicas > 1 else "")
-            + ". Choose a number that divides it, or 'auto'."
-        )
-    return asked
+    if mesh is not None:
+        return check_mesh(mesh, num_stages), mesh.shape[STAGE]
+    return 1, num_stages or min(jax.local_device_count(), len(trace_layers(fn, params, *inputs)))

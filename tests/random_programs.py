@@ -1,7 +1,8 @@
 """Random layered programs: what hypothesis draws, what it stands for, and what runs it.
 
 A program keeps every value that it has made; a layer reads the last one, and some read an earlier one too. Values are
-float arrays of shape (examples, TIME, WIDTH), in float32 or bfloat16, and no layer mixes examples.
+float arrays of shape (examples, TIME, WIDTH), of the dtype of the features or cast to the next narrower one, and no
+layer mixes examples.
 """
 
 from __future__ import annotations
@@ -70,24 +71,24 @@ class RandomProgram:
     def loss_fn(self, params: Any, *inputs: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         """A mean over the examples, and the outputs."""
         outputs = self.fn(params, *inputs)
-        return sum(jnp.mean(jnp.square(x.astype(jnp.float32) - 0.5)) for x in outputs), outputs  # type: ignore[return-value]
+        return sum(jnp.mean(jnp.square(x.astype(inputs[0].dtype) - 0.5)) for x in outputs), outputs  # type: ignore[return-value]
 
-    def params(self) -> dict[str, dict[str, jax.Array]]:
+    def params(self, dtype: Any = np.float32) -> dict[str, dict[str, jax.Array]]:
         random = np.random.default_rng(0)
         own = [layer for layer in every_layer(self.layers) if layer.kind in WEIGHTS]
         return {
             layer.weights: {
-                name: jnp.asarray(0.5 * random.standard_normal(shape), jnp.float32)
+                name: jnp.asarray(0.5 * random.standard_normal(shape), dtype)
                 for name, shape in WEIGHTS[layer.kind].items()
             }
             for layer in own
         }
 
-    def inputs(self, examples: int) -> tuple[jax.Array, ...]:
+    def inputs(self, examples: int, dtype: Any = np.float32) -> tuple[jax.Array, ...]:
         random = np.random.default_rng(1)
-        features, side = random.standard_normal((2, examples, TIME, WIDTH)).astype(np.float32)
+        features, side = random.standard_normal((2, examples, TIME, WIDTH)).astype(dtype)
         tokens = random.integers(0, VOCABULARY, (examples, TIME), np.int32)
-        return tuple(jnp.asarray(x) for x in (features, side, tokens, tokens % 2 == 0, np.full(WIDTH, 0.5, np.float32)))
+        return tuple(jnp.asarray(x) for x in (features, side, tokens, tokens % 2 == 0, np.full(WIDTH, 0.5, dtype)))
 
 
 def every_layer(layers: Sequence[Layer]) -> list[Layer]:
@@ -153,7 +154,9 @@ class _Run:
         return 0.5 * (self.x + earlier.astype(self.x.dtype))
 
     def cast(self, _: Any) -> jax.Array:
-        return self.x.astype((jnp.bfloat16, jnp.float32)[self.layer.choice % 2])
+        widest = self.inputs[0].dtype
+        narrower = jnp.float32 if widest == jnp.float64 else jnp.bfloat16
+        return self.x.astype((narrower, widest)[self.layer.choice % 2])
 
     def constant(self, _: Any) -> jax.Array:
         return self.x * POSITIONS.astype(self.x.dtype)

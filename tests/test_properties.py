@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from random_programs import RandomProgram, programs
@@ -77,25 +77,27 @@ def test_stages_of_many_programs_equal_them_bitwise(program: RandomProgram, data
     check_stages_equal_the_program(program, data)
 
 
-@settings(max_examples=12)
+@settings(max_examples=60, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # to shrink takes minutes
 @given(programs(min_layers=3, max_layers=7), st.data())
 def test_a_compiled_pipeline_has_the_values_and_gradients_of_the_program(
     stage_mesh: Callable[..., Mesh], program: RandomProgram, data: st.DataObject
 ) -> None:
-    params, count = program.params(), data.draw(st.integers(1, 4), label="microbatches")
-    inputs = program.inputs(EXAMPLES * count)
-    layers = trace_layers(program.loss_fn, params, *rows_of(program, inputs, 0))
-    boundaries = draw_boundaries(data, len(layers), 4)
-    mesh = stage_mesh(len(boundaries) - 1)
-    pipeline = build_pipeline(layers, boundaries, mesh, count, in_axes=program.in_axes, reduce="mean")
-    (loss, outputs), grads = jax.jit(pipeline.value_and_grad)(pipeline.place(params), *inputs)
-    unstaged = jax.jit(jax.value_and_grad(program.loss_fn, has_aux=True))
-    (wanted_loss, wanted_outputs), wanted_grads = unstaged(params, *inputs)
-    # XLA rounds to bfloat16 where it likes
-    tolerance = 0.05 if program.has_casts else 1e-6
-    assert_close(loss, wanted_loss, tolerance)
-    jax.tree.map(lambda x, y: assert_close(x, y, tolerance), outputs, wanted_outputs)
-    jax.tree.map(lambda x, y: assert_close(x, y, tolerance), pipeline.gather(grads), wanted_grads)
+    count = data.draw(st.integers(1, 4), label="microbatches")
+    with jax.enable_x64(True):  # so that what rounding does is far below what an error would
+        params, inputs = program.params(np.float64), program.inputs(EXAMPLES * count, np.float64)
+        layers = trace_layers(program.loss_fn, params, *rows_of(program, inputs, 0))
+        boundaries = draw_boundaries(data, len(layers), 4)
+        mesh = stage_mesh(len(boundaries) - 1)
+        pipeline = build_pipeline(layers, boundaries, mesh, count, in_axes=program.in_axes, reduce="mean")
+        value, grads = compile_lightly(pipeline.value_and_grad)(pipeline.place(params), *inputs)
+        wanted = compile_lightly(jax.value_and_grad(program.loss_fn, has_aux=True))(params, *inputs)
+        tolerance = 1e-4 if program.has_casts else 1e-9
+        jax.tree.map(lambda x, y: assert_close(x, y, tolerance), (value, pipeline.gather(grads)), wanted)
+
+
+def compile_lightly(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`jit` in half the time, since speed is not what is tested."""
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def assert_close(x: jax.Array, y: jax.Array, tolerance: float) -> None:
