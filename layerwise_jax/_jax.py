@@ -13,6 +13,7 @@ import jax
 from jax._src import config as _config
 from jax._src import source_info_util as _source_info
 from jax._src.state.types import AbstractRef
+from jax.core import ShapedArray, Tracer
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "Jaxpr",
     "JaxprEqn",
     "Literal",
+    "ShapedArray",
+    "Tracer",
     "Var",
     "bind",
     "emulate_devices",
@@ -41,6 +44,11 @@ def bind(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     with _source_info.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
         out = eqn.primitive.bind(*operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def avals_of(variables: Sequence[Any]) -> list[Any]:
+    """The types of an equation's variables."""
+    return [variable.aval for variable in variables]
 
 
 def inner_jaxpr(eqn: JaxprEqn) -> Jaxpr:

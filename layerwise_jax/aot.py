@@ -13,7 +13,8 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ class CompiledProgram:
       library_calls: calls into libraries (cuDNN, cuSOLVER), whose workspace an absent device's sizes leave out.
       compile_seconds: what compiling took.
       assignment: all allocations and their buffers; None where XLA gave none, in which case `memory_analysis` served.
+      options: the XLA options that it was compiled with.
     """
 
     compiled_by: str
@@ -70,6 +72,7 @@ class CompiledProgram:
     library_calls: tuple[str, ...]
     compile_seconds: float
     assignment: BufferAssignment | None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def can_compile_for_absent_gpus() -> bool:
@@ -143,9 +146,11 @@ def compile_for(
     target = jax.local_devices()[0] if device is None else absent_devices(device)[0]
     args = _placed(args, jax.sharding.SingleDeviceSharding(target))
     # Arguments that are not used are kept, so that the program's parameters are the leaves of `args`, one for one.
-    traced = jax.jit(fn, keep_unused=True, donate_argnums=tuple(donate)).trace(*args)
+    with _kernels_for(target, args):
+        traced = jax.jit(fn, keep_unused=True, donate_argnums=tuple(donate)).trace(*args)
+        lowered = traced.lower()
     started = time.perf_counter()
-    compiled, assignment = _compile(traced.lower(), options or {})
+    compiled, assignment = _compile(lowered, options or {})
     seconds = time.perf_counter() - started
     work = count_work(traced.jaxpr)
     return CompiledProgram(
@@ -158,7 +163,23 @@ def compile_for(
         library_calls=_library_calls(compiled.as_text() or ""),
         compile_seconds=seconds,
         assignment=assignment,
+        options=dict(options or {}),
     )
+
+
+def _kernels_for(target: Any, args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """A context in which Pallas lowers its kernels for the target; without it, for the first local device.
+
+    A program over a mesh is traced in that mesh's context, whose devices are the target's kind.
+    """
+    import jax
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(args)]
+    meshes = [sharding.mesh.abstract_mesh for sharding in shardings if isinstance(sharding, jax.sharding.NamedSharding)]
+    device = AbstractDevice(target.device_kind, None, target.platform)
+    alone = AbstractMesh((1,), ("device",), (AxisType.Auto,), abstract_device=device)
+    return use_abstract_mesh(meshes[0] if meshes else alone)
 
 
 def _is_importable(module: str) -> bool:

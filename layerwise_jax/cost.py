@@ -39,7 +39,7 @@ class LayerCost:
 
     @property
     def size(self) -> int:
-        """The paper's size(l) = weight_size + activation_size + buffer_size: a bound on what is held, which adds."""
+        """Weights, activations and buffers together: what the paper calls the size of a layer."""
         return self.weight_bytes + self.activation_bytes + self.buffer_bytes
 
     def __add__(self, other: LayerCost) -> LayerCost:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerwise_jax import _jax
-from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal
+from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal, ShapedArray, Tracer
 from layerwise_jax.program import Op, Operand, Program, Remat, Value, Weight
 
 FROM_WEIGHTS, FROM_INPUTS = 1, 2
@@ -136,7 +136,7 @@ class _Flattener:
         return [read(atom) for atom in jaxpr.outvars]
 
     def constant(self, const: Any, aval: Any) -> Value:
-        if isinstance(const, jax.core.Tracer):
+        if isinstance(const, Tracer):
             raise ValueError(
                 f"The function closes over a traced array ({aval}); a stage's program must know all that it reads. "
                 "Pass that array as a parameter or as an input."
@@ -198,7 +198,7 @@ class _Flattener:
     def _row(self, operand: Operand, i: int, remats: tuple[Remat, ...]) -> Operand:
         view = self._rows_of(operand, i, i + 1)
         if view is None:  # the index is an operand, so that the iterations are the same operations
-            index = Literal(np.int32(i), jax.core.ShapedArray((), np.dtype(np.int32)))
+            index = Literal(np.int32(i), ShapedArray((), np.dtype(np.int32)))
             return self.replay(_take, [operand, index], remats)[0]
         return self.replay(lambda x: jax.lax.squeeze(x, (0,)), [view], remats)[0]
 
@@ -235,7 +235,7 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 def _leading_rows(eqn: JaxprEqn) -> tuple[int, int] | None:
     """(start, stop) where a slice takes whole rows of the first axis."""
-    shape = eqn.invars[0].aval.shape
+    shape = _jax.avals_of(eqn.invars)[0].shape
     start, stop, strides = (eqn.params[k] for k in ("start_indices", "limit_indices", "strides"))
     whole = tuple(start[1:]) == (0,) * (len(shape) - 1) and tuple(stop[1:]) == tuple(shape[1:])
     unit = strides is None or all(stride == 1 for stride in strides)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -189,7 +190,7 @@ def find_layers(program: Program, modules: Sequence[Module]) -> tuple[Layer, ...
         return ()
     widths = live_bytes(program, anchors)
     starts = [0]
-    for (_, _, last), (_, first, _) in zip(runs, runs[1:], strict=False):
+    for (_, _, last), (_, first, _) in pairwise(runs):
         candidates = range(last + 1, first + 1)
         starts.append(min(candidates, key=lambda position: (widths[position], -position)))
     stops = [*starts[1:], len(anchors)]

@@ -144,6 +144,7 @@ def _sizes(choices: StagingChoices, staging: Staging) -> Sizes:
         measured_on=f"{staging.gauge.compiler}, {staging.gauge.num_compiles} programs compiled",
         capacity=choices.capacity,
         notes=tuple(notes),
+        stage_bytes=staging.stage_bytes,
     )
 
 

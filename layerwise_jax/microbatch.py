@@ -21,13 +21,17 @@ GROWING = ("activation_bytes", "buffer_bytes", "flops", "bytes_accessed", "peak_
 
 @dataclass(frozen=True, eq=False)
 class Staging:
-    """A number of microbatches, with the layers at that size, what they cost, and where they are cut."""
+    """A number of microbatches, with the layers at that size, what they cost, and where they are cut.
+
+    `stage_bytes` is what each stage holds at its peak, compiled as one program; None where that was not asked for.
+    """
 
     num_microbatches: int
     layers: LayerSequence
     gauge: Gauge
     costs: tuple[LayerCost, ...]
     partition: Partition
+    stage_bytes: tuple[int, ...] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +59,21 @@ class StagingChoices:
     def measured(self, num_microbatches: int) -> Staging:
         """The staging with so many microbatches, its layers compiled at that size.
 
+        Under a capacity its stages are compiled too; if one holds more than its layers promised and does not fit, the
+        layers are cut again, by compiled sizes.
+
         Raises:
           CapacityError: it does not fit.
         """
         gauge = self.gauge(num_microbatches)
         costs = gauge.costs()
-        return Staging(num_microbatches, gauge.layers, gauge, costs, self.cut(gauge.layers, costs))
+        partition = self.cut(gauge.layers, costs)
+        if self.capacity is None:
+            return Staging(num_microbatches, gauge.layers, gauge, costs, partition, None)
+        if any(gauge.stage_bytes(a, b) > self.capacity for a, b in partition.stages):
+            partition = self.cut(gauge.layers, costs, measure=gauge.stage_bytes)
+        sizes = tuple(gauge.stage_bytes(a, b) for a, b in partition.stages)
+        return Staging(num_microbatches, gauge.layers, gauge, costs, partition, sizes)
 
     def gauge(self, num_microbatches: int) -> Gauge:
         return Gauge(self.trace(self.num_examples // num_microbatches), self.target)
@@ -106,7 +119,7 @@ def choose_staging(choices: StagingChoices) -> Staging:
 
 
 def between(small: LayerCost, large: LayerCost, share: float) -> LayerCost:
-    """The cost of a layer between two measured sizes of the microbatch: `share` is 0 at the small one, 1 at the large."""
+    """The cost of a layer between two measured microbatches: `share` is 0 at the small one, 1 at the large."""
     grown: dict[str, Any] = {}
     for name in GROWING:
         low, high = getattr(small, name), getattr(large, name)

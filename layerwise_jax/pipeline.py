@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from layerwise_jax._jax import is_key
 from layerwise_jax.alignment import align_stages
 from layerwise_jax.batching import Batching, analyse_batching
+from layerwise_jax.compiling import CompiledPipeline, compile_pipeline
 from layerwise_jax.inputs import check_inputs, input_axes
 from layerwise_jax.layers import LayerSequence
 from layerwise_jax.loop import Loop
@@ -159,6 +160,12 @@ class Pipeline:
 
     def _has_gradient(self, slot: int) -> bool:
         return jnp.issubdtype(self.placement.slots[slot].aval.dtype, jnp.inexact)
+
+    def compile(
+        self, staged: Any, *inputs: Any, options: Literal["auto"] | Mapping[str, Any] | None = "auto"
+    ) -> CompiledPipeline:
+        """The pipeline compiled with XLA options of its own: see `compile_pipeline`."""
+        return compile_pipeline(self, staged, inputs, options)
 
     def _check_loss(self) -> None:
         aval = self.layers.signature.outputs_avals[0]
@@ -308,7 +315,7 @@ def build_pipeline(
     stages = cut_stages(layers, boundaries)
     check_state(new_state, stages)
     alignment = align_stages(layers, boundaries, stages, with_body=not new_state)
-    placement = assign_slots(layers.program, stages, alignment, layers.signature)
+    placement = assign_slots(layers.program, stages, alignment, layers.signature, new_state)
     wiring = wire(layers.program, stages, alignment)
     loop = Loop(layers.program, stages, alignment, wiring, placement, num_microbatches, axes, new_state, bubble_fill)
     plan = _plan(partition, loop, sizes or measured_by_shape(layers))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from layerwise_jax._jax import is_key
+from layerwise_jax._jax import Tracer, is_key
 from layerwise_jax.alignment import Alignment
 from layerwise_jax.layers import Signature
 from layerwise_jax.modules import path_names
@@ -148,11 +148,12 @@ class Placement:
             return jax.ShapeDtypeStruct(shape, slot.aval.dtype, sharding=sharding)
         empty = _zeros(slot.aval)
         rows = [empty if weight is None else weight.of(leaves[weight.leaf]) for weight in slot.weights]
-        if any(isinstance(row, jax.core.Tracer) for row in rows):
+        if any(isinstance(row, Tracer) for row in rows):
             return jax.lax.with_sharding_constraint(jnp.stack(rows), sharding)
         shards = [
             jax.device_put(rows[index[0].start or 0][None], device)
             for device, index in sharding.addressable_devices_indices_map(shape).items()
+            if index is not None
         ]
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
@@ -165,7 +166,7 @@ def _zeros(aval: Any) -> Any:
 
 def _row(array: Any, stage: int) -> Any:
     """One stage's row, read where it lives if the array is concrete."""
-    if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct) or not getattr(array, "is_fully_addressable", False):
+    if isinstance(array, Tracer | jax.ShapeDtypeStruct) or not getattr(array, "is_fully_addressable", False):
         return array[stage]
     if is_key(array):
         data = _row(jax.random.key_data(array), stage)
@@ -177,8 +178,24 @@ def _row(array: Any, stage: int) -> Any:
     raise AssertionError("a fully addressable array lacks a row")
 
 
-def assign_slots(program: Program, stages: Sequence[Stage], alignment: Alignment, signature: Signature) -> Placement:
-    """Give every weight of every stage a slot."""
+def assign_slots(
+    program: Program,
+    stages: Sequence[Stage],
+    alignment: Alignment,
+    signature: Signature,
+    state: Mapping[int, Weight],
+) -> Placement:
+    """Give every weight of every stage a slot.
+
+    State shares no slot with what is not state, since it changes with each microbatch and has no gradient.
+
+    Args:
+      program: the program.
+      stages: its stages.
+      alignment: which weights stand at the same place of the stages' common body.
+      signature: trees and types of the parameters.
+      state: for outputs that are new values of weights, which weight.
+    """
     num_stages = len(stages)
     rows: list[tuple[Any, list[Weight | None]]] = []
     placed: list[dict[Weight, int]] = [{} for _ in stages]
@@ -187,9 +204,10 @@ def assign_slots(program: Program, stages: Sequence[Stage], alignment: Alignment
         for s, weight in enumerate(weights):
             placed[s][weight] = len(rows)
         rows.append((program.avals[values[0]], list(weights)))
-    common = len(rows)
-    for (value, weight), users in _odd_weights(program, stages, placed).items():
-        slot = _free_slot(rows, common, program.avals[value], users, num_stages)
+    common, changing = len(rows), set(state.values())
+    for (value, weight), users in _odd_weights(program, stages, placed, state).items():
+        shareable = [j for j in range(common, len(rows)) if changing.isdisjoint(rows[j][1]) == (weight not in changing)]
+        slot = _free_slot(rows, shareable, program.avals[value], users, num_stages)
         for s in users:
             rows[slot][1][s] = weight
     names = _slot_names([weights for _, weights in rows], signature)
@@ -198,22 +216,30 @@ def assign_slots(program: Program, stages: Sequence[Stage], alignment: Alignment
 
 
 def _odd_weights(
-    program: Program, stages: Sequence[Stage], placed: Sequence[Mapping[Weight, int]]
+    program: Program, stages: Sequence[Stage], placed: Sequence[Mapping[Weight, int]], state: Mapping[int, Weight]
 ) -> dict[tuple[Value, Weight], list[int]]:
     """The stages that use each weight outside the common body; a weight that nothing uses lives on stage 0."""
+    renewed = [{state[p] for p in stage.outputs if p in state} for stage in stages]
     used = {value for stage in stages for value in stage.weights}
     odd: dict[tuple[Value, Weight], list[int]] = {}
     for value, weight in program.weights.items():
-        users = [s for s, stage in enumerate(stages) if value in stage.weights and weight not in placed[s]]
+        readers = [s for s, stage in enumerate(stages) if value in stage.weights or weight in renewed[s]]
+        users = [s for s in readers if weight not in placed[s]]
         if users or value not in used:
             odd[value, weight] = users or [0]
     return dict(sorted(odd.items(), key=lambda item: -len(item[1])))
 
 
 def _free_slot(
-    rows: list[tuple[Any, list[Weight | None]]], common: int, aval: Any, users: Sequence[int], num_stages: int
+    rows: list[tuple[Any, list[Weight | None]]],
+    shareable: Sequence[int],
+    aval: Any,
+    users: Sequence[int],
+    num_stages: int,
 ) -> int:
-    for j, (other, weights) in enumerate(rows[common:], start=common):
+    """The first of the slots that may be shared that has this type and room on these stages, or a new one."""
+    for j in shareable:
+        other, weights = rows[j]
         if (other.shape, other.dtype) == (aval.shape, aval.dtype) and all(weights[s] is None for s in users):
             return j
     rows.append((aval, [None] * num_stages))

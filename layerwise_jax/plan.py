@@ -16,13 +16,17 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True)
 class Sizes:
-    """What was measured of the layers, for which device, by what, and the capacity that they were held against."""
+    """What was measured of the layers, for which device, by what, and the capacity that they were held against.
+
+    `stage_bytes` is what each stage holds compiled as one program, where that was measured.
+    """
 
     costs: tuple[LayerCost, ...]
     device: str
     measured_on: str
     capacity: int | None = None
     notes: tuple[str, ...] = ()
+    stage_bytes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class StagePlan:
     Attributes:
       layers: the names of its layers, in order.
       weight_bytes, activation_bytes, buffer_bytes: sums over its layers, of one microbatch.
+      compiled_bytes: what the stage holds at its peak, compiled as one program; None if that was not measured.
       send_bytes: bytes of one microbatch that cross the boundary after it.
     """
 
@@ -39,11 +44,12 @@ class StagePlan:
     weight_bytes: int
     activation_bytes: int
     buffer_bytes: int
+    compiled_bytes: int | None
     send_bytes: int
 
     @property
     def size(self) -> int:
-        """The paper's S(P): the sum of size(l) over the layers of the stage."""
+        """The sum of the sizes of the stage's layers, S(P) in the paper."""
         return self.weight_bytes + self.activation_bytes + self.buffer_bytes
 
 
@@ -144,7 +150,8 @@ def make_plan(
       has_branch: whether the loop has a branch.
     """
     groups = [sizes.costs[a:b] for a, b in pairwise(getattr(partition, "boundaries", partition))]
-    stages = tuple(_stage_plan(costs, sent) for costs, sent in zip(groups, send_bytes, strict=True))
+    compiled = sizes.stage_bytes or (None,) * len(groups)
+    stages = tuple(map(_stage_plan, groups, compiled, send_bytes))
     return Plan(
         stages=stages,
         capacity=sizes.capacity,
@@ -168,12 +175,13 @@ def _reasons(partition: Any) -> tuple[str, str]:
     return getattr(partition, "limits", ""), getattr(partition, "proof", "")
 
 
-def _stage_plan(costs: Sequence[LayerCost], send_bytes: int) -> StagePlan:
+def _stage_plan(costs: Sequence[LayerCost], compiled_bytes: int | None, send_bytes: int) -> StagePlan:
     return StagePlan(
         layers=tuple(cost.name for cost in costs),
         weight_bytes=sum(cost.weight_bytes for cost in costs),
         activation_bytes=sum(cost.activation_bytes for cost in costs),
         buffer_bytes=sum(cost.buffer_bytes for cost in costs),
+        compiled_bytes=compiled_bytes,
         send_bytes=send_bytes,
     )
 

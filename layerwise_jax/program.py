@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from layerwise_jax._jax import AbstractRef, JaxprEqn, Literal, bind, is_key
+from layerwise_jax._jax import AbstractRef, JaxprEqn, Literal, avals_of, bind, is_key
 
 Value = int
 Operand = int | Literal
@@ -151,7 +151,7 @@ def _run(op: Op, known: dict[Value, Any], rows: Rows | None) -> None:
     if op.full_rows is None or rows is None:
         results = bind(op.eqn, operands)
     else:
-        size = op.eqn.outvars[0].aval.shape[op.full_rows.axis]
+        size = avals_of(op.eqn.outvars)[0].shape[op.full_rows.axis]
         whole = bind(op.full_rows.eqn, operands)
         results = [lax.dynamic_slice_in_dim(x, rows.index * size, size, op.full_rows.axis) for x in whole]
     known.update(zip(op.results, results, strict=True))

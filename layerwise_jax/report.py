@@ -22,7 +22,7 @@ def plan_table(plan: Plan) -> str:
     table = Table(title=_title(plan), title_justify="left", title_style="bold")
     for name in ("stage", "layers"):
         table.add_column(name, justify="left", overflow="fold")
-    for name in ("weights", "activations", "workspace", "total"):
+    for name in ("weights", "activations", "workspace", "total", "compiled"):
         table.add_column(name, justify="right")
     table.add_column("of the capacity" if plan.capacity else "of the largest", justify="left")
     table.add_column("sends", justify="right")
@@ -74,7 +74,8 @@ def _title(plan: Plan) -> str:
 
 
 def _sizes(stage: StagePlan) -> list[str]:
-    return [_bytes(n) for n in (stage.weight_bytes, stage.activation_bytes, stage.buffer_bytes, stage.size)]
+    sizes = [_bytes(n) for n in (stage.weight_bytes, stage.activation_bytes, stage.buffer_bytes, stage.size)]
+    return [*sizes, "-" if stage.compiled_bytes is None else _bytes(stage.compiled_bytes)]
 
 
 def _footer(plan: Plan) -> list[str]:

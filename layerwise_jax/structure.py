@@ -89,7 +89,7 @@ def _fingerprint_eqn(eqn: JaxprEqn) -> Hashable:
 
 def _fingerprint_rule(eqn: JaxprEqn) -> Hashable:
     """What a custom derivative does: its primal, and the trace of its forward and backward pass."""
-    avals = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars]
+    avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in _jax.avals_of(eqn.invars)]
     inexact = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in avals]
 
     def both_ways(*args: Any) -> Any:

@@ -337,10 +337,9 @@ class _Pull:
         made = dict(zip(asked, results, strict=True))
         moving = [x for x, v in arrived.items() if _is_inexact(v)]
         gradients = dict(zip(moving, of_arrived, strict=True))
+        came = {j: lane.values[s - 1] if s else None for j, lane in enumerate(self.wiring.lanes) if j in self.of_lanes}
         of_lanes = {
-            j: gradients.get(lane.values[s - 1] if s else None, jnp.zeros_like(self.of_lanes[j]))
-            for j, lane in enumerate(self.wiring.lanes)
-            if j in self.of_lanes
+            j: jnp.zeros_like(self.of_lanes[j]) if x not in gradients else gradients[x] for j, x in came.items()
         }
         rows = [
             to_wire(made[r]) if r in made else fill(wire_aval(aval), 0.0)
@@ -358,7 +357,7 @@ class _Pull:
         seeds: Sequence[Any],
         accumulators: list[Any],
     ) -> tuple[list[Any], list[Any], list[Any]]:
-        """The vjp of `ops` on stage s: wanted values, gradients of the inexact reads, accumulators with the weights'."""
+        """The vjp of `ops` on stage s: wanted values, gradients of inexact reads, accumulators with the weights'."""
         used = {x for op in ops for x in op.values}
         slot_of = self.loop.placement.slot_of(s)
         weights = {x: slot_of[weight] for x, weight in self.loop.stages[s].weights.items() if x in used or x in wanted}

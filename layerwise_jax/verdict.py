@@ -49,7 +49,7 @@ class Verdict:
         return (
             f"{self.weight_bytes:,} bytes of weights; {self.num_devices} x {self.device} hold "
             f"{self.resident_bytes:,} bytes in cache ({self.usable_bytes:,} each). Devices needed: {needed}. "
-            f"The largest layer, '{self.largest_layer}', has {self.largest_layer_bytes:,} bytes and needs tensor ways: {ways}."
+            f"The largest layer, '{self.largest_layer}', has {self.largest_layer_bytes:,} bytes; tensor ways: {ways}."
         )
 
 

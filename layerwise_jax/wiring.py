@@ -160,7 +160,8 @@ class _Wirer:
             aval, result = self.program.avals[x], self.body_results[s].get(x)
             lane = next((lane for lane in self.lanes if self._fits(lane, s, x, result)), None)
             if lane is None:
-                lane = (aval, [None] * (len(self.stages) - 1), result)
+                idle: list[Value | None] = [None] * (len(self.stages) - 1)
+                lane = (aval, idle, result)
                 self.lanes.append(lane)
             lane[1][s] = x
 
@@ -211,6 +212,6 @@ class _Wirer:
         values[s] = operand
         return Output(s, self._branch_result(aval, values), lag)
 
-    def _branch_result(self, aval: Any, values: list[Operand | None]) -> FromBranch:
-        self.branch_results.append((aval, values))
+    def _branch_result(self, aval: Any, values: Sequence[Operand | None]) -> FromBranch:
+        self.branch_results.append((aval, list(values)))
         return FromBranch(len(self.branch_results) - 1)

@@ -77,7 +77,7 @@ def test_stages_of_many_programs_equal_them_bitwise(program: RandomProgram, data
     check_stages_equal_the_program(program, data)
 
 
-@settings(max_examples=60, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # to shrink takes minutes
+@settings(max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # to shrink takes minutes
 @given(programs(min_layers=3, max_layers=7), st.data())
 def test_a_compiled_pipeline_has_the_values_and_gradients_of_the_program(
     stage_mesh: Callable[..., Mesh], program: RandomProgram, data: st.DataObject

@@ -32,7 +32,7 @@ DEPTH = 12
 MODEL = GPT(vocabulary=256, width=96, depth=DEPTH, heads=4, context=64)
 LEARNING_RATE = 3e-3
 # Adam divides by the gradient's size. Below this lies rounding, which it would otherwise blow up to whole steps.
-EPSILON = 1e-6
+EPSILON = 1e-5
 # What float32 rounding adds up to over a few hundred steps is below this by an order of magnitude.
 TOLERANCE = 1e-4
 PICTURES = (".png", ".svg", ".pdf")
