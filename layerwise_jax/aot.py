@@ -13,14 +13,14 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise_jax.buffers import BufferAssignment, decode_buffer_assignment, decode_hlo
 from layerwise_jax.flops import count_work
-from layerwise_jax.gpu_target import target_config
+from layerwise_jax.gpu_target import architecture_of, target_config
 
 if TYPE_CHECKING:
     import jax
@@ -146,7 +146,7 @@ def compile_for(
     target = jax.local_devices()[0] if device is None else absent_devices(device)[0]
     args = _placed(args, jax.sharding.SingleDeviceSharding(target))
     # Arguments that are not used are kept, so that the program's parameters are the leaves of `args`, one for one.
-    with _kernels_for(target, args):
+    with _kernels_for(device, args):
         traced = jax.jit(fn, keep_unused=True, donate_argnums=tuple(donate)).trace(*args)
         lowered = traced.lower()
     started = time.perf_counter()
@@ -167,19 +167,18 @@ def compile_for(
     )
 
 
-def _kernels_for(target: Any, args: tuple[Any, ...]) -> AbstractContextManager[Any]:
-    """A context in which Pallas lowers its kernels for the target; without it, for the first local device.
+def _kernels_for(device: DeviceSpec | None, args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """A context in which Pallas lowers its kernels for an absent device; without it, for the first local one.
 
-    A program over a mesh is traced in that mesh's context, whose devices are the target's kind.
+    A program over a mesh has its devices' kind from that mesh already.
     """
     import jax
-    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, use_abstract_mesh
 
-    shardings = [leaf.sharding for leaf in jax.tree.leaves(args)]
-    meshes = [sharding.mesh.abstract_mesh for sharding in shardings if isinstance(sharding, jax.sharding.NamedSharding)]
-    device = AbstractDevice(target.device_kind, None, target.platform)
-    alone = AbstractMesh((1,), ("device",), (AxisType.Auto,), abstract_device=device)
-    return use_abstract_mesh(meshes[0] if meshes else alone)
+    if device is None or any(isinstance(leaf.sharding, NamedSharding) for leaf in jax.tree.leaves(args)):
+        return nullcontext()
+    kind = AbstractDevice(architecture_of(device).pallas_kind, None, "gpu")
+    return use_abstract_mesh(AbstractMesh((1,), ("device",), (AxisType.Auto,), abstract_device=kind))
 
 
 def _is_importable(module: str) -> bool:

@@ -16,21 +16,23 @@ class Architecture:
       block_shared_memory: the most of it that one block may ask for.
       threads: threads of a multiprocessor.
       float32_units: float32 operations that a multiprocessor begins in a cycle.
+      pallas_kind: a device kind of this architecture that Pallas knows; it takes no more from it than the architecture.
     """
 
     shared_memory: int
     block_shared_memory: int
     threads: int
     float32_units: int
+    pallas_kind: str
 
 
 # CUDA C++ Programming Guide, "Technical specifications per compute capability" and "Arithmetic instructions".
 ARCHITECTURES = {
-    "8.0": Architecture(167936, 166912, 2048, 64),
-    "8.9": Architecture(102400, 101376, 1536, 128),
-    "9.0": Architecture(233472, 232448, 2048, 128),
-    "10.0": Architecture(233472, 232448, 2048, 128),
-    "12.0": Architecture(102400, 101376, 1536, 128),
+    "8.0": Architecture(167936, 166912, 2048, 64, "NVIDIA A100"),
+    "8.9": Architecture(102400, 101376, 1536, 128, "NVIDIA L4"),
+    "9.0": Architecture(233472, 232448, 2048, 128, "NVIDIA H100"),
+    "10.0": Architecture(233472, 232448, 2048, 128, "NVIDIA B200"),
+    "12.0": Architecture(102400, 101376, 1536, 128, "NVIDIA RTX PRO 6000"),
 }
 
 # The same on every architecture above, from the same tables.
@@ -44,8 +46,8 @@ LARGEST_GRID = (2**31 - 1, 65535, 65535)
 CUDNN_VERSION = (9, 8)
 
 
-def target_config(device: DeviceSpec) -> str:
-    """A GpuTargetConfigProto of the device in protobuf's text format.
+def architecture_of(device: DeviceSpec) -> Architecture:
+    """The device's architecture.
 
     Raises:
       ValueError: the device is no GPU, or of an architecture that the table lacks.
@@ -57,8 +59,17 @@ def target_config(device: DeviceSpec) -> str:
             f"{device.name} has compute capability {capability}; XLA:GPU can be asked for {known}. Choose a device of "
             "one of these, or size layers on the local backend."
         )
-    architecture = ARCHITECTURES[capability]
-    major, minor = capability.split(".")
+    return ARCHITECTURES[capability]
+
+
+def target_config(device: DeviceSpec) -> str:
+    """A GpuTargetConfigProto of the device in protobuf's text format.
+
+    Raises:
+      ValueError: as `architecture_of`.
+    """
+    architecture = architecture_of(device)
+    major, minor = str(device.compute_capability).split(".")
     return f"""
         gpu_device_info {{
           cuda_compute_capability {{ major: {major} minor: {minor} }}

@@ -53,7 +53,7 @@ def every_layer(layers: LayerSequence) -> range:
 def test_a_stage_for_every_layer_gives_the_same_bits(name: str) -> None:
     case = CASES[name]()
     layers = trace_case(case, case.fn, 1)
-    with jax.disable_jit():
+    with jax.disable_jit(name != "lstm"):  # its scans over time are one operation each, with jit and without
         got = run_stages(layers, every_layer(layers), case.params, *case.inputs)
         want = run_uncut(case)
     for (path, x), y in zip(tree_leaves_with_path(got), want, strict=True):
@@ -74,10 +74,11 @@ def test_a_long_skip_is_relayed_by_the_stages_between() -> None:
     case = CASES["unet"]()
     layers = trace_case(case, case.fn, 1)
     stages = cut_stages(layers, every_layer(layers))
-    relayed = [set(stage.receives) & set(stage.sends) for stage in stages]
-    first_skip = set(stages[1].receives) & set(stages[-2].receives)
-    assert len(first_skip) == 1
-    assert all(first_skip <= values for values in relayed[1:-2])
+    (skip,) = stages[0].sends
+    relaying = [s for s, stage in enumerate(stages) if skip in stage.receives and skip in stage.sends]
+    (user,) = [s for s, name in enumerate(layers.names) if name == "ConvTranspose_2"]
+    assert relaying == list(range(1, user))
+    assert skip in {x for op in stages[user].ops for x in op.values}
 
 
 def test_what_depends_on_no_data_moves_to_its_users() -> None:

@@ -90,7 +90,11 @@ def round_counts(round_bytes: int, smallest: int, largest: int) -> list[int]:
 
 
 def read_curve(
-    reader: Reader, programs: int, counts: Sequence[int], bytes_each: int, clock: Callable[[], float] = time.perf_counter
+    reader: Reader,
+    programs: int,
+    counts: Sequence[int],
+    bytes_each: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Reading]:
     """Bandwidth by working set, the best of a few runs of about `bytes_each` bytes.
 

@@ -1,0 +1,131 @@
+"""Roles through operations that work entry by entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from layerwise_jax.batch_roles import Mixes, Role, Rows, Step, Whole, build, known
+from layerwise_jax.batch_scale import additive, nonlinear, product
+
+Rule = Callable[[Step], Role | list[Role]]
+
+NONLINEAR = """
+abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp clz complex
+conj cos cosh digamma eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac integer_pow
+is_finite le le_to lgamma log log1p logistic lt lt_to max min mulhi ne nextafter not or polygamma population_count pow
+random_clone random_fold_in random_gamma random_gamma_grad random_seed regularized_incomplete_beta rem round rsqrt
+shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square tan tanh threefry2x32 xor zeta
+""".split()
+LINEAR = "add add_any copy copy_p imag neg pvary real reduce_precision sharding_constraint stop_gradient sub".split()
+
+# Of numbers that are known, such as the length of a batch on its way to a divisor.
+FOLDED: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "div": np.divide,
+    "eq": np.equal,
+    "exp": np.exp,
+    "ge": np.greater_equal,
+    "gt": np.greater,
+    "le": np.less_equal,
+    "log": np.log,
+    "lt": np.less,
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "ne": np.not_equal,
+    "neg": np.negative,
+    "pow": np.power,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "sqrt": np.sqrt,
+    "square": np.square,
+    "sub": np.subtract,
+}
+
+
+def common_axis(step: Step) -> int | None:
+    """The axis of the examples, where operands are paired entry by entry.
+
+    Raises:
+      Mixes: two operands have them along different axes.
+    """
+    axes = {role.axis for role in step.roles if isinstance(role, Rows)}
+    if len(axes) > 1:
+        raise Mixes("pairs the examples along one axis with the examples along another")
+    return axes.pop() if axes else None
+
+
+def folded(step: Step) -> Role | None:
+    """The result where every operand is a known number."""
+    fills = [role.fill for role in step.roles if isinstance(role, Whole)]
+    fold = _cast(step) if step.name == "convert_element_type" else FOLDED.get(step.name)
+    if fold is None or None in fills or len(fills) < len(step.roles):
+        return None
+    dtype = step.micro.outvars[0].aval.dtype
+    with np.errstate(all="ignore"):
+        micro, full = (np.asarray(fold(*(fill[i] for fill in fills if fill))).astype(dtype)[()] for i in (0, 1))
+    integer_division = step.name == "div" and not jnp.issubdtype(dtype, jnp.inexact)
+    return None if integer_division else known(micro, full)
+
+
+def _cast(step: Step) -> Callable[[Any], Any]:
+    return lambda x: x
+
+
+def _linear(step: Step) -> Role:
+    return build(common_axis(step), *additive(step))
+
+
+def _nonlinear(step: Step) -> Role:
+    return build(common_axis(step), *nonlinear(step))
+
+
+def _mul(step: Step) -> Role:
+    return build(common_axis(step), *product(step))
+
+
+def _div(step: Step) -> Role:
+    if not jnp.issubdtype(step.micro.outvars[0].aval.dtype, jnp.inexact):
+        return _nonlinear(step)
+    return build(common_axis(step), *product(step, inverse=True))
+
+
+def _convert(step: Step) -> Role:
+    """Linear unless it rounds or clips."""
+    old, new = step.micro.invars[0].aval.dtype, step.micro.outvars[0].aval.dtype
+    widens = jnp.issubdtype(new, jnp.inexact) or (jnp.issubdtype(old, jnp.integer) and jnp.issubdtype(new, jnp.integer))
+    return _linear(step) if widens and old != np.bool_ else _nonlinear(step)
+
+
+def _select(step: Step) -> Role:
+    """A choice between cases is linear in them together, whatever chooses."""
+    cases = range(1, len(step.roles))
+    predicate = step.roles[0]
+    if isinstance(predicate, Whole) and predicate.fill and predicate.fill[0] == predicate.fill[1]:
+        return step.roles[1 + int(predicate.fill[0])]
+    nonlinear(step, [0])
+    return build(common_axis(step), *additive(step, _paired_with_rows(step, cases)))
+
+
+def _paired_with_rows(step: Step, cases: range) -> list[int]:
+    """The cases, with the predicate if it has the examples (a sum chosen by example is no sum any more)."""
+    return [0, *cases] if isinstance(step.roles[0], Rows) else list(cases)
+
+
+def _barrier(step: Step) -> list[Role]:
+    return list(step.roles)
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(NONLINEAR, _nonlinear),
+    **dict.fromkeys(LINEAR, _linear),
+    "mul": _mul,
+    "div": _div,
+    "convert_element_type": _convert,
+    "select_n": _select,
+    "optimization_barrier": _barrier,
+    "device_put": _barrier,
+}

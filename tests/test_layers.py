@@ -1,0 +1,183 @@
+"""Layers are found without annotations: the right names, cut where the fewest bytes are alive."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from zoo import CASES
+from zoo_case import TIME, WIDTH
+
+from layerwise_jax.layers import LayerSequence, anchored_ops, live_bytes, trace_layers
+
+ROWS = 2
+FLOAT = 4
+BLOCK_OF = {"gpt": "block_{}", "gpt_remat": "block_{}", "gpt_scan": "block[{}]", "gpt_scan_remat": "block[{}]"}
+
+
+def layers_of(name: str) -> LayerSequence:
+    case = CASES[name]()
+    return trace_layers(case.fn, case.params, *case.inputs_of(slice(0, ROWS)))
+
+
+def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def squares(count: int) -> list[jax.ShapeDtypeStruct]:
+    return [shape(WIDTH, WIDTH)] * count
+
+
+@pytest.mark.parametrize("name", BLOCK_OF)
+def test_a_transformer_is_embedding_blocks_norm_and_head(name: str) -> None:
+    names = layers_of(name).names
+    blocks = [BLOCK_OF[name].format(i) for i in range(len(names) - 3)]
+    assert names == ("Embed_0", *blocks, "final_norm", "Embed_0 (use 2)")
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("nnx_mlp", [f"layers/{i}" for i in range(8)]),
+        ("nnx_transformer", ["embed", *(f"blocks/{i}" for i in range(6)), "final_norm", "embed (use 2)"]),
+        ("odd_outputs", [f"layers/{i}" for i in range(8)]),
+        ("indexed", [f"weight[{i}]" for i in range(8)]),
+        ("shared_blocks", ["Embed_0", "Block_0", *(f"Block_0 (use {i})" for i in range(2, 9)), "LayerNorm_0", "Dense_0"]),
+        ("resnet", ["Conv_0", *(f"ResidualBlock_{i}" for i in range(4)), "Dense_0"]),
+    ],
+)  # fmt: skip
+def test_layers_have_the_names_of_their_modules(name: str, wanted: list[str]) -> None:
+    assert layers_of(name).names == tuple(wanted)
+
+
+def test_encoder_and_decoder_layers_stand_in_the_order_of_the_trace() -> None:
+    names = layers_of("encoder_decoder").names
+    assert [name.split("_")[0] for name in names] == ["Embed", *["encoder"] * 3, "Embed", *["decoder"] * 3, "final", "Embed"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpt", "gpt_scan", "gpt_scan_remat", "nnx_transformer", "gpt_dropout"])
+def test_only_the_residual_stream_crosses(name: str) -> None:
+    """Not the mask, not a key, nor a second copy of the stream."""
+    inner = layers_of(name).boundary_bytes[1:-1]
+    assert set(inner) == {ROWS * TIME * WIDTH * FLOAT}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layers_hold_every_anchored_operation_once_and_in_order(name: str) -> None:
+    layers = layers_of(name)
+    assert [i for layer in layers.layers for i in layer.anchors] == anchored_ops(layers.program)
+    assert all(layer.anchors for layer in layers.layers)
+    assert layers.boundary_bytes[0] == layers.boundary_bytes[-1] == 0
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt_scan", "odd_outputs", "nnx_transformer", "custom_derivatives"])
+def test_calling_the_layers_runs_the_function(name: str) -> None:
+    case = CASES[name]()
+    inputs = case.inputs_of(slice(0, ROWS))
+    layers = trace_layers(case.fn, case.params, *inputs)
+    for x, y in zip(jax.tree.leaves(layers(case.params, *inputs)), jax.tree.leaves(case.fn(case.params, *inputs)), strict=True):  # fmt: skip
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_the_cut_goes_where_the_fewest_bytes_are_alive() -> None:
+    """Between the two products the stream is widened and narrowed again; in between, and not after it, is the cut."""
+
+    def fn(params: list[jax.Array], x: jax.Array) -> jax.Array:
+        x = x @ params[0]
+        narrow = jnp.sum(x, axis=-1)
+        wide = jnp.broadcast_to(jnp.sin(narrow)[:, None, None], (ROWS, 9, WIDTH)) * x[0, 0]
+        return wide @ params[1]
+
+    layers = trace_layers(fn, squares(2), shape(ROWS, WIDTH))
+    assert layers.boundary_bytes[1] == ROWS * FLOAT + FLOAT
+
+
+def test_live_bytes_of_a_chain_with_a_skip() -> None:
+    def fn(params: list[jax.Array], x: jax.Array) -> jax.Array:
+        first = x @ params[0]
+        second = first @ params[1]
+        return second @ params[2] + first
+
+    program = trace_layers(fn, squares(3), shape(ROWS, WIDTH)).program
+    stream = ROWS * WIDTH * FLOAT
+    # Before each of dot, dot, dot, add, and after the last.
+    assert live_bytes(program, anchored_ops(program)) == [0, stream, 2 * stream, 2 * stream, 0]
+
+
+def test_what_meets_no_parameters_or_no_data_has_no_place() -> None:
+    """A mask from the inputs, a cast of a weight and a constant go with their users; a costly product on data does not."""
+
+    def fn(params: list[jax.Array], x: jax.Array) -> jax.Array:
+        mask, gram = x > 0, x @ x.T
+        weight = params[0].astype(jnp.bfloat16).astype(jnp.float32) * jnp.arange(WIDTH)
+        return jnp.where(mask, gram @ (x @ weight), 0)
+
+    program = trace_layers(fn, squares(1), shape(ROWS, WIDTH)).program
+    names = [program.ops[i].name for i in anchored_ops(program)]
+    assert names.count("dot_general") == 3
+    assert not {"gt", "convert_element_type", "iota", "mul"}.intersection(names)
+
+
+def test_a_bias_by_itself_joins_the_layer_before_it() -> None:
+    def fn(params: list[jax.Array], x: jax.Array) -> jax.Array:
+        for weight, bias in zip(params[::2], params[1::2], strict=True):
+            x = jnp.tanh(x @ weight + bias)
+        return x
+
+    params = [shape(WIDTH, WIDTH), shape(WIDTH)] * 3
+    assert trace_layers(fn, params, shape(ROWS, WIDTH)).names == ("0", "2", "4")
+
+
+def test_a_scan_over_part_of_a_stack_is_cut_into_its_rows() -> None:
+    def fn(stack: jax.Array, x: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
+            return jnp.tanh(x @ weight), None
+
+        x, _ = jax.lax.scan(layer, x, stack[1:3])
+        return jax.lax.scan(layer, x, stack[3:5], reverse=True)[0]
+
+    layers = trace_layers(fn, shape(6, WIDTH, WIDTH), shape(ROWS, WIDTH))
+    assert layers.names == ("params[1]", "params[2]", "params[4]", "params[3]")
+    spans = sorted((weight.start, weight.stop) for weight in layers.program.weights.values())
+    assert spans == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6)]
+
+
+def test_a_stack_that_is_used_whole_stays_whole() -> None:
+    def fn(stack: jax.Array, x: jax.Array) -> jax.Array:
+        x, _ = jax.lax.scan(lambda x, weight: (jnp.tanh(x @ weight), None), x, stack)
+        return x * jnp.sum(stack)
+
+    layers = trace_layers(fn, shape(3, WIDTH, WIDTH), shape(ROWS, WIDTH))
+    assert [(weight.start, weight.stop) for weight in layers.program.weights.values()] == [(None, None)]
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, lambda fn: jax.jit(jax.checkpoint(fn))])
+def test_what_wraps_many_layers_is_opened(wrap: Callable[[Any], Any]) -> None:
+    def fn(params: list[jax.Array], x: jax.Array) -> jax.Array:
+        for weight in params:
+            x = jnp.tanh(x @ weight)
+        return x
+
+    layers = trace_layers(wrap(fn), squares(4), shape(ROWS, WIDTH))
+    assert layers.names == ("0", "1", "2", "3")
+    policies = {remat.policy for op in layers.program.ops for remat in op.remats}
+    assert policies == (set() if wrap is jax.jit else {None})
+
+
+def test_custom_rules_conditionals_and_loops_over_data_are_one_operation() -> None:
+    def fn(params: list[jax.Array], x: jax.Array) -> jax.Array:
+        x = jax.nn.relu(x @ params[0])
+        x = jax.lax.cond(jnp.sum(x) > 0, jnp.sin, jnp.cos, x)
+        return jax.lax.scan(lambda carry, row: (carry + row @ params[1], None), x[0], x)[0]
+
+    names = {op.name for op in trace_layers(fn, squares(2), shape(ROWS, WIDTH)).program.ops}
+    assert {"custom_jvp_call", "cond", "scan"} <= names
+
+
+def test_the_printed_layers_name_what_crosses() -> None:
+    lines = str(layers_of("mlp")).splitlines()
+    assert len(lines) == 9
+    assert lines[0].split() == ["Dense_0", *lines[0].split()[1:]]
+    assert lines[0].endswith(f"{ROWS * 24 * FLOAT} bytes out")
