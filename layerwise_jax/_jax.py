@@ -30,6 +30,7 @@ __all__ = [
     "key_paths",
     "scan_parts",
     "source_line",
+    "wrap_key",
 ]
 
 CALL_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "core_call"})
@@ -80,6 +81,12 @@ def source_line(eqn: JaxprEqn) -> str:
 def is_key(aval: Any) -> bool:
     """Whether a type (or array) is of random keys, which collectives and arithmetic do not take."""
     return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def wrap_key(data: Any, aval: Any) -> Any:
+    """Key data as random keys of the type `aval`."""
+    # `jax.random.key_impl` takes arrays of keys, but not their type.
+    return jax.random.wrap_key_data(data, impl=aval.dtype._impl.name)
 
 
 def key_paths(tree: Any) -> tuple[list[tuple[Any, ...]], list[Any], Any]:

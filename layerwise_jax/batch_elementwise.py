@@ -8,15 +8,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from layerwise_jax.batch_roles import Mixes, Role, Rows, Step, Whole, build, known
-from layerwise_jax.batch_scale import additive, nonlinear, product
+from layerwise_jax.batch_roles import Mixes, Role, Rows, Step, Summed, Whole, build, known
+from layerwise_jax.batch_scale import STATISTICS, additive, nonlinear, product
 
 Rule = Callable[[Step], Role | list[Role]]
 
 NONLINEAR = """
 abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp clz complex
 conj cos cosh digamma eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac integer_pow
-is_finite le le_to lgamma log log1p logistic lt lt_to max min mulhi ne nextafter not or polygamma population_count pow
+is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mulhi ne nextafter not one_minus_square or polygamma polynomial
+population_count pow
 random_clone random_fold_in random_gamma random_gamma_grad random_seed regularized_incomplete_beta rem round rsqrt
 shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square tan tanh threefry2x32 xor zeta
 """.split()
@@ -25,6 +26,7 @@ LINEAR = "add add_any copy copy_p imag neg pvary real reduce_precision sharding_
 # Of numbers that are known, such as the length of a batch on its way to a divisor.
 FOLDED: dict[str, Callable[..., Any]] = {
     "add": np.add,
+    "convert_element_type": lambda x: x,
     "div": np.divide,
     "eq": np.equal,
     "exp": np.exp,
@@ -61,7 +63,7 @@ def common_axis(step: Step) -> int | None:
 def folded(step: Step) -> Role | None:
     """The result where every operand is a known number."""
     fills = [role.fill for role in step.roles if isinstance(role, Whole)]
-    fold = _cast(step) if step.name == "convert_element_type" else FOLDED.get(step.name)
+    fold = FOLDED.get(step.name)
     if fold is None or None in fills or len(fills) < len(step.roles):
         return None
     dtype = step.micro.outvars[0].aval.dtype
@@ -69,10 +71,6 @@ def folded(step: Step) -> Role | None:
         micro, full = (np.asarray(fold(*(fill[i] for fill in fills if fill))).astype(dtype)[()] for i in (0, 1))
     integer_division = step.name == "div" and not jnp.issubdtype(dtype, jnp.inexact)
     return None if integer_division else known(micro, full)
-
-
-def _cast(step: Step) -> Callable[[Any], Any]:
-    return lambda x: x
 
 
 def _linear(step: Step) -> Role:
@@ -102,17 +100,13 @@ def _convert(step: Step) -> Role:
 
 def _select(step: Step) -> Role:
     """A choice between cases is linear in them together, whatever chooses."""
-    cases = range(1, len(step.roles))
-    predicate = step.roles[0]
+    predicate, *cases = step.roles
     if isinstance(predicate, Whole) and predicate.fill and predicate.fill[0] == predicate.fill[1]:
-        return step.roles[1 + int(predicate.fill[0])]
+        return cases[int(predicate.fill[0])]
     nonlinear(step, [0])
-    return build(common_axis(step), *additive(step, _paired_with_rows(step, cases)))
-
-
-def _paired_with_rows(step: Step, cases: range) -> list[int]:
-    """The cases, with the predicate if it has the examples (a sum chosen by example is no sum any more)."""
-    return [0, *cases] if isinstance(step.roles[0], Rows) else list(cases)
+    if isinstance(predicate, Rows) and any(isinstance(case, Summed) for case in cases):
+        raise Mixes(STATISTICS)
+    return build(common_axis(step), *additive(step, range(1, len(step.roles))))
 
 
 def _barrier(step: Step) -> list[Role]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from layerwise_jax._jax import is_key
+from layerwise_jax._jax import is_key, wrap_key
 from layerwise_jax.placement import STAGE
 from layerwise_jax.program import Op, Operand, Rows, Value, evaluate
 from layerwise_jax.wiring import FromBody, FromBranch, FromConstant, FromInput, FromLane, Source
@@ -211,7 +211,7 @@ def to_wire(value: Any) -> Any:
 
 def from_wire(value: Any, aval: Any) -> Any:
     """The inverse of `to_wire`, given the value's type."""
-    return jax.random.wrap_key_data(value, impl=jax.random.key_impl(aval)) if is_key(aval) else value
+    return wrap_key(value, aval) if is_key(aval) else value
 
 
 def wire_aval(aval: Any) -> Any:

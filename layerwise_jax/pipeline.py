@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from layerwise_jax._jax import is_key
+from layerwise_jax._jax import is_key, wrap_key
 from layerwise_jax.alignment import align_stages
 from layerwise_jax.batching import Batching, analyse_batching
 from layerwise_jax.compiling import CompiledPipeline, compile_pipeline
@@ -220,7 +220,7 @@ class Pipeline:
             result = self._reduce(rows, aval)
         else:
             result = self._everywhere(rows[0])
-        return jax.random.wrap_key_data(result, impl=jax.random.key_impl(aval)) if is_key(aval) else result
+        return wrap_key(result, aval) if is_key(aval) else result
 
     def _reduce(self, rows: Any, aval: Any) -> Any:
         over = (STAGE, DATA) if DATA in self.mesh.axis_names else STAGE

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from layerwise_jax._jax import Tracer, is_key
+from layerwise_jax._jax import Tracer, is_key, wrap_key
 from layerwise_jax.alignment import Alignment
 from layerwise_jax.layers import Signature
 from layerwise_jax.modules import path_names
@@ -160,7 +160,8 @@ class Placement:
 
 def _zeros(aval: Any) -> Any:
     if is_key(aval):
-        return jnp.broadcast_to(jax.random.key(0, impl=jax.random.key_impl(aval)), aval.shape)
+        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+        return wrap_key(np.zeros(data.shape, data.dtype), aval)
     return np.zeros(aval.shape, aval.dtype)
 
 
@@ -170,7 +171,7 @@ def _row(array: Any, stage: int) -> Any:
         return array[stage]
     if is_key(array):
         data = _row(jax.random.key_data(array), stage)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+        return wrap_key(data, array)
     for shard in array.addressable_shards:
         rows = range(*shard.index[0].indices(array.shape[0]))
         if stage in rows:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from layerwise_jax.cost import LayerCost
 
@@ -122,8 +122,7 @@ class Plan:
             raise ValueError(
                 f"This plan has version {version!r}; this library reads version {PLAN_VERSION}. Plan again."
             )
-        stages = tuple(_checked(StagePlan, stage, layers=tuple(stage.get("layers", ()))) for stage in fields["stages"])
-        return _checked(cls, fields, stages=stages, notes=tuple(fields.get("notes", ())))
+        return _from_fields(cls, fields)
 
 
 def make_plan(
@@ -186,17 +185,22 @@ def _stage_plan(costs: Sequence[LayerCost], compiled_bytes: int | None, send_byt
     )
 
 
-def _checked(kind: type, fields: Any, **replaced: Any) -> Any:
-    """A dataclass from a mapping with just its fields, each of the type of its annotation's first name."""
-    wanted = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+def _from_fields(kind: type, fields: Any) -> Any:
+    """A dataclass from a mapping with just its fields, each of its type."""
+    wanted = get_type_hints(kind)
     if not isinstance(fields, dict) or set(fields) != set(wanted):
         came = sorted(fields) if isinstance(fields, dict) else fields
         raise ValueError(f"A {kind.__name__} has the fields {sorted(wanted)}; came {came}.")
-    accepted = {"int": (int,), "float": (int, float), "str": (str,)}
-    for name, annotation in wanted.items():
-        value, base = fields[name], annotation.split(" | ")[0]
-        if base not in accepted or (value is None and annotation.endswith("| None")):
-            continue
-        if isinstance(value, bool) or not isinstance(value, accepted[base]):
-            raise ValueError(f"{kind.__name__}.{name} is {value!r}; wanted {annotation}.")
-    return kind(**{**fields, **replaced})
+    return kind(**{name: _of_type(wanted[name], fields[name], f"{kind.__name__}.{name}") for name in wanted})
+
+
+def _of_type(wanted: Any, value: Any, name: str) -> Any:
+    """A value read from JSON, as the type of the field `name`."""
+    if dataclasses.is_dataclass(wanted):
+        return _from_fields(wanted, value)  # type: ignore[arg-type]
+    if get_origin(wanted) is tuple and isinstance(value, list):
+        return tuple(_of_type(get_args(wanted)[0], item, name) for item in value)
+    accepted = {wanted, *get_args(wanted)}
+    if type(value) in accepted or (type(value) is int and float in accepted):
+        return value
+    raise ValueError(f"{name} is {value!r}; wanted {getattr(wanted, '__name__', wanted)}.")

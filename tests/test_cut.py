@@ -103,7 +103,9 @@ def test_a_scan_over_layers_is_cut_into_its_rows() -> None:
 def stage_jaxpr(layers: LayerSequence, stage: Stage) -> Any:
     known = [*stage.weights, *stage.inputs, *stage.receives]
     avals = [layers.program.avals[x] for x in known]
-    return jax.make_jaxpr(lambda *values: run_stage(layers.program, stage, dict(zip(known, values, strict=True))))(*avals)
+    return jax.make_jaxpr(lambda *values: run_stage(layers.program, stage, dict(zip(known, values, strict=True))))(
+        *avals
+    )
 
 
 def equations(jaxpr: Any) -> list[Any]:

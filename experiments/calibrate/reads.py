@@ -81,9 +81,10 @@ def plain_reader(programs: int) -> Reader:
     return read
 
 
-def round_counts(round_bytes: int, smallest: int, largest: int) -> list[int]:
-    """Rounds for working sets from `smallest` to `largest` bytes: dense at first, then growing by a fifth."""
-    counts = [max(1, -(-smallest // round_bytes))]
+def round_counts(programs: int, smallest: int, largest: int) -> list[int]:
+    """Rounds for working sets from `smallest` to `largest` bytes: every one at first, then growing by a fifth."""
+    round_bytes = programs * BLOCK_BYTES
+    counts = [max(1, round(smallest / round_bytes))]
     while counts[-1] * round_bytes < largest:
         counts.append(max(counts[-1] + 1, int(counts[-1] * 1.2)))
     return counts
@@ -99,7 +100,7 @@ def read_curve(
     """Bandwidth by working set, the best of a few runs of about `bytes_each` bytes.
 
     Raises:
-      AssertionError: the kernel did not read what it should.
+      RuntimeError: the kernel did not read what it should.
     """
     round_bytes = programs * BLOCK_BYTES
     data = jnp.ones((max(counts) * programs * BLOCK,), jnp.float32)
@@ -108,8 +109,9 @@ def read_curve(
     for rounds in counts:
         passes = max(2, bytes_each // (rounds * round_bytes))
         arguments = data, jnp.array([rounds, passes], jnp.int32)
-        summed = read(*arguments).block_until_ready()
-        assert summed[0] == summed[-1] == rounds * passes, "the kernel did not read every block in every pass"
+        summed = read(*arguments)
+        if not (summed == rounds * passes).all():
+            raise RuntimeError(f"Sums of {rounds} rounds of ones, {passes} times over, came out as {summed[:4]}...")
         seconds = min(_seconds(lambda arguments=arguments: read(*arguments), clock) for _ in range(REPEATS))
         readings.append(Reading(rounds * round_bytes, rounds * passes * round_bytes / seconds))
     return readings

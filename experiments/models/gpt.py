@@ -39,7 +39,9 @@ class Block(nn.Module):
         """From and to float[batch, tokens, width]."""
         width = x.shape[-1]
         x = x + Attention(self.heads, self.dtype, name="attention")(nn.LayerNorm(dtype=self.dtype, name="norm_1")(x))
-        wide = nn.gelu(nn.Dense(4 * width, dtype=self.dtype, name="up")(nn.LayerNorm(dtype=self.dtype, name="norm_2")(x)))
+        wide = nn.gelu(
+            nn.Dense(4 * width, dtype=self.dtype, name="up")(nn.LayerNorm(dtype=self.dtype, name="norm_2")(x))
+        )
         return x + nn.Dense(width, dtype=self.dtype, name="down")(wide)
 
 
@@ -81,7 +83,7 @@ def next_token_loss(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
     """
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = model.apply(params, tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), tokens[:, 1:]).mean()
+        logits = jnp.asarray(model.apply(params, tokens[:, :-1]), jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     return loss

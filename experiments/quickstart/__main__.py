@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     """The steps of the demonstration, in their order."""
     if len(argv) > 1:
         raise app.UsageError(f"came {argv[1:]}; there are only flags, which begin with --")
-    console = Console()
+    console = Console(soft_wrap=True)
     try:
         if DEVICES.value == "emulated":
             emulate_devices(STAGES.value)

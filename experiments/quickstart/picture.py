@@ -44,6 +44,7 @@ def draw_stages(axes: Axes, plan: Plan) -> None:
     axes.set_ylim(0, 1.3 * max([*heights, (plan.capacity or 0) / MIB]))  # room for the legend
     names = [run_lengths(stage.layers).replace("..", "..\n").replace(", ", "\n") for stage in plan.stages]
     axes.set_xticks(range(plan.num_stages), [f"{s}\n{name}" for s, name in enumerate(names)], fontsize=8)
+    axes.set_xlabel("stage, and its layers")
     axes.set_ylabel("MiB a stage, one microbatch")
     axes.set_title(f"{plan.num_stages} stages, {plan.num_microbatches} microbatches")
     axes.legend(ncols=4, loc="upper center", frameon=False)

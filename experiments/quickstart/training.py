@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from layerwise_jax.pipeline import Pipeline
 
 ValueAndGrad = Callable[..., tuple[Any, Any]]
-Step = Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]
 
 
 class Losses(NamedTuple):

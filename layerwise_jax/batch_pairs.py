@@ -1,0 +1,141 @@
+"""Two traces of one function, of a part of the batch and of the full batch, paired operation by operation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from layerwise_jax._jax import Jaxpr, Literal, source_line
+from layerwise_jax.flatten import flatten
+from layerwise_jax.program import Op, Operand, Program, Value
+
+
+class BatchError(ValueError):
+    """The function cannot be run on parts of the batch, or not with the same result; the message says why."""
+
+
+@dataclass(frozen=True)
+class PairedOp:
+    """An operation in both traces; `micro` is None where a part needs none (to broadcast to one example, say).
+
+    Attributes:
+      position: of the operation in the part's program.
+    """
+
+    micro: Op | None
+    full: Op
+    position: int
+
+
+@dataclass(frozen=True)
+class ProgramPair:
+    """Two programs whose operations are the same ones in the same places, but for shapes and numbers."""
+
+    micro: Program
+    full: Program
+    ops: tuple[PairedOp, ...]
+
+
+def pair_programs(micro: Program, full: Program) -> ProgramPair:
+    """Pair a part's program with the full batch's.
+
+    Raises:
+      BatchError: they differ in more than shapes and numbers; names the first operation that differs.
+    """
+    micro_of: dict[Value, Operand] = dict(zip(full.inputs, micro.inputs, strict=True))
+    weights = {weight: value for value, weight in micro.weights.items()}
+    micro_of.update({value: weights[weight] for value, weight in full.weights.items() if weight in weights})
+    micro_of.update(zip(full.constants, micro.constants, strict=False))
+    ops, position = [], 0
+    for op in full.ops:
+        partner = micro.ops[position] if position < len(micro.ops) else None
+        if partner is not None and _are_same(partner, op, micro_of):
+            ops.append(PairedOp(partner, op, position))
+            micro_of.update(zip(op.results, partner.results, strict=True))
+            position += 1
+        elif _is_needless(op, micro, micro_of):
+            ops.append(PairedOp(None, op, position))
+            micro_of[op.results[0]] = micro_of[op.values[0]]
+        else:
+            raise _difference(op, partner)
+    if position < len(micro.ops):
+        raise _difference(None, micro.ops[position])
+    if not all(_is_same_operand(m, f, micro_of) for m, f in zip(micro.outputs, full.outputs, strict=True)):
+        raise BatchError("The function returns other values for a part of the batch than for the full batch.")
+    return ProgramPair(micro, full, tuple(ops))
+
+
+def pair_bodies(micro: Jaxpr, full: Jaxpr) -> ProgramPair:
+    """Pair the bodies of a loop, branch or custom derivative."""
+    return pair_programs(flatten(micro, 0), flatten(full, 0))
+
+
+def _are_same(micro: Op, full: Op, micro_of: dict[Value, Operand]) -> bool:
+    same_kind = micro.name == full.name and len(micro.results) == len(full.results)
+    ranks = [[len(getattr(var.aval, "shape", ())) for var in op.eqn.outvars] for op in (micro, full)]
+    return (
+        same_kind
+        and ranks[0] == ranks[1]
+        and len(micro.operands) == len(full.operands)
+        and all(_is_same_operand(m, f, micro_of) for m, f in zip(micro.operands, full.operands, strict=True))
+    )
+
+
+def _is_same_operand(micro: Operand, full: Operand, micro_of: dict[Value, Operand]) -> bool:
+    if isinstance(micro, Literal) or isinstance(full, Literal):
+        return isinstance(micro, Literal) and isinstance(full, Literal)
+    return micro_of.get(full) == micro
+
+
+def _is_needless(op: Op, micro: Program, micro_of: dict[Value, Operand]) -> bool:
+    """Whether an operation of the full batch's trace only repeats a value for its examples, of which a part has one."""
+    if op.name != "broadcast_in_dim" or len(op.values) != 1 or not isinstance(micro_of.get(op.values[0]), int):
+        return False
+    before, after = op.eqn.invars[0].aval.shape, op.eqn.outvars[0].aval.shape
+    return len(before) == len(after) and micro.avals[micro_of[op.values[0]]].shape == before  # type: ignore[index]
+
+
+def _difference(full: Op | None, micro: Op | None) -> BatchError:
+    came = f"{full.name} at {source_line(full.eqn)}" if full else "nothing more"
+    there = f"{micro.name} at {source_line(micro.eqn)}" if micro else "nothing more"
+    return BatchError(
+        f"The function does other operations for a part of the batch than for the full batch: first {came} where a "
+        f"part has {there}. Its structure must not depend on the length of the batch; run it as one microbatch "
+        "without replicas, or write it for any length."
+    )
+
+
+# Parameters that say lengths; the shapes of the results are compared instead.
+LENGTHS = frozenset("shape new_sizes sizes slice_sizes limit_indices length sharding out_sharding".split())
+
+
+def differing_parameter(micro: Any, full: Any) -> str | None:
+    """The first parameter, lengths and functions left out, that an equation has otherwise in the two traces."""
+    for name, value in micro.params.items():
+        if name not in LENGTHS and _is_plain(value) and repr(value) != repr(full.params.get(name)):
+            return f"{name} = {value} for a part and {full.params.get(name)} for the full batch"
+    return None
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(x) for x in value)
+    return value is None or isinstance(value, (bool, int, float, str, Enum, np.generic, np.dtype))
+
+
+def constants_of(pair: ProgramPair) -> Sequence[tuple[Value, Any, Any]]:
+    """(value in the full trace, array in the part's, array in the full one) of what the function closed over.
+
+    Raises:
+      BatchError: one trace has more of them.
+    """
+    micro, full = list(pair.micro.constants.items()), list(pair.full.constants.items())
+    if len(micro) != len(full):
+        raise BatchError(
+            f"The function closes over {len(micro)} arrays for a part of the batch and {len(full)} for the full batch."
+        )
+    return [(value, came, whole) for (_, came), (value, whole) in zip(micro, full, strict=True)]

@@ -1,0 +1,170 @@
+"""The plan's table says what the numbers are, and its JSON reads back or is refused by name."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from layerwise_jax.cost import LayerCost
+from layerwise_jax.layers import trace_layers
+from layerwise_jax.measure import measure_costs
+from layerwise_jax.partition import partition_layers
+from layerwise_jax.pipeline import build_pipeline
+from layerwise_jax.plan import Plan, Sizes, StagePlan, make_plan
+from layerwise_jax.report import BAR_WIDTH, run_lengths
+
+KIB = 1024
+COSTS = (
+    LayerCost("embed", 6 * KIB, KIB, 0),
+    *(LayerCost(f"blocks/{i}", 2 * KIB, KIB, KIB) for i in range(4)),
+    LayerCost("head", 512, 0, 0),
+)
+
+
+def plan_of(partition: Any = (0, 2, 6), capacity: int | None = 20 * KIB, **fields: Any) -> Plan:
+    numbers = {"num_microbatches": 6, "num_ticks": 8, "padding_bytes": 2 * KIB, "common_layers": 1, "has_branch": True}
+    sizes = Sizes(COSTS, "a device", "its compiler", capacity, **fields)
+    return make_plan(partition, sizes, send_bytes=[768, 0], **numbers)
+
+
+def rows_of(plan: Plan) -> list[list[str]]:
+    """The table's rows, as cells."""
+    lines = [line for line in str(plan).splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+def test_a_row_a_stage_with_its_layers_and_sizes() -> None:
+    assert [row[:7] for row in rows_of(plan_of(stage_bytes=(9 * KIB, 5 * KIB)))] == [
+        ["0", "embed, blocks/0", "8 KiB", "2 KiB", "1 KiB", "11 KiB", "9 KiB"],
+        ["1", "blocks/1..blocks/3, head", "6.5 KiB", "3 KiB", "3 KiB", "12.5 KiB", "5 KiB"],
+    ]
+    assert [row[-1] for row in rows_of(plan_of())] == ["768 B", "0 B"]
+
+
+def test_the_bar_is_the_share_of_the_capacity() -> None:
+    bars = [row[7] for row in rows_of(plan_of())]
+    assert bars == ["█" * 11 + "░" * 9 + " 55%", "█" * 12 + "░" * 8 + " 62%"]
+    assert "20 KiB each" in str(plan_of())
+    assert "of the capacity" in str(plan_of())
+
+
+def test_without_a_capacity_the_bar_is_the_share_of_the_largest_stage() -> None:
+    bars = [row[7] for row in rows_of(plan_of(capacity=None))]
+    assert bars == ["█" * 18 + "░" * 2 + " 88%", "█" * BAR_WIDTH + " 100%"]
+    assert "of the largest" in str(plan_of(capacity=None))
+
+
+def test_a_bar_does_not_outgrow_its_column() -> None:
+    assert [row[7] for row in rows_of(plan_of(capacity=KIB))][0] == "█" * BAR_WIDTH + " 1100%"
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        ((), ""),
+        (("embed",), "embed"),
+        (("Block_8", "Block_9", "Block_10"), "Block_8..Block_10"),
+        (("b/0/x", "b/1/x", "b/3/x"), "b/0/x..b/1/x, b/3/x"),
+        (("w[1]", "w[0]"), "w[1], w[0]"),
+        (("a1b1", "a2b2"), "a1b1, a2b2"),
+        (("norm", "Embed_0 (use 2)", "Embed_0 (use 3)"), "norm, Embed_0 (use 2)..Embed_0 (use 3)"),
+    ],
+)
+def test_runs_of_layers_are_joined(names: tuple[str, ...], wanted: str) -> None:
+    assert run_lengths(names) == wanted
+
+
+def test_the_footer_gives_bubble_padding_and_loop() -> None:
+    plan = plan_of()
+    assert plan.bubble_share == 1 / 7
+    assert "bubble 14.3% of 8 ticks; padding 2 KiB; 1 layers a stage" in str(plan)
+    assert "the rest under one branch" in str(plan)
+    assert "no branch" in str(replace(plan, has_branch=False))
+
+
+def test_the_footer_gives_the_bounds_and_limits_of_a_partition() -> None:
+    partition = partition_layers(COSTS, 2, 20 * KIB)
+    plan = plan_of(partition, notes=("one thing more",))
+    assert (plan.bottleneck, plan.lower_bound, plan.gap) == (partition.bottleneck, partition.lower_bound, 0)
+    assert f"lower bound {partition.lower_bound:.4g}, gap 0.00%, fewest stages 2" in str(plan)
+    for note in (partition.limits, "one thing more"):
+        assert f"note: {note}" in str(plan)
+
+
+def test_boundaries_alone_prove_nothing() -> None:
+    plan = plan_of()
+    assert (plan.gap, plan.fewest_stages) == (None, None)
+    assert plan.bottleneck == max(stage.size for stage in plan.stages)
+    assert "lower bound" not in str(plan)
+
+
+def test_the_plan_of_a_pipeline_has_the_numbers_of_the_pipeline(stage_mesh: Callable[..., Mesh]) -> None:
+    def fn(params: list[jax.Array], x: jax.Array) -> jax.Array:
+        for weight in params:
+            x = jnp.tanh(x @ weight)
+        return x
+
+    params = [jnp.ones(shape) for shape in ((4, 8), (8, 8), (8, 8), (8, 3))]
+    layers = trace_layers(fn, params, jnp.ones((2, 4)))
+    costs = measure_costs(layers)
+    plan = build_pipeline(layers, [0, 1, 4], stage_mesh(2), 3, sizes=Sizes(costs, "here", "here")).plan
+    assert [stage.weight_bytes for stage in plan.stages] == [4 * 4 * 8, 4 * (8 * 8 + 8 * 8 + 8 * 3)]
+    assert [stage.send_bytes for stage in plan.stages] == [2 * 8 * 4, 0]
+    assert [sum(cost.size for cost in costs[a:b]) for a, b in ((0, 1), (1, 4))] == [stage.size for stage in plan.stages]
+    assert (plan.num_stages, plan.num_microbatches) == (2, 3)
+    # Each stage has slots for what only the other one holds.
+    assert plan.padding_bytes == sum(stage.weight_bytes for stage in plan.stages)
+
+
+@pytest.mark.parametrize("partition", [(0, 2, 6), partition_layers(COSTS, 2, 20 * KIB)], ids=["boundaries", "proven"])
+def test_json_reads_back(partition: Any) -> None:
+    for plan in (plan_of(partition), plan_of(partition, None, stage_bytes=(1, 2), notes=("a note",))):
+        again = Plan.from_json(plan.to_json())
+        assert again == plan
+        assert all(isinstance(stage, StagePlan) for stage in again.stages)
+        assert str(again) == str(plan)
+
+
+def test_numpy_numbers_are_written_as_plain_ones() -> None:
+    plan = replace(plan_of(), bottleneck=float(np.float64(3.5)))
+    assert json.loads(plan.to_json())["bottleneck"] == 3.5
+
+
+def damaged(change: Callable[[dict[str, Any]], Any]) -> str:
+    fields = json.loads(plan_of().to_json())
+    change(fields)
+    return json.dumps(fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not JSON"),
+        (plan_of().to_json()[:-9], "not JSON"),
+        ("[]", "version None"),
+        (damaged(lambda fields: fields.update(version=99)), "version 99; this library reads version 1"),
+        (damaged(lambda fields: fields.pop("version")), "version None"),
+        (damaged(lambda fields: fields.pop("stages")), "A Plan has the fields"),
+        (damaged(lambda fields: fields.update(colour="red")), "colour"),
+        (damaged(lambda fields: fields.update(num_ticks="8")), "Plan.num_ticks is '8'; wanted int"),
+        (damaged(lambda fields: fields.update(num_ticks=True)), "Plan.num_ticks is True; wanted int"),
+        (damaged(lambda fields: fields.update(has_branch="yes")), "Plan.has_branch is 'yes'; wanted bool"),
+        (damaged(lambda fields: fields.update(gap="small")), "Plan.gap is 'small'"),
+        (damaged(lambda fields: fields.update(notes=None)), "Plan.notes is None"),
+        (damaged(lambda fields: fields.update(notes=[1])), "Plan.notes is 1; wanted str"),
+        (damaged(lambda fields: fields.update(stages=7)), "Plan.stages is 7"),
+        (damaged(lambda fields: fields.update(stages=[7])), "A StagePlan has the fields"),
+        (damaged(lambda fields: fields["stages"][0].pop("layers")), "A StagePlan has the fields"),
+        (damaged(lambda fields: fields["stages"][1].update(send_bytes=None)), "StagePlan.send_bytes is None; wanted int"),
+    ],
+)  # fmt: skip
+def test_damaged_json_is_refused_by_name(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match="^(A plan is|This plan|A Plan|A StagePlan|Plan|StagePlan)") as refusal:
+        Plan.from_json(text)
+    assert words in str(refusal.value)

@@ -1,0 +1,122 @@
+"""Training by a schedule: the gradients are those of the unstaged loss, and memory is bounded by the stash."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from staging import assert_trees_close, compile_lightly, even_boundaries, stage_case, uneven_boundaries
+from zoo import CASES
+
+from layerwise_jax.layers import trace_layers
+from layerwise_jax.pipeline import build_pipeline
+from layerwise_jax.schedule import Schedule, ScheduleError
+from layerwise_jax.schedule_generators import one_f_one_b
+
+TOLERANCE = 2e-6
+
+
+@functools.cache
+def unstaged(name: str) -> tuple[Any, Any]:
+    case = CASES[name]()
+    return jax.device_get(compile_lightly(jax.value_and_grad(case.loss_fn))(case.params, *case.inputs))
+
+
+def check(name: str, mesh: Any, num_microbatches: int, cut: Callable = even_boundaries, **options: Any) -> None:
+    case = CASES[name]()
+    pipeline = stage_case(case, case.loss_fn, mesh, num_microbatches, cut, **options)
+    value, grads = compile_lightly(pipeline.value_and_grad)(pipeline.place(case.params), *case.inputs)
+    assert_trees_close((value, pipeline.gather(grads)), unstaged(name), max(case.tolerance, TOLERANCE))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize(("num_stages", "num_microbatches"), [(4, 2), (4, 4), (2, 8), (1, 4)])
+def test_gradients_under_each_schedule(
+    schedule: str, num_stages: int, num_microbatches: int, stage_mesh: Callable
+) -> None:
+    """Microbatches fewer than, as many as, and more than stages."""
+    check("jitted", stage_mesh(num_stages), num_microbatches, schedule=schedule)
+
+
+@pytest.mark.parametrize("name", ["unet", "shared_blocks", "mlp", "odd_outputs"])
+def test_nothing_leaks_out_of_bubbles(name: str, stage_mesh: Callable) -> None:
+    """Skips across stages, a weight tied across three, uneven stages: with NaN in every idle tick and empty slot."""
+    check(name, stage_mesh(4), 4, uneven_boundaries, bubble_fill=math.nan)
+
+
+def test_replicas_add_their_gradients(stage_mesh: Callable) -> None:
+    check("indexed", stage_mesh(4, data=2), 2)
+
+
+def test_a_table_of_the_users_own(stage_mesh: Callable) -> None:
+    table = Schedule.parse(str(one_f_one_b(2, 4)))
+    check("jitted", stage_mesh(2), 4, schedule=table)
+    with pytest.raises(ValueError, match="4 microbatches"):
+        check("jitted", stage_mesh(2), 8, schedule=table)
+    with pytest.raises(ScheduleError):
+        check("jitted", stage_mesh(2), 4, schedule=Schedule.parse(str(table).replace("1B3", ".")))
+    with pytest.raises(ValueError, match="'1f1b', 'gpipe' or a Schedule"):
+        check("jitted", stage_mesh(2), 4, schedule="fastest")
+
+
+def deep_mlp(width: int = 32, depth: int = 8) -> tuple[Callable, list[jax.Array]]:
+    params = [jnp.asarray(np.random.default_rng(i).normal(size=(width, width)) / width) for i in range(depth)]
+
+    def loss(params: list[jax.Array], x: jax.Array) -> jax.Array:
+        for weight in params:
+            x = jnp.tanh(x @ weight)
+        return jnp.mean(x**2)
+
+    return loss, params
+
+
+def temporary_bytes(schedule: str, num_microbatches: int, mesh: Any) -> int:
+    """Workspace of one device's step; its arguments are not in it."""
+    loss, params = deep_mlp()
+    rows = 64
+    layers = trace_layers(loss, params, jax.ShapeDtypeStruct((rows, 32), jnp.float32))
+    pipeline = build_pipeline(layers, range(0, 9, 2), mesh, num_microbatches, reduce="mean", schedule=schedule)
+    x = jax.ShapeDtypeStruct((rows * num_microbatches, 32), jnp.float32)
+    compiled = jax.jit(pipeline.value_and_grad).lower(pipeline.place(params), x).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_bounded_by_the_stash(stage_mesh: Callable) -> None:
+    """1F1B's does not grow with the microbatches; GPipe holds them all."""
+    mesh = stage_mesh(4)
+    few, many = temporary_bytes("1f1b", 8, mesh), temporary_bytes("1f1b", 64, mesh)
+    assert many <= 1.05 * few
+    activation = 64 * 32 * 4
+    assert temporary_bytes("gpipe", 64, mesh) - temporary_bytes("gpipe", 8, mesh) >= 0.9 * 56 * activation
+
+
+def test_optimisers_that_work_leaf_by_leaf_follow_the_unstaged_run(stage_mesh: Callable) -> None:
+    loss, params = deep_mlp()
+    x = jnp.asarray(np.random.default_rng(9).normal(size=(16, 32)), jnp.float32)
+    layers = trace_layers(loss, params, x[:4])
+    pipeline = build_pipeline(layers, (0, 3, 4, 8), stage_mesh(3), 4, reduce="mean")
+    optimizer = optax.adamw(1e-2)
+
+    def trained(value_and_grad: Callable, params: Any) -> Any:
+        state = optimizer.init(params)
+        step = compile_lightly(value_and_grad)
+        for _ in range(5):
+            _, grads = step(params, x)
+            updates, state = optimizer.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    staged = trained(pipeline.value_and_grad, pipeline.place(params))
+    assert_trees_close(pipeline.gather(staged), trained(jax.value_and_grad(loss), params), 1e-5)
+
+
+def test_a_loss_is_wanted(stage_mesh: Callable) -> None:
+    case = CASES["jitted"]()
+    pipeline = stage_case(case, case.fn, stage_mesh(2), 2)
+    with pytest.raises(ValueError, match="first output is a floating-point scalar"):
+        pipeline.value_and_grad(pipeline.place(case.params), *case.inputs)
