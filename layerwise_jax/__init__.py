@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerwise_jax.batching import BatchError
+    from layerwise_jax.build import build_pipeline
     from layerwise_jax.cost import LayerCost
     from layerwise_jax.detect import detect_device
     from layerwise_jax.device_spec import DeviceSpec
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from layerwise_jax.layerwise import layerwise, stage_mesh
     from layerwise_jax.measure import measure_costs
     from layerwise_jax.partition import CapacityError, Partition, partition_layers, solve, solve_measured
-    from layerwise_jax.pipeline import Pipeline, build_pipeline
+    from layerwise_jax.pipeline import Pipeline
     from layerwise_jax.plan import Plan
     from layerwise_jax.stages import CutError
 
@@ -36,7 +37,8 @@ _HOMES = {
     "layers": ("trace_layers", "LayerSequence"),
     "measure": ("measure_costs",),
     "partition": ("partition_layers", "solve", "solve_measured", "Partition", "CapacityError"),
-    "pipeline": ("build_pipeline", "Pipeline"),
+    "build": ("build_pipeline",),
+    "pipeline": ("Pipeline",),
     "plan": ("Plan",),
     "cost": ("LayerCost",),
     "device_spec": ("DeviceSpec",),

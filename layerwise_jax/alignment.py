@@ -100,10 +100,7 @@ class _Aligner:
     def _parts(self, s: int, body: tuple[int, int], shape: Shape) -> StageParts:
         start, stop = self.ranges[s]
         made = {x for op in self.stages[s].ops for x in op.results}
-        is_last = s == len(self.stages) - 1
-        outputs = (
-            [x for x in self.stages[s].outputs.values() if isinstance(x, int) and x in self.free] if is_last else []
-        )
+        outputs = [x for x in self.stages[s].outputs.values() if isinstance(x, int) and x in self.free]
         assert all(x in made for x in outputs)
         before = self._ops(start, body[0], () if body[1] < stop else outputs)
         after = self._ops(body[1], stop, outputs) if body[1] < stop else ()

@@ -209,8 +209,8 @@ def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> tuple[j
     """
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile({**options, "xla_dump_to": folder, "xla_dump_hlo_as_proto": True})
-        dumps = [path.read_bytes() for path in Path(folder).glob("*after_optimizations.hlo.pb")]
-    # A program may bring small ones along; it is the largest itself.
+        # Modules that the compiler only tries out, to choose kernels, are dumped too, under other names.
+        dumps = [path.read_bytes() for path in Path(folder).glob("*.jit_*after_optimizations.hlo.pb")]
     if dumps:
         return compiled, decode_hlo(max(dumps, key=len))
     serialized = getattr(compiled.memory_analysis(), "serialized_buffer_assignment_proto", b"")

@@ -12,6 +12,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 
 from layerwise_jax import batch_elementwise, batch_shapes
+from layerwise_jax.batch_elementwise import common_axis
 from layerwise_jax.batch_roles import (
     Columns,
     Mixes,
@@ -26,7 +27,6 @@ from layerwise_jax.batch_roles import (
     one_scaling_axis,
     scaling_axes,
 )
-from layerwise_jax.batch_elementwise import common_axis
 from layerwise_jax.batch_scale import nonlinear
 from layerwise_jax.program import FullRows
 

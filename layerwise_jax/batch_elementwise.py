@@ -16,10 +16,10 @@ Rule = Callable[[Step], Role | list[Role]]
 NONLINEAR = """
 abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp clz complex
 conj cos cosh digamma eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac integer_pow
-is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mulhi ne nextafter not one_minus_square or polygamma polynomial
-population_count pow
-random_clone random_fold_in random_gamma random_gamma_grad random_seed regularized_incomplete_beta rem round rsqrt
-shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square tan tanh threefry2x32 xor zeta
+is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mulhi ne nextafter not one_minus_square or
+polygamma polynomial population_count pow random_clone random_fold_in random_gamma random_gamma_grad random_seed
+random_unwrap random_wrap regularized_incomplete_beta rem round rsqrt shift_left shift_right_arithmetic
+shift_right_logical sign sin sinh sqrt square tan tanh threefry2x32 xor zeta
 """.split()
 LINEAR = "add add_any copy copy_p imag neg pvary real reduce_precision sharding_constraint stop_gradient sub".split()
 
@@ -98,11 +98,17 @@ def _convert(step: Step) -> Role:
     return _linear(step) if widens and old != np.bool_ else _nonlinear(step)
 
 
-def _select(step: Step) -> Role:
-    """A choice between cases is linear in them together, whatever chooses."""
+def chosen_case(step: Step) -> Role | None:
+    """The case that a `select_n` always takes, if that is known."""
     predicate, *cases = step.roles
     if isinstance(predicate, Whole) and predicate.fill and predicate.fill[0] == predicate.fill[1]:
         return cases[int(predicate.fill[0])]
+    return None
+
+
+def _select(step: Step) -> Role:
+    """A choice between cases is linear in them together, whatever chooses."""
+    predicate, *cases = step.roles
     nonlinear(step, [0])
     if isinstance(predicate, Rows) and any(isinstance(case, Summed) for case in cases):
         raise Mixes(STATISTICS)

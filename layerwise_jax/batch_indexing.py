@@ -170,3 +170,5 @@ RULES: dict[str, Rule] = {
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
 }
+INDEX_OPERAND = dict.fromkeys(["gather", *_SCATTERS], 1)
+"""Which operand is the index vectors, where rows may be given by number."""

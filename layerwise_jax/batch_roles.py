@@ -71,7 +71,7 @@ class Columns:
     columns: tuple[Role, ...]
 
 
-Cause = Literal["statistics", "size", "draw"]
+Cause = Literal["statistics", "unknown", "size", "draw"]
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Mixed:
     """No parts combine to it.
 
     Attributes:
-      cause: "statistics" where examples meet, "size" where the length of the batch enters, "draw" where random or row
-        numbers are drawn by shape in a place where they cannot be drawn for the full batch.
+      cause: "statistics" where examples meet, "unknown" where they may, "size" where the length of the batch enters,
+        "draw" where random or row numbers are drawn by shape in a place where they cannot be drawn for the full batch.
       why: what the operation does, to be read after its name.
       eqn: the operation; None for an input or constant.
     """
@@ -174,7 +174,7 @@ def same(a: float, b: float) -> bool:
 
 def known(micro: Any, full: Any) -> Whole:
     """A number that is known in both traces."""
-    if micro == full:
+    if micro == full or (micro != micro and full != full):
         return Whole(1.0, (micro, full))
     return Whole(float(full) / float(micro) if micro else float("nan"), (micro, full))
 

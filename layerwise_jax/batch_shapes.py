@@ -131,7 +131,9 @@ def _concatenate(step: Step) -> Role:
 
 def _stack(step: Step) -> Role:
     axis, role = common_axis(step), build(common_axis(step), *additive(step))
-    return Rows(axis + (axis >= step.params["axis"]), role.ratio) if isinstance(role, Rows) and axis is not None else role
+    return (
+        Rows(axis + (axis >= step.params["axis"]), role.ratio) if isinstance(role, Rows) and axis is not None else role
+    )
 
 
 def _unstack(step: Step) -> list[Role]:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerwise_jax.aot import CompiledProgram, compile_for
 from layerwise_jax.xla_options import NOTHING_PINS_L2, Options, OptionsReport, check_options, choose_options, hazards
-
-if TYPE_CHECKING:
-    from layerwise_jax.pipeline import Pipeline
 
 TIMED_RUNS = 5
 
@@ -43,12 +40,17 @@ class CompiledPipeline:
 
 
 def compile_pipeline(
-    pipeline: Pipeline, staged: Any, inputs: tuple[Any, ...], options: Literal["auto"] | Mapping[str, Any] | None
+    pipeline: Callable[..., Any],
+    mesh: Mesh,
+    staged: Any,
+    inputs: tuple[Any, ...],
+    options: Literal["auto"] | Mapping[str, Any] | None,
 ) -> CompiledPipeline:
     """Compile a pipeline for its mesh.
 
     Args:
-      pipeline: the pipeline.
+      pipeline: the pipeline, a function of placed parameters and inputs.
+      mesh: its mesh.
       staged: placed parameters, or their shapes.
       inputs: the full batch, or its shapes.
       options: "auto" to try the table of `xla_options` and keep what makes workspace and peak smaller (and, where a GPU
@@ -57,7 +59,7 @@ def compile_pipeline(
     Raises:
       OptionError: the compiler does not know an option, or does not take its value.
     """
-    shapes = _shapes(pipeline, staged, inputs)
+    shapes = _shapes(mesh, staged, inputs)
 
     def compile_with(options: Options) -> CompiledProgram:
         return compile_for(None, pipeline, shapes, weights=[0], options=options)
@@ -74,15 +76,15 @@ def compile_pipeline(
     return CompiledPipeline(call, chosen, report, hazards(chosen))
 
 
-def _shapes(pipeline: Pipeline, staged: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _shapes(mesh: Mesh, staged: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Types and shardings of the arguments; inputs are wanted whole on every device."""
-    everywhere = NamedSharding(pipeline.mesh, PartitionSpec())
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
     def shape(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         aval = jax.typeof(x) if not isinstance(x, jax.ShapeDtypeStruct) else x
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
 
-    placed = {name: shape(x, NamedSharding(pipeline.mesh, PartitionSpec("stage"))) for name, x in staged.items()}
+    placed = {name: shape(x, NamedSharding(mesh, PartitionSpec("stage"))) for name, x in staged.items()}
     return placed, *jax.tree.map(lambda x: shape(x, everywhere), inputs)
 
 
@@ -91,7 +93,7 @@ def _can_run(arrays: Any) -> bool:
     return jax.default_backend() == "gpu" and all(isinstance(x, jax.Array) for x in jax.tree.leaves(arrays))
 
 
-def _timer(pipeline: Pipeline, arrays: tuple[Any, ...]) -> Callable[[CompiledProgram], float]:
+def _timer(pipeline: Callable[..., Any], arrays: tuple[Any, ...]) -> Callable[[CompiledProgram], float]:
     """Seconds of the fastest of a few runs with a compiled program's options."""
 
     def seconds(program: CompiledProgram) -> float:

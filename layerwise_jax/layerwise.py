@@ -9,13 +9,14 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from layerwise_jax.build import ScheduleName, build_pipeline
 from layerwise_jax.detect import detect_device
 from layerwise_jax.device_spec import DeviceSpec
 from layerwise_jax.inputs import batch_size, first_rows
 from layerwise_jax.layers import trace_layers
 from layerwise_jax.microbatch import Staging, StagingChoices, choose_staging
 from layerwise_jax.partition import CapacityError
-from layerwise_jax.pipeline import Pipeline, Reduce, ScheduleName, build_pipeline
+from layerwise_jax.pipeline import Pipeline, Reduce
 from layerwise_jax.placement import STAGE
 from layerwise_jax.plan import Sizes
 from layerwise_jax.program import nbytes
@@ -48,8 +49,7 @@ def layerwise(
       *inputs: its inputs at the full batch, likewise; their leading axis is split into microbatches.
       mesh: a mesh with an axis `stage` (and possibly `data`); None puts a stage on each local device.
       num_stages: stages; None for as many as the mesh has devices on `stage`, or as there are layers.
-      num_microbatches: parts that the batch is split into on each replica; "auto" for the number that fits and whose
-        step is predicted to be shortest.
+      num_microbatches: parts of the batch on each replica; "auto" for the fewest that fit and fill the pipeline.
       device: the device to size stages for, which need not be there; None for the one that JAX has.
       capacity: "l2" for the device's usable cache, a number of bytes, or None to balance without a cap.
       method: "dp" for the exact optimum, "greedy" for the paper's greedy layer aggregation.
@@ -60,19 +60,14 @@ def layerwise(
       schedule: the order of forwards and backwards in training: a name, or a table of one's own.
 
     Raises:
-      CapacityError: a layer, or the model, does not fit the capacity.
-      BatchError: splitting the batch would change the result.
-      CutError: the program cannot be cut.
+      CapacityError, BatchError, CutError: it does not fit, cannot be split into microbatches, cannot be cut.
       ValueError: anything else that came wrong, named.
     """
     replicas, num_stages = _ways(mesh, num_stages, fn, params, inputs)
-    batch = batch_size(inputs, in_axes)
-    if batch % replicas:
-        raise ValueError(f"A batch of {batch} does not split over {replicas} replicas (the mesh's axis 'data').")
     spec = device or detect_device()
     choices = StagingChoices(
         trace=lambda rows: trace_layers(fn, params, *first_rows(inputs, in_axes, rows)),
-        num_examples=batch // replicas,
+        num_examples=_examples_of_a_replica(inputs, in_axes, replicas),
         num_stages=num_stages,
         device=spec,
         target=device,
@@ -92,6 +87,13 @@ def layerwise(
         schedule=schedule,
         sizes=_sizes(choices, staging),
     )
+
+
+def _examples_of_a_replica(inputs: tuple[Any, ...], in_axes: Any, replicas: int) -> int:
+    batch = batch_size(inputs, in_axes)
+    if batch % replicas:
+        raise ValueError(f"A batch of {batch} does not split over {replicas} replicas (the mesh's axis 'data').")
+    return batch // replicas
 
 
 def _stage(choices: StagingChoices, num_microbatches: int | str) -> Staging:

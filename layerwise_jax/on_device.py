@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from layerwise_jax._jax import is_key, wrap_key
+from layerwise_jax.loop import Loop
 from layerwise_jax.placement import STAGE
 from layerwise_jax.program import Op, Operand, Rows, Value, evaluate
 from layerwise_jax.wiring import FromBody, FromBranch, FromConstant, FromInput, FromLane, Source
-
-if TYPE_CHECKING:
-    from layerwise_jax.loop import Loop
 
 
 class StageResults(NamedTuple):

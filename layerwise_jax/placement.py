@@ -96,16 +96,16 @@ class Placement:
         return {slot.name: self._fill(slot, leaves, sharding) for slot in self.slots}
 
     def gather(self, staged: Staged) -> Any:
-        """The exact inverse of `place`: the user's tree, from the first copy of every weight."""
-        self.check_staged(staged)
+        """The exact inverse of `place`: the user's tree, from the first copy of every weight.
+
+        Gradients are gathered as well, `float0` for those of integers.
+        """
+        self.check_staged(staged, jax.dtypes.float0)
         parts: dict[int, list[tuple[int, Any]]] = {}
         for weight, ((j, s), *_) in self.copies().items():
             row = _row(staged[self.slots[j].name], s)
             parts.setdefault(weight.leaf, []).append((weight.start or 0, row))
-        leaves = [
-            rows[0][1] if len(rows) == 1 else jnp.concatenate([row for _, row in sorted(rows, key=lambda x: x[0])])
-            for _, rows in sorted(parts.items())
-        ]
+        leaves = [_together(rows) for _, rows in sorted(parts.items())]
         return jax.tree.unflatten(self.signature.params_tree, leaves)
 
     def check(self, params: Any) -> list[Any]:
@@ -125,8 +125,8 @@ class Placement:
                 )
         return leaves
 
-    def check_staged(self, staged: Any) -> None:
-        """Refuse what `place` has not made."""
+    def check_staged(self, staged: Any, *dtypes: Any) -> None:
+        """Refuse what `place` has not made; slots may have one of `dtypes` instead of their own."""
         names = {slot.name for slot in self.slots}
         if not isinstance(staged, dict) or set(staged) != names:
             came = sorted(staged) if isinstance(staged, dict) else type(staged).__name__
@@ -136,7 +136,7 @@ class Placement:
             )
         for slot in self.slots:
             came, wanted = staged[slot.name], (self.num_stages, *slot.aval.shape)
-            if tuple(came.shape) != wanted or came.dtype != slot.aval.dtype:
+            if tuple(came.shape) != wanted or came.dtype not in (slot.aval.dtype, *dtypes):
                 raise ValueError(
                     f"Slot {slot.name} came as {came.dtype}{list(came.shape)}, wanted {slot.aval.dtype}{list(wanted)}. "
                     "Call pipeline.place(params) of this pipeline."
@@ -158,6 +158,16 @@ class Placement:
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
+def _together(parts: Sequence[tuple[int, Any]]) -> Any:
+    """A leaf from its (first row, rows), or from itself alone."""
+    (_, first), *others = sorted(parts, key=lambda part: part[0])
+    if not others:
+        return first
+    # JAX does not concatenate float0, which numpy holds.
+    concatenate = np.concatenate if first.dtype == jax.dtypes.float0 else jnp.concatenate
+    return concatenate([first, *(rows for _, rows in others)])
+
+
 def _zeros(aval: Any) -> Any:
     if is_key(aval):
         data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
@@ -167,7 +177,7 @@ def _zeros(aval: Any) -> Any:
 
 def _row(array: Any, stage: int) -> Any:
     """One stage's row, read where it lives if the array is concrete."""
-    if isinstance(array, Tracer | jax.ShapeDtypeStruct) or not getattr(array, "is_fully_addressable", False):
+    if isinstance(array, Tracer) or not getattr(array, "is_fully_addressable", False):
         return array[stage]
     if is_key(array):
         data = _row(jax.random.key_data(array), stage)

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, get_args, get_origin, get_type_hints
 
 from layerwise_jax.cost import LayerCost
+from layerwise_jax.report import plan_table
 
 PLAN_VERSION = 1
 
@@ -98,8 +99,6 @@ class Plan:
         return (self.num_stages - 1) / (self.num_microbatches + self.num_stages - 1)
 
     def __str__(self) -> str:
-        from layerwise_jax.report import plan_table
-
         return plan_table(self)
 
     def to_json(self) -> str:

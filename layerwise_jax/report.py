@@ -1,23 +1,20 @@
-"""Plans as text tables."""
+"""Plans as text tables. A plan prints itself through this module, which therefore imports none."""
 
 from __future__ import annotations
 
 import io
 import re
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from layerwise_jax.plan import Plan, StagePlan
-
 BAR_WIDTH = 20
 TABLE_WIDTH = 132
 
 
-def plan_table(plan: Plan) -> str:
+def plan_table(plan: Any) -> str:
     """A plan as a table, a row a stage, with bounds and notes below."""
     table = Table(title=_title(plan), title_justify="left", title_style="bold")
     for name in ("stage", "layers"):
@@ -65,7 +62,7 @@ def _follows(before: str, after: str) -> bool:
     )
 
 
-def _title(plan: Plan) -> str:
+def _title(plan: Any) -> str:
     capacity = f", {_bytes(plan.capacity)} each" if plan.capacity else ""
     return (
         f"{plan.num_stages} stages{capacity}, {plan.num_microbatches} microbatches "
@@ -73,12 +70,12 @@ def _title(plan: Plan) -> str:
     )
 
 
-def _sizes(stage: StagePlan) -> list[str]:
+def _sizes(stage: Any) -> list[str]:
     sizes = [_bytes(n) for n in (stage.weight_bytes, stage.activation_bytes, stage.buffer_bytes, stage.size)]
     return [*sizes, "-" if stage.compiled_bytes is None else _bytes(stage.compiled_bytes)]
 
 
-def _footer(plan: Plan) -> list[str]:
+def _footer(plan: Any) -> list[str]:
     branch = "the rest under one branch" if plan.has_branch else "no branch"
     proof = "" if plan.gap is None else f", lower bound {plan.lower_bound:.4g}, gap {plan.gap:.2%}"
     fewest = f", fewest stages {plan.fewest_stages}" if plan.fewest_stages else ""

@@ -63,7 +63,7 @@ def cut_stages(layers: LayerSequence, boundaries: Sequence[int]) -> tuple[Stage,
     program = layers.program
     anchors = [[i for layer in layers.layers[a:b] for i in layer.anchors] for a, b in pairwise(boundaries)]
     free = free_producers(program, anchored_ops(program))
-    outputs = _outputs_of_stages(program, anchors)
+    outputs = _outputs_of_stages(program, anchors, free)
     ops = [
         sorted(
             {*own, *free_ops_behind(program, [x for i in own for x in program.ops[i].values] + [*out.values()], free)}
@@ -88,14 +88,31 @@ def _check_boundaries(boundaries: Sequence[int], num_layers: int) -> None:
         )
 
 
-def _outputs_of_stages(program: Program, anchors: Sequence[Sequence[int]]) -> list[dict[int, Operand]]:
-    """Each output at the stage that makes it; what no stage in particular makes, at the last."""
+def _outputs_of_stages(
+    program: Program, anchors: Sequence[Sequence[int]], free: dict[Value, int]
+) -> list[dict[int, Operand]]:
+    """Each output at the stage that makes it.
+
+    What no stage in particular makes stands with the first that reads one of the weights it comes from, or at the last.
+    """
     maker = {x: s for s, own in enumerate(anchors) for i in own for x in program.ops[i].results}
+    first_reader: dict[Value, int] = {}
+    for s, own in enumerate(anchors):
+        for x in _weights_behind(program, [x for i in own for x in program.ops[i].values], free):
+            first_reader.setdefault(x, s)
+    last = len(anchors) - 1
     outputs: list[dict[int, Operand]] = [{} for _ in anchors]
     for position, operand in enumerate(program.outputs):
-        stage = len(anchors) - 1 if isinstance(operand, Literal) else maker.get(operand, len(anchors) - 1)
+        readers = [first_reader[x] for x in _weights_behind(program, [operand], free) if x in first_reader]
+        stage = maker[operand] if operand in maker else min(readers, default=last)
         outputs[stage][position] = operand
     return outputs
+
+
+def _weights_behind(program: Program, operands: Sequence[Operand], free: dict[Value, int]) -> set[Value]:
+    """The weights among `operands`, and those that unanchored operations make them from."""
+    behind = [x for i in free_ops_behind(program, operands, free) for x in program.ops[i].values]
+    return {x for x in (*operands, *behind) if not isinstance(x, Literal) and x in program.weights}
 
 
 def _crossing(program: Program, anchors: Any, ops: Any, outputs: Any) -> list[tuple[Value, ...]]:

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from zoo import BATCH, Case
 
+from layerwise_jax.build import build_pipeline
 from layerwise_jax.layers import LayerSequence, trace_layers
-from layerwise_jax.pipeline import Pipeline, build_pipeline
+from layerwise_jax.pipeline import Pipeline
 
 ZERO_SHARE = 1e-2
 """Part of the largest entry of all leaves below which a leaf counts as zero but for rounding."""

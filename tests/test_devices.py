@@ -41,7 +41,7 @@ def test_devices_are_found_by_the_kind_that_jax_reports(spec):
 def test_other_names_of_a_device():
     assert device_named("H100") is H100
     assert device_named("NVIDIA A100 80GB PCIe") is A100
-    with pytest.raises(ValueError, match="'TPU v5' are known|No figures are known for the device 'TPU v5'"):
+    with pytest.raises(ValueError, match="No figures are known for the device 'TPU v5'"):
         device_named("TPU v5")
 
 
@@ -117,7 +117,7 @@ def test_what_is_wrong_is_named(change, complaint):
 
 @pytest.mark.parametrize("text", ["", "[]", "3", '"H100"', "{}", "not JSON"])
 def test_other_text_is_no_spec(text):
-    with pytest.raises(ValueError, match="JSON|version"):
+    with pytest.raises(ValueError, match=r"JSON|version"):
         DeviceSpec.from_json(text)
 
 

@@ -13,9 +13,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerwise_jax.aot import absent_mesh, can_compile_for_absent_gpus
+from layerwise_jax.build import build_pipeline
 from layerwise_jax.devices import H100
 from layerwise_jax.layers import trace_layers
-from layerwise_jax.pipeline import build_pipeline
 
 NUM_STAGES, NUM_MICROBATCHES, ROWS = 4, 8, 3
 # Primes, so that no activation, which has a multiple of ROWS elements, has as many as a weight.

@@ -14,9 +14,16 @@ ROOT = Path(__file__).parents[1]
 # A module imports from the floors below its own and, on its own floor, from those before it in its flight of stairs.
 FLOORS = {
     3: ["__init__"],
-    2: ["loop pipeline"],
+    2: [
+        (
+            "measure microbatch loop on_device forward stage_vjp training batch_roles batch_scale batch_pairs batch_elementwise "
+            "batch_shapes batch_products batch_indexing batch_draws batch_control batch_walk batch_outputs batching compiling pipeline "
+            "build detect layerwise"
+        ),
+    ],
     1: [
-        "modules program flatten structure layers stages batching alignment wiring placement refusals plan",
+        "modules program flatten structure layers inputs stages alignment wiring placement refusals",
+        "report plan verdict",
         (
             "partition_checks partition_problem partition_result partition_stage partition_sweep partition_certificate "
             "partition_even partition_search partition_plan partition_bottleneck partition_greedy partition_objective "
@@ -24,7 +31,11 @@ FLOORS = {
         ),
         "timeline",
     ],
-    0: ["schedule schedule_check schedule_generators schedule_simulate schedule_tables", "_jax"],
+    0: [
+        "_jax",
+        "schedule schedule_check schedule_generators schedule_simulate schedule_tables",
+        "cost device_spec devices gpu_target buffers_wire buffers flops aot xla_options persisting",
+    ],
 }
 FLIGHTS = [(floor, flight.split()) for floor, flights in FLOORS.items() for flight in flights]
 

@@ -1,21 +1,21 @@
 """The plan's table says what the numbers are, and its JSON reads back or is refused by name."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from layerwise_jax.build import build_pipeline
 from layerwise_jax.cost import LayerCost
 from layerwise_jax.layers import trace_layers
 from layerwise_jax.measure import measure_costs
 from layerwise_jax.partition import partition_layers
-from layerwise_jax.pipeline import build_pipeline
 from layerwise_jax.plan import Plan, Sizes, StagePlan, make_plan
 from layerwise_jax.report import BAR_WIDTH, run_lengths
 
@@ -61,7 +61,7 @@ def test_without_a_capacity_the_bar_is_the_share_of_the_largest_stage() -> None:
 
 
 def test_a_bar_does_not_outgrow_its_column() -> None:
-    assert [row[7] for row in rows_of(plan_of(capacity=KIB))][0] == "█" * BAR_WIDTH + " 1100%"
+    assert rows_of(plan_of(capacity=KIB))[0][7] == "█" * BAR_WIDTH + " 1100%"
 
 
 @pytest.mark.parametrize(
@@ -131,11 +131,6 @@ def test_json_reads_back(partition: Any) -> None:
         assert str(again) == str(plan)
 
 
-def test_numpy_numbers_are_written_as_plain_ones() -> None:
-    plan = replace(plan_of(), bottleneck=float(np.float64(3.5)))
-    assert json.loads(plan.to_json())["bottleneck"] == 3.5
-
-
 def damaged(change: Callable[[dict[str, Any]], Any]) -> str:
     fields = json.loads(plan_of().to_json())
     change(fields)
@@ -161,10 +156,9 @@ def damaged(change: Callable[[dict[str, Any]], Any]) -> str:
         (damaged(lambda fields: fields.update(stages=7)), "Plan.stages is 7"),
         (damaged(lambda fields: fields.update(stages=[7])), "A StagePlan has the fields"),
         (damaged(lambda fields: fields["stages"][0].pop("layers")), "A StagePlan has the fields"),
-        (damaged(lambda fields: fields["stages"][1].update(send_bytes=None)), "StagePlan.send_bytes is None; wanted int"),
+        (damaged(lambda fields: fields["stages"][1].update(send_bytes=None)), "StagePlan.send_bytes is None"),
     ],
 )  # fmt: skip
 def test_damaged_json_is_refused_by_name(text: str, words: str) -> None:
-    with pytest.raises(ValueError, match="^(A plan is|This plan|A Plan|A StagePlan|Plan|StagePlan)") as refusal:
+    with pytest.raises(ValueError, match=re.escape(words)):
         Plan.from_json(text)
-    assert words in str(refusal.value)

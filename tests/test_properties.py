@@ -11,9 +11,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from random_programs import RandomProgram, programs
+from staging import compile_lightly
 
+from layerwise_jax.build import build_pipeline
 from layerwise_jax.layers import LayerSequence, trace_layers
-from layerwise_jax.pipeline import build_pipeline
 from layerwise_jax.stages import cut_stages, run_stage
 
 EXAMPLES = 2  # in a microbatch
@@ -93,11 +94,6 @@ def test_a_compiled_pipeline_has_the_values_and_gradients_of_the_program(
         wanted = compile_lightly(jax.value_and_grad(program.loss_fn, has_aux=True))(params, *inputs)
         tolerance = 1e-4 if program.has_casts else 1e-9
         jax.tree.map(lambda x, y: assert_close(x, y, tolerance), (value, pipeline.gather(grads)), wanted)
-
-
-def compile_lightly(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`jit` in half the time, since speed is not what is tested."""
-    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def assert_close(x: jax.Array, y: jax.Array, tolerance: float) -> None:

@@ -13,8 +13,8 @@ import pytest
 from staging import assert_trees_close, compile_lightly, even_boundaries, stage_case, uneven_boundaries
 from zoo import CASES
 
+from layerwise_jax.build import build_pipeline
 from layerwise_jax.layers import trace_layers
-from layerwise_jax.pipeline import build_pipeline
 from layerwise_jax.schedule import Schedule, ScheduleError
 from layerwise_jax.schedule_generators import one_f_one_b
 

@@ -1,0 +1,94 @@
+"""Roles through loops, branches and calls: their bodies are walked, in both traces in lock-step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from layerwise_jax import _jax
+from layerwise_jax.batch_pairs import ProgramPair, pair_bodies
+from layerwise_jax.batch_roles import SIZE, Mixed, Mixes, Role, Rows, Step, Whole, joined
+
+RunBody = Callable[[ProgramPair, Sequence[Role]], list[Role]]
+"""The roles of a body's outputs, given those of its inputs."""
+
+# A carry's role can only go from the same for all, over rows or sums, to mixed; each carry may wait for another one.
+MOST_ITERATIONS = 100
+
+
+def _call(run: RunBody, step: Step) -> list[Role]:
+    return run(pair_bodies(_jax.inner_jaxpr(step.micro), _jax.inner_jaxpr(step.full)), step.roles)
+
+
+def _cond(run: RunBody, step: Step) -> list[Role]:
+    index, *operands = step.roles
+    branches = zip(step.params["branches"], step.full.params["branches"], strict=True)
+    results = [run(pair_bodies(micro, full), operands) for micro, full in branches]
+    if not (isinstance(index, Whole) and index.ratio == 1):
+        return _undecided(step, index, "takes a branch that depends on the examples")
+    return [_join(roles, step.parts) for roles in zip(*results, strict=True)]
+
+
+def _while(run: RunBody, step: Step) -> list[Role]:
+    bodies = {name: pair_bodies(step.params[name], step.full.params[name]) for name in ("cond_jaxpr", "body_jaxpr")}
+    split = step.params["cond_nconsts"], step.params["cond_nconsts"] + step.params["body_nconsts"]
+    cond_consts, body_consts, carry = step.roles[: split[0]], step.roles[split[0] : split[1]], step.roles[split[1] :]
+    carry = _settled(step.parts, carry, lambda carry: run(bodies["body_jaxpr"], [*body_consts, *carry]))
+    (goes_on,) = run(bodies["cond_jaxpr"], [*cond_consts, *carry])
+    if not (isinstance(goes_on, Whole) and goes_on.ratio == 1):
+        return _undecided(step, goes_on, "runs until all examples are done")
+    return carry
+
+
+def _scan(run: RunBody, step: Step) -> list[Role]:
+    consts, carry, scanned = _jax.scan_parts(step.micro, range(len(step.roles)))
+    if any(isinstance(role := step.roles[i], Rows) and role.axis == 0 for i in scanned):
+        raise Mixes("goes through the examples one after the other")
+    if step.params["length"] != step.full.params["length"]:
+        raise Mixes("loops as often as the batch is long", "size")
+    rows = [_row(step.roles[i]) for i in scanned]
+    body = pair_bodies(_jax.inner_jaxpr(step.micro), _jax.inner_jaxpr(step.full))
+    results: list[Role] = []
+
+    def iterate(carry: Sequence[Role]) -> list[Role]:
+        results[:] = run(body, [*(step.roles[i] for i in consts), *carry, *rows])
+        return results[: len(carry)]
+
+    settled = _settled(step.parts, [step.roles[i] for i in carry], iterate)
+    stacked = [Rows(role.axis + 1, role.ratio) if isinstance(role, Rows) else role for role in results[len(settled) :]]
+    return [*settled, *stacked]
+
+
+def _row(role: Role) -> Role:
+    return Rows(role.axis - 1, role.ratio) if isinstance(role, Rows) else role
+
+
+def _settled(parts: int, carry: Sequence[Role], iterate: Callable[[Sequence[Role]], list[Role]]) -> list[Role]:
+    """The roles of a loop's carry that one more iteration leaves as they are."""
+    roles = list(carry)
+    for _ in range(MOST_ITERATIONS):
+        after = [joined(a, b, parts) for a, b in zip(roles, iterate(roles), strict=True)]
+        if after == roles:
+            return roles
+        roles = after
+    raise Mixes(SIZE, "size")
+
+
+def _join(roles: Sequence[Role], parts: int) -> Role:
+    first, *others = roles
+    for role in others:
+        first = joined(first, role, parts)
+    return first
+
+
+def _undecided(step: Step, decision: Role, why: str) -> list[Role]:
+    if not isinstance(decision, Mixed):
+        decision = Mixed("statistics", why, step.micro)
+    return [decision] * len(step.micro.outvars)
+
+
+RULES: dict[str, Callable[[RunBody, Step], list[Role]]] = {
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    **dict.fromkeys([*_jax.CALL_PRIMITIVES, *_jax.REMAT_PRIMITIVES, *_jax.CUSTOM_RULE_PRIMITIVES], _call),
+}

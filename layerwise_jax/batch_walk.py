@@ -1,0 +1,182 @@
+"""The walk over a pair of programs that gives every value its role."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from layerwise_jax import batch_control, batch_elementwise, batch_indexing, batch_products, batch_shapes
+from layerwise_jax._jax import AbstractRef, Literal, is_key
+from layerwise_jax.batch_draws import Draws, numbers_through
+from layerwise_jax.batch_pairs import PairedOp, ProgramPair, constants_of, differing_parameter
+from layerwise_jax.batch_roles import (
+    Columns,
+    Mixed,
+    Mixes,
+    Role,
+    RowNumbers,
+    Rows,
+    Step,
+    Summed,
+    Whole,
+    checked,
+    known,
+    scaling_axes,
+)
+from layerwise_jax.batch_scale import nonlinear
+from layerwise_jax.program import Operand, Value
+
+RULES = {**batch_elementwise.RULES, **batch_shapes.RULES, **batch_products.RULES, **batch_indexing.RULES}
+DRAWING = frozenset("iota random_bits random_split".split())
+
+
+@dataclass
+class Walk:
+    """The roles of values, in the program proper or in the body of a loop or branch.
+
+    Attributes:
+      parts: parts that the batch is split into.
+      per_microbatch: whether a sum or mean over examples that is used on is accepted as a statistic of the part.
+      draws: what was found out about drawing operations.
+      is_inner: whether this is a body.
+    """
+
+    parts: int
+    per_microbatch: bool = False
+    draws: Draws = field(default_factory=Draws)
+    is_inner: bool = False
+
+    def run(self, pair: ProgramPair, given: dict[Value, Role]) -> list[Role]:
+        """The roles of the outputs.
+
+        Args:
+          pair: the two programs.
+          given: the roles of the full program's weights and inputs.
+        """
+        env = dict(given)
+        env.update({value: constant_role(micro, full) for value, micro, full in constants_of(pair)})
+        for op in pair.ops:
+            roles = self._roles_of_results(op, env)
+            env.update(zip(op.full.results, roles, strict=True))
+        return [_read(m, f, env) for m, f in zip(pair.micro.outputs, pair.full.outputs, strict=True)]
+
+    def outputs(self, pair: ProgramPair, given: dict[Value, Role]) -> list[Role]:
+        """The roles of the outputs, numbers of rows made those of the full batch."""
+        return [self._as_rows(role) for role in self.run(pair, given)]
+
+    def _as_rows(self, role: Role) -> Role:
+        try:
+            return self.draws.as_rows(role)
+        except Mixes as mixes:
+            return Mixed(mixes.cause, str(mixes))
+
+    def _roles_of_results(self, op: PairedOp, env: dict[Value, Role]) -> Sequence[Role]:
+        if op.micro is None:
+            return [env[op.full.values[0]]]
+        roles = tuple(_read(m, f, env) for m, f in zip(op.micro.operands, op.full.operands, strict=True))
+        step = Step(op.micro.eqn, op.full.eqn, roles, self.parts)
+        position = None if self.is_inner else op.position
+        if any(isinstance(getattr(var, "aval", None), AbstractRef) for var in step.micro.invars):
+            return self._use_of_reference(step, op, env)
+        return self.results(step, position)
+
+    def results(self, step: Step, position: int | None) -> Sequence[Role]:
+        """The roles of an operation's results."""
+        try:
+            return self._checked(step, self._apply(step, position))
+        except Mixes as mixes:
+            if self.per_microbatch and any(isinstance(role, Summed) for role in step.roles):
+                return self.results(step.with_roles([self._as_statistic(role) for role in step.roles]), position)
+            return [Mixed(mixes.cause, str(mixes), step.micro)] * len(step.micro.outvars)
+
+    def _as_statistic(self, role: Role) -> Role:
+        """A sum or mean over the examples of a part, taken for what it is of the full batch."""
+        return Whole(role.ratio * self.parts) if isinstance(role, Summed) else role
+
+    def _checked(self, step: Step, roles: Sequence[Role]) -> list[Role]:
+        shapes = [step.result_shapes(i) for i in range(len(roles))]
+        return [checked(role, *shape, self.parts) for role, shape in zip(roles, shapes, strict=True)]
+
+    def _apply(self, step: Step, position: int | None) -> Sequence[Role]:
+        if step.name in batch_control.RULES:
+            step = step.with_roles([self.draws.as_rows(role) for role in step.roles])
+            return batch_control.RULES[step.name](self._run_body, step)
+        if step.name == "select_n" and (chosen := batch_elementwise.chosen_case(step)):
+            return [chosen]
+        if mixed := [role for role in step.roles if isinstance(role, Mixed)]:
+            # What may be asked for ("statistics") must not hide what may not.
+            return [min(mixed, key=lambda role: role.cause == "statistics")] * len(step.micro.outvars)
+        if (parameter := differing_parameter(step.micro, step.full)) is not None:
+            raise Mixes(f"has {parameter}", "size")
+        if step.name in DRAWING:
+            return [self.draws.draw(step, position)]
+        return self._by_rule(step)
+
+    def _by_rule(self, step: Step) -> Sequence[Role]:
+        if any(isinstance(role, RowNumbers | Columns) for role in step.roles):
+            if (counted := numbers_through(step)) is not None:
+                return [counted]
+            step = self._settle_numbers(step)
+        if (number := batch_elementwise.folded(step)) is not None:
+            return [number]
+        if step.name not in RULES:
+            return _unknown(step)
+        result = RULES[step.name](step)
+        return result if isinstance(result, list) else [result]
+
+    def _settle_numbers(self, step: Step) -> Step:
+        """Numbers of rows stay so as an index; anywhere else they are data of the examples."""
+        index = batch_indexing.INDEX_OPERAND.get(step.name)
+        if index is not None:
+            self.draws.index_by(step.roles[index])
+        return step.with_roles([role if i == index else self.draws.as_rows(role) for i, role in enumerate(step.roles)])
+
+    def _run_body(self, pair: ProgramPair, roles: Sequence[Role]) -> list[Role]:
+        inner = replace(self, is_inner=True)
+        given = dict(zip(pair.full.inputs, roles, strict=True))
+        return [self.draws.as_rows(role) for role in inner.run(pair, given)]
+
+    def _use_of_reference(self, step: Step, op: PairedOp, env: dict[Value, Role]) -> Sequence[Role]:
+        """A mutable array: only what is the same for every part is followed through it."""
+        results = len(step.micro.outvars)
+        if all(isinstance(role, Whole) and role.ratio == 1 for role in step.roles):
+            return [Whole()] * results
+        mixed = Mixed("size", "changes a mutable array by what depends on the batch, which is not followed", step.micro)
+        env.update(dict.fromkeys(op.full.values, mixed))
+        return [mixed] * results
+
+
+def _unknown(step: Step) -> list[Role]:
+    """Of an operation without a rule: the same for every part if all that it reads and makes is."""
+    results = len(step.micro.outvars)
+    shapes = [step.result_shapes(i) for i in range(results)]
+    shapes += [(step.shape(i), step.full_shape(i)) for i in range(len(step.roles))]
+    nonlinear(step)
+    if any(isinstance(role, Rows) for role in step.roles) or any(micro != full for micro, full in shapes):
+        raise Mixes("is an operation of which it is not known whether it treats each example alone", "unknown")
+    return [Whole()] * results
+
+
+def _read(micro: Operand, full: Operand, env: dict[Value, Role]) -> Role:
+    if isinstance(full, Literal):
+        assert isinstance(micro, Literal)
+        return constant_role(micro.val, full.val)
+    return env[full]
+
+
+def constant_role(micro: Any, full: Any) -> Role:
+    """The role of a number or array that is part of the function."""
+    if micro is full or is_key(jax.typeof(micro)):
+        return Whole()
+    micro, full = np.asarray(micro), np.asarray(full)
+    if micro.shape == full.shape == ():
+        return known(micro[()], full[()])
+    axes = scaling_axes(micro.shape, full.shape) if micro.ndim == full.ndim else ()
+    firsts = [x[tuple(slice(1) if i in axes else slice(None) for i in range(x.ndim))] for x in (micro, full)]
+    if firsts[0].tobytes() == firsts[1].tobytes() and all((x == x0).all() for x, x0 in zip((micro, full), firsts)):
+        return Whole()
+    return Mixed("size", "has an array in it that follows the length of the batch; pass that array as an input")

@@ -1,0 +1,122 @@
+"""Build a pipeline from layers and cut points: every step from the flat program to the compiled loop, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from layerwise_jax.alignment import align_stages
+from layerwise_jax.batching import analyse_batching
+from layerwise_jax.inputs import input_axes
+from layerwise_jax.layers import LayerSequence
+from layerwise_jax.loop import Loop
+from layerwise_jax.measure import measured_by_shape
+from layerwise_jax.pipeline import Pipeline, Reduce
+from layerwise_jax.placement import assign_slots
+from layerwise_jax.plan import Plan, Sizes, make_plan
+from layerwise_jax.program import nbytes
+from layerwise_jax.refusals import check_mesh, check_stageable, check_state, find_state
+from layerwise_jax.schedule import Schedule
+from layerwise_jax.schedule_check import check
+from layerwise_jax.schedule_generators import gpipe, one_f_one_b
+from layerwise_jax.stages import cut_stages
+from layerwise_jax.wiring import wire
+
+ScheduleName = Literal["1f1b", "gpipe"]
+
+
+def build_pipeline(
+    layers: LayerSequence,
+    partition: Any,
+    mesh: Mesh,
+    num_microbatches: int,
+    *,
+    in_axes: Any = 0,
+    reduce: Reduce | None = None,
+    state: Callable[[Any], Any] | None = None,
+    batch_statistics: Literal["per_microbatch"] | None = None,
+    sizes: Sizes | None = None,
+    schedule: ScheduleName | Schedule = "1f1b",
+    bubble_fill: float = 0.0,
+) -> Pipeline:
+    """Build the pipeline of traced layers.
+
+    Args:
+      layers: the layers of one microbatch.
+      partition: a `Partition`, or its boundaries (0, ..., number of layers).
+      mesh: a mesh with an axis `stage` of as many devices as there are stages, and possibly an axis `data` of
+        replicas that split the batch.
+      num_microbatches: microbatches that each replica runs.
+      in_axes: as in `jax.vmap`, over the inputs: 0 for what microbatches split, None for what each gets whole. Random
+        keys and scalars are never split.
+      reduce: how outputs without a batch axis combine over microbatches.
+      state: picks from the function's outputs a part of its parameters with new values (running averages): a tree with
+        the same paths as the parameters have. Microbatches update it in their order.
+      batch_statistics: "per_microbatch" accepts operations that mix the examples of a batch, each microbatch then
+        being a batch of its own; None refuses them.
+      sizes: what was measured of the layers, for the plan; None for weights and outputs by shape alone.
+      schedule: the order of forwards and backwards in training: a name, or a table of one's own.
+      bubble_fill: what idle stages compute on; NaN shows that nothing of it leaks.
+
+    Raises:
+      ValueError: the mesh does not fit the partition; see `CutError`, `BatchError` for what cannot be staged.
+    """
+    boundaries = tuple(getattr(partition, "boundaries", partition))
+    replicas = check_mesh(mesh, len(boundaries) - 1)
+    check_stageable(layers.program)
+    signature = layers.signature
+    axes = input_axes(jax.tree.unflatten(signature.inputs_tree, list(signature.inputs_avals)), in_axes)
+    new_state = find_state(layers, state, replicas)
+    batching = analyse_batching(
+        layers, axes, num_microbatches * replicas, reduce=reduce, statistics=batch_statistics, state=tuple(new_state)
+    )
+    layers = layers.with_program(batching.program)
+    stages = cut_stages(layers, boundaries)
+    check_state(new_state, stages)
+    alignment = align_stages(layers, boundaries, stages, with_body=not new_state)
+    placement = assign_slots(layers.program, stages, alignment, layers.signature, new_state)
+    wiring = wire(layers.program, stages, alignment)
+    loop = Loop(layers.program, stages, alignment, wiring, placement, num_microbatches, axes, new_state, bubble_fill)
+    plan = _plan(partition, loop, sizes or measured_by_shape(layers))
+    order = make_schedule(schedule, len(stages), num_microbatches)
+    return Pipeline(layers, mesh, loop, batching, plan, reduce, order)
+
+
+def _plan(partition: Any, loop: Loop, sizes: Sizes) -> Plan:
+    sends = [sum(nbytes(loop.program.avals[x]) for x in stage.sends) for stage in loop.stages]
+    return make_plan(
+        partition,
+        sizes,
+        send_bytes=sends,
+        num_microbatches=loop.num_microbatches,
+        num_ticks=loop.num_ticks,
+        padding_bytes=loop.placement.padding_bytes,
+        common_layers=loop.alignment.num_layers,
+        has_branch=loop.wiring.needs_branch,
+    )
+
+
+def make_schedule(schedule: ScheduleName | Schedule, num_stages: int, num_microbatches: int) -> Schedule:
+    """The schedule of that name, or a table of the caller's if it does just this work.
+
+    Raises:
+      ValueError: an unknown name, or a table for other stages or microbatches.
+      ScheduleError: the table leaves something out, or does something too early.
+    """
+    if schedule == "1f1b":
+        return one_f_one_b(num_stages, num_microbatches, paired=True)
+    if schedule == "gpipe":
+        return gpipe(num_stages, num_microbatches)
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule is {schedule!r}; '1f1b', 'gpipe' or a Schedule is wanted.")
+    check(schedule)
+    came, wanted = (schedule.num_stages, schedule.num_microbatches), (num_stages, num_microbatches)
+    if came != wanted or schedule.num_devices != num_stages or not schedule.has_backward:
+        raise ValueError(
+            f"The schedule is for {came[0]} stages on {schedule.num_devices} devices and {came[1]} microbatches; the "
+            f"pipeline has {wanted[0]} stages, a device each, and {wanted[1]} microbatches, forward and backward."
+        )
+    return schedule

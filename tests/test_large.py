@@ -1,0 +1,105 @@
+"""A model far larger than this machine is traced, cut, costed and partitioned, in bounded time and memory.
+
+`python -m tests.test_large 48` prints what that takes for 48 blocks.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from layerwise_jax.layers import trace_layers
+from layerwise_jax.measure import measure_costs
+from layerwise_jax.partition import partition_layers
+from layerwise_jax.stages import cut_stages
+
+# The shape of GPT-3.
+WIDTH, HEADS, HIDDEN, VOCABULARY, CONTEXT = 12288, 96, 49152, 50257, 2048
+NUM_STAGES = 16
+MAX_SECONDS, MAX_BYTES = 30, 2**30
+BLOCK_PARAMS = 4 * WIDTH * (WIDTH + 1) + 2 * WIDTH * HIDDEN + HIDDEN + WIDTH + 4 * WIDTH
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        y = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(HEADS)(y, mask=mask)
+        y = nn.gelu(nn.Dense(HIDDEN)(nn.LayerNorm()(x)))
+        return x + nn.Dense(WIDTH)(y)
+
+
+class GPT(nn.Module):
+    depth: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        embed = nn.Embed(VOCABULARY, WIDTH)
+        positions = self.param("positions", nn.initializers.normal(0.02), (CONTEXT, WIDTH))
+        x, mask = embed(tokens) + positions, nn.make_causal_mask(tokens)
+        for _ in range(self.depth):
+            x = Block()(x, mask)
+        return embed.attend(nn.LayerNorm()(x))
+
+
+@dataclass
+class Laps:
+    """Processor seconds of every step: what else runs on the machine does not lengthen them."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, step: str, fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        start = time.process_time()
+        result = fn(*args, **options)
+        self.seconds[step] = time.process_time() - start
+        return result
+
+
+def plan_abstractly(depth: int) -> dict[str, Any]:
+    """Trace, cut, cost and partition a model of `depth` blocks, of which no weight is ever in memory."""
+    laps, model = Laps(), GPT(depth)
+    tokens = jax.ShapeDtypeStruct((1, CONTEXT), jnp.int32)
+    params = laps.run("shapes", jax.eval_shape, model.init, jax.random.key(0), tokens)
+    layers = laps.run("trace", trace_layers, model.apply, params, tokens)
+    costs = laps.run("cost", measure_costs, layers)
+    partition = laps.run("partition", partition_layers, costs, min(NUM_STAGES, len(layers)))
+    stages = laps.run("cut", cut_stages, layers, partition.boundaries)
+    return {
+        "seconds": laps.seconds,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "params": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "names": layers.names,
+        "weight_bytes": [cost.weight_bytes for cost in costs],
+        "sends": [sum(layers.program.avals[x].size for x in stage.sends) for stage in stages],
+    }
+
+
+def test_a_model_of_175_billion_parameters_is_planned_in_30_seconds_and_a_gigabyte() -> None:
+    command = [sys.executable, "-m", "tests.test_large", "96"]
+    root = Path(__file__).parents[1]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stderr
+    plan = json.loads(run.stdout)
+    assert plan["params"] == 96 * BLOCK_PARAMS + (VOCABULARY + CONTEXT) * WIDTH + 2 * WIDTH
+    assert plan["params"] == pytest.approx(175e9, rel=0.01)
+    blocks = [f"Block_{i}" for i in range(96)]
+    assert plan["names"] == ["Embed_0", *blocks, "LayerNorm_0", "Embed_0 (use 2)"]
+    assert plan["weight_bytes"][1:-2] == [4 * BLOCK_PARAMS] * 96
+    assert plan["sends"] == [CONTEXT * WIDTH] * (NUM_STAGES - 1) + [0]
+    assert sum(plan["seconds"].values()) < MAX_SECONDS
+    assert plan["peak_bytes"] < MAX_BYTES
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    print(json.dumps(plan_abstractly(int(sys.argv[1]))))
