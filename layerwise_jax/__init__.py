@@ -81,7 +81,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'layerwise_jax' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"layerwise_jax.{_HOME_OF[name]}"), name)
+    home = importlib.import_module(f"layerwise_jax.{_HOME_OF[name]}")
+    # Bound for good: the import has just bound the module `layerwise` to the name of the function in it.
+    globals().update({public: getattr(home, public) for public in _HOMES[_HOME_OF[name]]})
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

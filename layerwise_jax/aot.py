@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerwise_jax.buffers import BufferAssignment, decode_buffer_assignment, decode_hlo
+from layerwise_jax.buffers import BufferAssignment, decode_buffer_assignment, decode_hlo, has_assignment
 from layerwise_jax.flops import count_work
 from layerwise_jax.gpu_target import architecture_of, target_config
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from layerwise_jax.device_spec import DeviceSpec
+
+Options = Mapping[str, bool | int | str]
 
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 DEVICES_PER_HOST = 8
@@ -121,7 +123,7 @@ def compile_for(
     *,
     weights: Sequence[int] = (),
     donate: Sequence[int] = (),
-    options: Mapping[str, Any] | None = None,
+    options: Options | None = None,
 ) -> CompiledProgram:
     """Compile `fn(*args)` for a device and read back its sizes. Nothing runs and no array is made.
 
@@ -201,20 +203,28 @@ def _placed(args: Sequence[Any], sharding: jax.sharding.Sharding) -> tuple[Any, 
     return jax.tree.map(place, tuple(args))
 
 
-def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> tuple[jax.stages.Compiled, Any]:
+def _compile(lowered: jax.stages.Lowered, options: Options) -> tuple[jax.stages.Compiled, BufferAssignment | None]:
     """The compiled program and its buffer assignment.
 
     XLA dumps the assignment beside the optimised module, named by its instructions; the one that `memory_analysis`
-    hands over has no names and is empty for GPUs. A program from JAX's persistent cache is not dumped.
+    hands over has no names and is empty for GPUs.
     """
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile({**options, "xla_dump_to": folder, "xla_dump_hlo_as_proto": True})
-        # Modules that the compiler only tries out, to choose kernels, are dumped too, under other names.
-        dumps = [path.read_bytes() for path in Path(folder).glob("*.jit_*after_optimizations.hlo.pb")]
-    if dumps:
-        return compiled, decode_hlo(max(dumps, key=len))
+        dumped = _dumped_assignment(Path(folder))
     serialized = getattr(compiled.memory_analysis(), "serialized_buffer_assignment_proto", b"")
-    return compiled, decode_buffer_assignment(serialized) if serialized else None
+    if dumped is None and serialized:
+        return compiled, decode_buffer_assignment(serialized)
+    return compiled, dumped
+
+
+def _dumped_assignment(folder: Path) -> BufferAssignment | None:
+    """The assignment among XLA's dumps; None for a program from JAX's persistent cache, which is dumped without one."""
+    # Modules that the compiler only tries out, to choose kernels, are dumped too, under names that do not begin so.
+    dumps = [path.read_bytes() for path in folder.glob("*.jit_*after_optimizations.hlo.pb")]
+    if not dumps or not has_assignment(dumps[0]):
+        return None
+    return decode_hlo(dumps[0])
 
 
 def _sizes(memory: Any, assignment: BufferAssignment | None) -> dict[str, int]:

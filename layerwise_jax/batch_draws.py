@@ -129,7 +129,7 @@ _MOVES = {
 
 
 def _is_integer(step: Step) -> bool:
-    return jnp.issubdtype(step.micro.outvars[0].aval.dtype, jnp.integer)
+    return jnp.issubdtype(step.dtypes[1], jnp.integer)
 
 
 def _columns(step: Step) -> Role | None:

@@ -66,7 +66,7 @@ def folded(step: Step) -> Role | None:
     fold = FOLDED.get(step.name)
     if fold is None or None in fills or len(fills) < len(step.roles):
         return None
-    dtype = step.micro.outvars[0].aval.dtype
+    dtype = step.dtypes[1]
     with np.errstate(all="ignore"):
         micro, full = (np.asarray(fold(*(fill[i] for fill in fills if fill))).astype(dtype)[()] for i in (0, 1))
     integer_division = step.name == "div" and not jnp.issubdtype(dtype, jnp.inexact)
@@ -86,14 +86,14 @@ def _mul(step: Step) -> Role:
 
 
 def _div(step: Step) -> Role:
-    if not jnp.issubdtype(step.micro.outvars[0].aval.dtype, jnp.inexact):
+    if not jnp.issubdtype(step.dtypes[1], jnp.inexact):
         return _nonlinear(step)
     return build(common_axis(step), *product(step, inverse=True))
 
 
 def _convert(step: Step) -> Role:
     """Linear unless it rounds or clips."""
-    old, new = step.micro.invars[0].aval.dtype, step.micro.outvars[0].aval.dtype
+    old, new = step.dtypes
     widens = jnp.issubdtype(new, jnp.inexact) or (jnp.issubdtype(old, jnp.integer) and jnp.issubdtype(new, jnp.integer))
     return _linear(step) if widens and old != np.bool_ else _nonlinear(step)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from layerwise_jax._jax import Jaxpr, Literal, source_line
+from layerwise_jax._jax import Jaxpr, Literal
+from layerwise_jax.batch_roles import described
 from layerwise_jax.flatten import flatten
 from layerwise_jax.program import Op, Operand, Program, Value
 
@@ -76,13 +77,20 @@ def pair_bodies(micro: Jaxpr, full: Jaxpr) -> ProgramPair:
 
 def _are_same(micro: Op, full: Op, micro_of: dict[Value, Operand]) -> bool:
     same_kind = micro.name == full.name and len(micro.results) == len(full.results)
-    ranks = [[len(getattr(var.aval, "shape", ())) for var in op.eqn.outvars] for op in (micro, full)]
     return (
         same_kind
-        and ranks[0] == ranks[1]
+        and _ranks(micro) == _ranks(full)
         and len(micro.operands) == len(full.operands)
         and all(_is_same_operand(m, f, micro_of) for m, f in zip(micro.operands, full.operands, strict=True))
     )
+
+
+def _ranks(op: Op) -> list[int]:
+    return [len(shape) for shape in _shapes(op.eqn.outvars)]
+
+
+def _shapes(variables: Sequence[Any]) -> list[tuple[int, ...]]:
+    return [getattr(var.aval, "shape", ()) for var in variables]
 
 
 def _is_same_operand(micro: Operand, full: Operand, micro_of: dict[Value, Operand]) -> bool:
@@ -95,13 +103,13 @@ def _is_needless(op: Op, micro: Program, micro_of: dict[Value, Operand]) -> bool
     """Whether an operation of the full batch's trace only repeats a value for its examples, of which a part has one."""
     if op.name != "broadcast_in_dim" or len(op.values) != 1 or not isinstance(micro_of.get(op.values[0]), int):
         return False
-    before, after = op.eqn.invars[0].aval.shape, op.eqn.outvars[0].aval.shape
+    (before,), (after,) = [_shapes(eqn_vars) for eqn_vars in (op.eqn.invars, op.eqn.outvars)]
     return len(before) == len(after) and micro.avals[micro_of[op.values[0]]].shape == before  # type: ignore[index]
 
 
 def _difference(full: Op | None, micro: Op | None) -> BatchError:
-    came = f"{full.name} at {source_line(full.eqn)}" if full else "nothing more"
-    there = f"{micro.name} at {source_line(micro.eqn)}" if micro else "nothing more"
+    came = described(full.eqn) if full else "nothing more"
+    there = described(micro.eqn) if micro else "nothing more"
     return BatchError(
         f"The function does other operations for a part of the batch than for the full batch: first {came} where a "
         f"part has {there}. Its structure must not depend on the length of the batch; run it as one microbatch "

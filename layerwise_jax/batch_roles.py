@@ -90,8 +90,7 @@ class Mixed:
     eqn: JaxprEqn | None = None
 
     def __str__(self) -> str:
-        where = f"{self.eqn.primitive.name} at {source_line(self.eqn)}" if self.eqn else "the function"
-        return f"{where} {self.why}"
+        return f"{described(self.eqn) if self.eqn else 'the function'} {self.why}"
 
 
 Role = Whole | Rows | Summed | RowNumbers | Columns | Mixed
@@ -103,6 +102,12 @@ class Mixes(Exception):
     def __init__(self, why: str, cause: Cause = "statistics"):
         super().__init__(why)
         self.cause: Cause = cause
+
+
+def described(eqn: JaxprEqn) -> str:
+    """An operation and the line of the user's code that made it, where there is one."""
+    line = source_line(eqn)
+    return f"{eqn.primitive.name} at {line}" if line else f"{eqn.primitive.name} (inside of JAX)"
 
 
 SIZE = "uses the length of the batch in a way that is not a plain factor of its result"
@@ -127,14 +132,19 @@ class Step:
 
     def shape(self, operand: int = 0) -> tuple[int, ...]:
         """The shape of an operand in a part."""
-        return self.micro.invars[operand].aval.shape
+        return _aval(self.micro.invars[operand]).shape
 
     def full_shape(self, operand: int = 0) -> tuple[int, ...]:
-        return self.full.invars[operand].aval.shape
+        return _aval(self.full.invars[operand]).shape
 
     def result_shapes(self, result: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of a result in a part and in the full batch."""
-        return self.micro.outvars[result].aval.shape, self.full.outvars[result].aval.shape
+        return _aval(self.micro.outvars[result]).shape, _aval(self.full.outvars[result]).shape
+
+    @property
+    def dtypes(self) -> tuple[Any, Any]:
+        """The types of the first operand's entries and of the first result's."""
+        return _aval(self.micro.invars[0]).dtype, _aval(self.micro.outvars[0]).dtype
 
     def axis(self, operand: int = 0) -> int | None:
         """The axis along which an operand has a block for each example, if it has one."""
@@ -148,6 +158,10 @@ class Step:
 
     def with_roles(self, roles: Sequence[Role]) -> Step:
         return replace(self, roles=tuple(roles))
+
+
+def _aval(atom: Any) -> Any:
+    return atom.aval
 
 
 def scaling_axes(micro: Sequence[int], full: Sequence[int]) -> tuple[int, ...]:
@@ -219,10 +233,8 @@ def joined(a: Role, b: Role, parts: int) -> Role:
         return b if fits else Mixed("statistics", "may be a sum over examples or not, as a branch or loop goes")
     if isinstance(a, Whole) and isinstance(b, Rows) and (a.is_zero or same(a.ratio, b.ratio)):
         return b
-    if isinstance(a, Rows | Summed) and type(a) is type(b) and same(a.ratio, b.ratio):
-        return a if getattr(a, "axis", None) == getattr(b, "axis", None) else _two_axes()
-    return Mixed("statistics", "has its examples elsewhere, as a branch or loop goes")
-
-
-def _two_axes() -> Mixed:
-    return Mixed("statistics", "has its examples along another axis, as a branch or loop goes")
+    if isinstance(a, Summed) and isinstance(b, Summed) and same(a.ratio, b.ratio):
+        return a
+    if isinstance(a, Rows) and isinstance(b, Rows) and a.axis == b.axis and same(a.ratio, b.ratio):
+        return a
+    return Mixed("statistics", "has the examples along one axis or another, or a sum of them, as a branch or loop goes")

@@ -176,7 +176,11 @@ def constant_role(micro: Any, full: Any) -> Role:
     if micro.shape == full.shape == ():
         return known(micro[()], full[()])
     axes = scaling_axes(micro.shape, full.shape) if micro.ndim == full.ndim else ()
-    firsts = [x[tuple(slice(1) if i in axes else slice(None) for i in range(x.ndim))] for x in (micro, full)]
-    if firsts[0].tobytes() == firsts[1].tobytes() and all((x == x0).all() for x, x0 in zip((micro, full), firsts)):
+    rows = full[tuple(slice(1) if i in axes else slice(None) for i in range(full.ndim))]
+    if all(_same_bits(np.broadcast_to(rows, x.shape), x) for x in (micro, full)):
         return Whole()
     return Mixed("size", "has an array in it that follows the length of the batch; pass that array as an input")
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.tobytes() == b.tobytes()

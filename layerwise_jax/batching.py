@@ -8,7 +8,7 @@ What no parts combine to is refused with words, never returned changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -88,7 +88,7 @@ def _roles_of_one_part(
     from_inputs = _values_from(program, program.inputs)
     outputs = zip(_output_names(layers), program.outputs, signature.outputs_avals, strict=True)
     return tuple(
-        OutputRole("state") if i in state else role_of_one_part(name, aval, batch, operand in from_inputs, reduce)
+        OutputRole("state") if i in state else role_of_one_part(name, aval, batch, from_inputs(operand), reduce)
         for i, (name, operand, aval) in enumerate(outputs)
     )
 
@@ -125,7 +125,7 @@ def _outputs(layers: LayerSequence, pair: ProgramPair, walk: Walk, in_axes: Sequ
     from_batch = _values_from(pair.full, [value for value, axis in inputs if axis is not None])
     operands = zip(pair.micro.outputs, pair.full.outputs, strict=True)
     return [
-        TracedOutput(name, role, _type_of(pair.micro, m), _type_of(pair.full, f), f in from_batch)
+        TracedOutput(name, role, _type_of(pair.micro, m), _type_of(pair.full, f), from_batch(f))
         for name, role, (m, f) in zip(_output_names(layers), walk.outputs(pair, given), operands, strict=True)
     ]
 
@@ -141,10 +141,10 @@ def _output_names(layers: LayerSequence) -> list[str]:
     return [f"output {jax.tree_util.keystr(path)}" if path else "the output" for path in paths]
 
 
-def _values_from(program: Program, sources: Iterable[Value]) -> set[Operand]:
-    """The values that come from `sources`, themselves included."""
-    values: set[Operand] = set(sources)
+def _values_from(program: Program, sources: Iterable[Value]) -> Callable[[Operand], bool]:
+    """Whether an operand comes from one of these values, or is one."""
+    values = set(sources)
     for op in program.ops:
         if values.intersection(op.values):
             values.update(op.results)
-    return values
+    return lambda operand: not isinstance(operand, _jax.Literal) and operand in values

@@ -17,7 +17,9 @@ from layerwise_jax.buffers_wire import Message, WireError
 
 Role = Literal["argument", "constant", "output", "thread local", "temporary"]
 
+# The kinds of a trace's events, and the field of an HloProto that holds its buffer assignment.
 ALLOC, FREE, SHARE = 0, 1, 2
+ASSIGNMENT = 3
 
 
 class AssignmentError(ValueError):
@@ -119,10 +121,22 @@ def decode_hlo(data: bytes) -> BufferAssignment:
     """
     try:
         hlo = Message(data)
-        assignments = hlo.messages(3)
+        assignments = hlo.messages(ASSIGNMENT)
         if not assignments:
             raise AssignmentError(f"These {len(data)} bytes hold no buffer assignment; dump the optimised module.")
         return _assignment(assignments[-1], _instruction_names(hlo.message(1)))
+    except WireError as error:
+        raise AssignmentError(f"These {len(data)} bytes are no HloProto: {error}") from error
+
+
+def has_assignment(data: bytes) -> bool:
+    """Whether an HloProto brings a buffer assignment along.
+
+    Raises:
+      AssignmentError: the bytes are malformed.
+    """
+    try:
+        return bool(Message(data).messages(ASSIGNMENT))
     except WireError as error:
         raise AssignmentError(f"These {len(data)} bytes are no HloProto: {error}") from error
 

@@ -65,6 +65,8 @@ def build_pipeline(
       ValueError: the mesh does not fit the partition; see `CutError`, `BatchError` for what cannot be staged.
     """
     boundaries = tuple(getattr(partition, "boundaries", partition))
+    if num_microbatches < 1:
+        raise ValueError(f"num_microbatches is {num_microbatches}; at least one microbatch is wanted.")
     replicas = check_mesh(mesh, len(boundaries) - 1)
     check_stageable(layers.program)
     signature = layers.signature

@@ -42,8 +42,8 @@ REGISTERS = 65536
 BLOCK_SHARED_MEMORY_BY_DEFAULT = 49152
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 
-# The version whose rules decide which patterns become cuDNN calls: the oldest that JAX 0.11 to 0.12 accept on a GPU.
-CUDNN_VERSION = (9, 8)
+# Which convolutions become cuDNN calls depends on its version; this is the oldest that JAX 0.12 installs with CUDA 13.
+CUDNN_VERSION = (9, 12)
 
 
 def architecture_of(device: DeviceSpec) -> Architecture:

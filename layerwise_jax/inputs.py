@@ -13,14 +13,20 @@ def input_axes(inputs: Any, in_axes: Any) -> tuple[int | None, ...]:
     """The batch axis (0 or None) of every leaf of `inputs` (arrays, or shapes and dtypes).
 
     Raises:
-      ValueError: an axis other than 0 or None.
+      ValueError: an axis other than 0 or None, or axes for other inputs than there are.
     """
 
     def is_axis(x: Any) -> bool:
         return x is None or isinstance(x, int)
 
     prefix = tuple(in_axes) if isinstance(in_axes, list) else in_axes
-    axes = jax.tree.leaves(jax.tree.broadcast(prefix, inputs, is_leaf=is_axis), is_leaf=is_axis)
+    try:
+        axes = jax.tree.leaves(jax.tree.broadcast(prefix, inputs, is_leaf=is_axis), is_leaf=is_axis)
+    except ValueError:
+        raise ValueError(
+            f"in_axes is {in_axes!r}, which does not match inputs of the tree {jax.tree.structure(inputs)}. "
+            "Give 0 or None for all inputs, or a tuple with one of them for each."
+        ) from None
     if wrong := [axis for axis in axes if axis not in (0, None)]:
         raise ValueError(
             f"in_axes has {wrong[0]!r}; inputs are split along axis 0 or not at all (None). Transpose first."
@@ -61,7 +67,10 @@ def check_inputs(inputs: tuple[Any, ...], signature: Signature, axes: tuple[int 
     """
     leaves, tree = jax.tree.flatten(inputs)
     if tree != signature.inputs_tree:
-        raise ValueError(f"The inputs came as {tree}, but were traced as {signature.inputs_tree}.")
+        raise ValueError(
+            f"The inputs came as {tree}, but were traced as {signature.inputs_tree}. "
+            "Pass what the function takes besides its parameters."
+        )
     for j, (leaf, aval, axis) in enumerate(zip(leaves, signature.inputs_avals, axes, strict=True)):
         wanted = aval.shape if axis is None else (aval.shape[0] * parts, *aval.shape[1:])
         came = jax.typeof(leaf)

@@ -75,8 +75,16 @@ class LayerSequence:
     signature: Signature
 
     def __call__(self, params: Any, *inputs: Any) -> Any:
-        """`fn(params, *inputs)`, evaluated layer by layer."""
+        """`fn(params, *inputs)`, evaluated layer by layer.
+
+        Raises:
+          ValueError: the trees of parameters or inputs are not the traced ones.
+        """
         program = self.program
+        came = jax.tree.structure(params), jax.tree.structure(inputs)
+        wanted = self.signature.params_tree, self.signature.inputs_tree
+        if came != wanted:
+            raise ValueError(f"The layers were traced with parameters and inputs {wanted}; these are {came}.")
         leaves = jax.tree.leaves(params)
         env = dict(program.constants)
         env.update({value: weight.of(leaves[weight.leaf]) for value, weight in program.weights.items()})

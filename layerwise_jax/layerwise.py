@@ -13,14 +13,14 @@ from layerwise_jax.build import ScheduleName, build_pipeline
 from layerwise_jax.detect import detect_device
 from layerwise_jax.device_spec import DeviceSpec
 from layerwise_jax.inputs import batch_size, first_rows
-from layerwise_jax.layers import trace_layers
+from layerwise_jax.layers import LayerSequence, trace_layers
 from layerwise_jax.microbatch import Staging, StagingChoices, choose_staging
 from layerwise_jax.partition import CapacityError
 from layerwise_jax.pipeline import Pipeline, Reduce
 from layerwise_jax.placement import STAGE
 from layerwise_jax.plan import Sizes
 from layerwise_jax.program import nbytes
-from layerwise_jax.refusals import check_mesh
+from layerwise_jax.refusals import check_mesh, check_stageable
 from layerwise_jax.schedule import Schedule
 from layerwise_jax.verdict import capacity_verdict, row_chunks_to_fit, streaming_notes
 
@@ -60,18 +60,16 @@ def layerwise(
       schedule: the order of forwards and backwards in training: a name, or a table of one's own.
 
     Raises:
-      CapacityError, BatchError, CutError: it does not fit, cannot be split into microbatches, cannot be cut.
-      ValueError: anything else that came wrong, named.
+      CapacityError, BatchError, CutError, ValueError: what came, what was wanted, and what to do.
     """
     replicas, num_stages = _ways(mesh, num_stages, fn, params, inputs)
     spec = device or detect_device()
     choices = StagingChoices(
-        trace=lambda rows: trace_layers(fn, params, *first_rows(inputs, in_axes, rows)),
+        trace=lambda rows: _trace(fn, params, first_rows(inputs, in_axes, rows)),
         num_examples=_examples_of_a_replica(inputs, in_axes, replicas),
         num_stages=num_stages,
         device=spec,
-        target=device,
-        capacity=spec.usable_l2_bytes if capacity == "l2" else capacity,
+        capacity=_capacity_bytes(capacity, spec),
         method=method,
     )
     staging = _stage(choices, num_microbatches)
@@ -96,6 +94,21 @@ def _examples_of_a_replica(inputs: tuple[Any, ...], in_axes: Any, replicas: int)
     return batch // replicas
 
 
+def _trace(fn: Callable[..., Any], params: Any, microbatch: tuple[Any, ...]) -> LayerSequence:
+    """The layers of one microbatch, if they can be staged: to find out comes before anything is compiled."""
+    layers = trace_layers(fn, params, *microbatch)
+    check_stageable(layers.program)
+    return layers
+
+
+def _capacity_bytes(capacity: str | int | None, device: DeviceSpec) -> int | None:
+    if capacity == "l2":
+        return device.usable_l2_bytes
+    if isinstance(capacity, str):
+        raise ValueError(f"capacity is {capacity!r}; 'l2', a number of bytes or None is wanted.")
+    return capacity
+
+
 def _stage(choices: StagingChoices, num_microbatches: int | str) -> Staging:
     """Cut the layers, with the number of microbatches that was asked for or the best.
 
@@ -118,7 +131,8 @@ def _stage(choices: StagingChoices, num_microbatches: int | str) -> Staging:
 
 def _with_verdict(error: CapacityError, choices: StagingChoices) -> CapacityError:
     costs = choices.gauge(choices.num_examples).costs()
-    error = error.with_note(str(capacity_verdict(costs, choices.device, choices.num_stages, _bits(choices))))
+    verdict = capacity_verdict(costs, choices.device, choices.num_stages, _bits(choices), choices.capacity)
+    error = error.with_note(str(verdict))
     if error.layers is None or choices.capacity is None:
         return error
     layer = costs[error.layers[0]]

@@ -42,8 +42,7 @@ class StagingChoices:
       trace: traces the function with microbatches of a number of examples.
       num_examples: examples on each replica.
       num_stages: stages.
-      device: the device whose speeds count.
-      target: the device to compile for, None for the local one.
+      device: the device to compile for, and whose speeds count.
       capacity: bytes of a stage, or None.
       method: "dp" or "greedy".
     """
@@ -52,7 +51,6 @@ class StagingChoices:
     num_examples: int
     num_stages: int
     device: DeviceSpec
-    target: DeviceSpec | None
     capacity: int | None
     method: str
 
@@ -76,7 +74,7 @@ class StagingChoices:
         return Staging(num_microbatches, gauge.layers, gauge, costs, partition, sizes)
 
     def gauge(self, num_microbatches: int) -> Gauge:
-        return Gauge(self.trace(self.num_examples // num_microbatches), self.target)
+        return Gauge(self.trace(self.num_examples // num_microbatches), self.device)
 
     def cut(self, layers: LayerSequence, costs: Sequence[LayerCost], scale: float = 1.0, **options: Any) -> Partition:
         """The best partition of layers with these costs; `scale` times the bytes that the layers send."""
@@ -119,11 +117,14 @@ def choose_staging(choices: StagingChoices) -> Staging:
 
 
 def between(small: LayerCost, large: LayerCost, share: float) -> LayerCost:
-    """The cost of a layer between two measured microbatches: `share` is 0 at the small one, 1 at the large."""
+    """The cost of a layer between two measured microbatches: `share` is 0 at the small one, 1 at the large.
+
+    Beyond the large one workspace that shrank in between would fall below nothing, and is taken to be none.
+    """
     grown: dict[str, Any] = {}
     for name in GROWING:
         low, high = getattr(small, name), getattr(large, name)
-        grown[name] = type(low)(low + share * (high - low))
+        grown[name] = max(type(low)(low + share * (high - low)), type(low)(0))
     return replace(small, **grown)
 
 

@@ -21,7 +21,7 @@ def plan_table(plan: Any) -> str:
         table.add_column(name, justify="left", overflow="fold")
     for name in ("weights", "activations", "workspace", "total", "compiled"):
         table.add_column(name, justify="right")
-    table.add_column("of the capacity" if plan.capacity else "of the largest", justify="left")
+    table.add_column("of the capacity" if plan.capacity else "of the largest", justify="left", no_wrap=True)
     table.add_column("sends", justify="right")
     largest = plan.capacity or max(stage.size for stage in plan.stages) or 1
     for s, stage in enumerate(plan.stages):

@@ -103,9 +103,11 @@ def _outputs_of_stages(
     last = len(anchors) - 1
     outputs: list[dict[int, Operand]] = [{} for _ in anchors]
     for position, operand in enumerate(program.outputs):
-        readers = [first_reader[x] for x in _weights_behind(program, [operand], free) if x in first_reader]
-        stage = maker[operand] if operand in maker else min(readers, default=last)
-        outputs[stage][position] = operand
+        if isinstance(operand, Literal) or operand not in maker:
+            readers = [first_reader[x] for x in _weights_behind(program, [operand], free) if x in first_reader]
+            outputs[min(readers, default=last)][position] = operand
+        else:
+            outputs[maker[operand]][position] = operand
     return outputs
 
 

@@ -18,11 +18,11 @@ class Verdict:
 
     Attributes:
       device: the device's name.
-      usable_bytes: cache that one device offers.
+      usable_bytes: what one device may hold: its usable cache, or the capacity that was given.
       weight_bytes: weights of all layers as they are.
-      resident_bytes: what all the devices' caches hold together.
+      resident_bytes: what all the devices hold together.
       num_devices: how many there are.
-      devices_needed: for each width in bits, how many caches hold all the weights.
+      devices_needed: for each width in bits, how many of them hold all the weights.
       largest_layer: the name of the layer with the most weights.
       largest_layer_bytes: its weights.
       tensor_ways: for each width, over how many devices that layer must be split to fit.
@@ -53,18 +53,21 @@ class Verdict:
         )
 
 
-def capacity_verdict(costs: Sequence[LayerCost], device: DeviceSpec, num_devices: int, bits: int = 16) -> Verdict:
-    """Apply the capacity law: resident parameters = devices x usable cache x 8 / bits.
+def capacity_verdict(
+    costs: Sequence[LayerCost], device: DeviceSpec, num_devices: int, bits: int = 16, capacity: int | None = None
+) -> Verdict:
+    """Apply the capacity law: resident parameters = devices x usable bytes x 8 / bits.
 
     Args:
       costs: the layers.
       device: the device.
       num_devices: how many there are.
       bits: the width in which the costs count weights.
+      capacity: bytes that a device may hold; None for its usable cache.
     """
     weights = sum(cost.weight_bytes for cost in costs)
     largest = max(costs, key=lambda cost: cost.weight_bytes)
-    usable = device.usable_l2_bytes
+    usable = device.usable_l2_bytes if capacity is None else max(capacity, 1)
     return Verdict(
         device=device.name,
         usable_bytes=usable,

@@ -8,12 +8,11 @@ What is left to choose is how much workspace a program takes beside its weights.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-Option = bool | int | str
-Options = Mapping[str, Option]
+from layerwise_jax.aot import Options
 
 # Timings of the same program differ by this much from run to run; what is slower by less is not called slower.
 TIMING_NOISE = 1.03

@@ -107,6 +107,7 @@ def with_state(params: Any, state: Any) -> Any:
 
 def without_state(case: Case, outputs: Any) -> Any:
     """The outputs with None for every leaf of state."""
+    assert case.state is not None
     leaves, tree = jax.tree.flatten(outputs)
     positions = set(jax.tree.leaves(case.state(jax.tree.unflatten(tree, list(range(len(leaves)))))))
     return jax.tree.unflatten(tree, [None if j in positions else leaf for j, leaf in enumerate(leaves)])

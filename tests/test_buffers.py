@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerwise_jax.buffers import Allocation, AssignmentError, Buffer, decode_buffer_assignment, decode_hlo
+from layerwise_jax.buffers import (
+    Allocation,
+    AssignmentError,
+    Buffer,
+    decode_buffer_assignment,
+    decode_hlo,
+    has_assignment,
+)
 from layerwise_jax.buffers_wire import DELIMITED, FIXED32, FIXED64, VARINT, Message, WireError
 
 MUTATIONS = 10_000
@@ -180,7 +187,9 @@ def test_what_is_broken_is_refused_in_words(data, complaint):
         decode_buffer_assignment(data)
 
 
-def test_a_module_without_an_assignment_is_refused():
+def test_a_module_without_an_assignment_is_refused(dumped):
+    assert has_assignment(dumped)
+    assert not has_assignment(message((1, message((1, "jit_f")))))
     with pytest.raises(AssignmentError, match="hold no buffer assignment"):
         decode_hlo(message((1, message((1, "jit_f")))))
 

@@ -38,7 +38,7 @@ def test_staged_equals_unstaged_in_the_rest_of_the_table(
 def test_the_covering_table_leaves_nothing_out() -> None:
     """Over the models it has every pair of a number of stages and one of microbatches, too."""
     assert {(name, count) for name, _, count in COVERING_TABLE} == set(product(CASES, MICROBATCHES))
-    assert {pair for _, *pair in COVERING_TABLE} == set(product(STAGES, MICROBATCHES))
+    assert {(num_stages, count) for _, num_stages, count in COVERING_TABLE} == set(product(STAGES, MICROBATCHES))
 
 
 def check(case: Case, num_microbatches: int, mesh: Mesh) -> None:

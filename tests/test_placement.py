@@ -14,6 +14,7 @@ from zoo import CASES
 from zoo_case import WIDTH, Case, draw_features, regression
 from zoo_plain import dense, draw_layers, tanh_chain
 
+from layerwise_jax._jax import is_key
 from layerwise_jax.pipeline import Pipeline
 from layerwise_jax.placement import Placement
 
@@ -44,7 +45,7 @@ def assert_same_bits(got: Any, want: Any) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for (path, x), y in zip(tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
         assert x.dtype == y.dtype, path
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if is_key(x):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
