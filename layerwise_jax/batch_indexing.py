@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from layerwise_jax.batch_elementwise import Rule
 from layerwise_jax.batch_roles import (
     Columns,
+    Mixed,
     Mixes,
     Role,
     RowNumbers,
@@ -24,6 +25,13 @@ from layerwise_jax.batch_roles import (
 from layerwise_jax.batch_scale import STATISTICS, additive, nonlinear
 
 BY_INDEX = "reads or writes the examples at computed places of the batch"
+
+
+def is_by_length(step: Step) -> bool:
+    """Whether an index counts from the end of the batch, as JAX lets a negative one do."""
+    if step.name not in RULES or isinstance(step.roles[0], Mixed) or step.axis(0) is None:
+        return False
+    return any(isinstance(role, Mixed) and role.cause == "size" for role in step.roles[1:])
 
 
 def _gather(step: Step) -> Role:

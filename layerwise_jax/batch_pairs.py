@@ -11,6 +11,7 @@ import numpy as np
 
 from layerwise_jax._jax import Jaxpr, Literal
 from layerwise_jax.batch_roles import described
+from layerwise_jax.batch_single import LONGEST, respelt
 from layerwise_jax.flatten import flatten
 from layerwise_jax.program import Op, Operand, Program, Value
 
@@ -51,18 +52,24 @@ def pair_programs(micro: Program, full: Program) -> ProgramPair:
     weights = {weight: value for value, weight in micro.weights.items()}
     micro_of.update({value: weights[weight] for value, weight in full.weights.items() if weight in weights})
     micro_of.update(zip(full.constants, micro.constants, strict=False))
-    ops, position = [], 0
-    for op in full.ops:
-        partner = micro.ops[position] if position < len(micro.ops) else None
-        if partner is not None and _are_same(partner, op, micro_of):
-            ops.append(PairedOp(partner, op, position))
-            micro_of.update(zip(op.results, partner.results, strict=True))
+    ops: list[PairedOp] = []
+    position = 0
+    while len(ops) < len(full.ops):
+        here = len(ops)
+        op, rest = full.ops[here], micro.ops[position : position + LONGEST]
+        if rest and _are_same(rest[0], op, micro_of):
+            ops.append(PairedOp(rest[0], op, position))
+            micro_of.update(zip(op.results, rest[0].results, strict=True))
             position += 1
         elif _is_needless(op, micro, micro_of):
             ops.append(PairedOp(None, op, position))
             micro_of[op.results[0]] = micro_of[op.values[0]]
+        elif found := respelt(rest, full.ops[here : here + LONGEST], lambda x: _twin(x, micro_of)):
+            ops.extend(map(PairedOp, found.ops, full.ops[here:], [position] * found.length))
+            micro_of[ops[-1].full.results[0]] = found.result
+            position += found.length
         else:
-            raise _difference(op, partner)
+            raise _difference(op, rest[0] if rest else None)
     if position < len(micro.ops):
         raise _difference(None, micro.ops[position])
     if not all(_is_same_operand(m, f, micro_of) for m, f in zip(micro.outputs, full.outputs, strict=True)):
@@ -73,6 +80,10 @@ def pair_programs(micro: Program, full: Program) -> ProgramPair:
 def pair_bodies(micro: Jaxpr, full: Jaxpr) -> ProgramPair:
     """Pair the bodies of a loop, branch or custom derivative."""
     return pair_programs(flatten(micro, 0), flatten(full, 0))
+
+
+def _twin(operand: Operand, micro_of: dict[Value, Operand]) -> Operand | None:
+    return operand if isinstance(operand, Literal) else micro_of.get(operand)
 
 
 def _are_same(micro: Op, full: Op, micro_of: dict[Value, Operand]) -> bool:
@@ -112,13 +123,15 @@ def _difference(full: Op | None, micro: Op | None) -> BatchError:
     there = described(micro.eqn) if micro else "nothing more"
     return BatchError(
         f"The function does other operations for a part of the batch than for the full batch: first {came} where a "
-        f"part has {there}. Its structure must not depend on the length of the batch; run it as one microbatch "
-        "without replicas, or write it for any length."
+        f"part has {there}. Its structure must not depend on the length of the batch; write it for "
+        "any length, or use larger parts (JAX writes some operations in another way for one example)."
     )
 
 
 # Parameters that say lengths; the shapes of the results are compared instead.
-LENGTHS = frozenset("shape new_sizes sizes slice_sizes limit_indices length sharding out_sharding".split())
+LENGTHS = frozenset(
+    "shape new_sizes sizes slice_sizes start_indices limit_indices length sharding out_sharding".split()
+)
 
 
 def differing_parameter(micro: Any, full: Any) -> str | None:

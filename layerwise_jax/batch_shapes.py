@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 from layerwise_jax.batch_elementwise import Rule, common_axis
 from layerwise_jax.batch_roles import Mixes, Role, Rows, Step, Summed, Whole, build, scaling_axes
@@ -108,7 +109,14 @@ def _slice(step: Step) -> Role:
     role = step.roles[0]
     if isinstance(role, Rows) and not _slices_all(step, role.axis):
         raise Mixes("takes some of the examples by their place in the batch")
+    if _starts(step.params, step.axis()) != _starts(step.full.params, step.axis()):
+        raise Mixes("begins at a place that depends on the length of the batch", "size")
     return build(common_axis(step), *additive(step))
+
+
+def _starts(params: dict[str, Any], axis: int | None) -> list[int]:
+    """Where a slice begins, along all axes but that of the examples."""
+    return [start for i, start in enumerate(params["start_indices"]) if i != axis]
 
 
 def _slices_all(step: Step, axis: int) -> bool:

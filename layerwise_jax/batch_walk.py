@@ -107,6 +107,8 @@ class Walk:
             return batch_control.RULES[step.name](self._run_body, step)
         if step.name == "select_n" and (chosen := batch_elementwise.chosen_case(step)):
             return [chosen]
+        if batch_indexing.is_by_length(step):
+            raise Mixes(batch_indexing.BY_INDEX)
         if mixed := [role for role in step.roles if isinstance(role, Mixed)]:
             # What may be asked for ("statistics") must not hide what may not.
             return [min(mixed, key=lambda role: role.cause == "statistics")] * len(step.micro.outvars)

@@ -223,6 +223,11 @@ def choose(condition: Any, a: Any, b: Any) -> Any:
     return from_wire(jnp.where(condition, to_wire(a), to_wire(b)), jax.typeof(a))
 
 
+def sum_dtype(dtype: Any) -> Any:
+    """What a sum over microbatches is kept in: integers as they are, all else in float32 at least."""
+    return dtype if jnp.issubdtype(dtype, jnp.integer) else jnp.promote_types(dtype, jnp.float32)
+
+
 def fill(aval: Any, value: float) -> Any:
     """An array of a type, filled with a value, or with zeros where the type is not inexact."""
     return jnp.full(aval.shape, value if jnp.issubdtype(aval.dtype, jnp.inexact) else 0, aval.dtype)

@@ -216,7 +216,7 @@ class Pipeline:
 
     def _reduce(self, rows: Any, aval: Any) -> Any:
         over = (STAGE, DATA) if DATA in self.mesh.axis_names else STAGE
-        total = lax.psum(jnp.sum(rows, axis=0, dtype=jnp.promote_types(rows.dtype, jnp.float32)), over)
+        total = lax.psum(jnp.sum(rows, axis=0, dtype=sum_dtype(rows.dtype)), over)
         return (total / self.parts if self.reduce == "mean" else total).astype(aval.dtype)
 
     def _is_spread(self, num_rows: int) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from layerwise_jax.loop import Loop
-from layerwise_jax.on_device import Moment, StageOnDevice, fill, from_wire, to_wire, wire_aval
+from layerwise_jax.on_device import Moment, StageOnDevice, fill, from_wire, sum_dtype, to_wire, wire_aval
 from layerwise_jax.placement import STAGE
 from layerwise_jax.schedule_tables import ScheduleTables
 from layerwise_jax.stage_vjp import StageVjp, is_inexact
@@ -112,7 +112,7 @@ class TrainingLoop:
         aval = wire_aval(self.loop.output_aval(position))
         if self.roles[position] == "rows":
             return jnp.zeros((self.loop.num_microbatches, *aval.shape), aval.dtype)
-        dtype = jnp.promote_types(aval.dtype, jnp.float32) if self.roles[position] == "reduced" else aval.dtype
+        dtype = sum_dtype(aval.dtype) if self.roles[position] == "reduced" else aval.dtype
         return jnp.zeros(aval.shape, dtype)
 
     def _phases(self) -> list[tuple[tuple[bool, bool], dict[str, Any]]]:
@@ -192,7 +192,7 @@ def _accumulator(weight: Any, is_state: bool) -> Any:
     """Where a weight's gradients add up: in float32 if the weight is narrower; None if it has no gradient."""
     if is_state or not is_inexact(weight):
         return None
-    return jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, jnp.float32))
+    return jnp.zeros(weight.shape, sum_dtype(weight.dtype))
 
 
 def _store(buffers: list[Any], slot: Any, values: Sequence[Any]) -> list[Any]:

@@ -97,7 +97,7 @@ def scan_time(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def sum_in_a_scan(x: jax.Array) -> jax.Array:
-    return lax.scan(lambda so_far, row: (so_far + jnp.sum(row), None), 0.0, jnp.swapaxes(x, 0, 1))[0]
+    return lax.scan(lambda so_far, row: (so_far + jnp.sum(row), None), jnp.zeros(()), jnp.swapaxes(x, 0, 1))[0]
 
 
 def while_count(x: jax.Array) -> jax.Array:
@@ -276,12 +276,12 @@ REFUSED: dict[str, Refused] = {
     "largest over the batch": refused(lambda x: x - jnp.max(x, 0), r"reduce_max at .*test|cases.*over all examples"),
     "batch norm": refused(lambda x: x - jnp.mean(x, 0), r"sub at .*cases.*batch normalisation.*per_microbatch"),
     "softmax over the batch": refused(lambda x: jax.nn.softmax(x, 0), "over all examples"),
-    "sum over the batch, then rows": refused(lambda x: x / jnp.sum(x), "divides by a sum over the examples"),
+    "sum over the batch, then rows": refused(lambda x: x / jnp.sum(x), "uses a sum or mean over the examples in"),
     "sort": refused(lambda x: jnp.sort(x, 0), "sort.* sorts along the axis of the examples"),
     "cumulative sum": refused(lambda x: jnp.cumsum(x, 0), "sums up along the axis of the examples"),
     "cumulative product": refused(lambda x: jnp.cumprod(x, 0), "accumulates along the axis of the examples"),
     "reverse": refused(lambda x: x[::-1], "reverses the order along the axis of the examples"),
-    "roll": refused(lambda x: jnp.roll(x, 1, 0), "takes some of the examples|concatenates"),
+    "roll": refused(lambda x: jnp.roll(x, 1, 0), "takes some of the examples by their place"),
     "first examples": refused(lambda x: x - x[:1], "takes some of the examples by their place"),
     "concatenate": refused(lambda x: jnp.concatenate([x, x]), "concatenates along the axis of the examples"),
     "pad": refused(lambda x: jnp.pad(x, ((1, 1), (0, 0), (0, 0))), "pads along the axis of the examples"),
@@ -299,7 +299,7 @@ REFUSED: dict[str, Refused] = {
     "branch on an example": refused(lambda x: lax.cond(x[0, 0, 0] > 0, jnp.sin, jnp.cos, x), "takes some of the"),
     "branch on a mean": refused(lambda x: lax.cond(jnp.mean(x) > 0, jnp.sin, jnp.cos, x), "not linear in a sum"),
     "gather from others": Refused(lambda w, i: (i["x"] * w)[i["tokens"][:, 0]], "computed places of the batch"),
-    "gather by shared place": Refused(lambda w, i: (i["x"] * w)[i["step"]], "place in the batch|computed places"),
+    "gather by shared place": Refused(lambda w, i: (i["x"] * w)[i["step"]], "computed places of the batch"),
     "overwrite one array": Refused(
         lambda w, i: (w.at[i["tokens"][:, 0]].set(i["x"][:, 0, 0]), i["x"] * w), "overwrite one another"
     ),
@@ -322,9 +322,7 @@ REFUSED: dict[str, Refused] = {
     "mean plus sum": refused(lambda x: jnp.mean(x) + jnp.sum(x), "adds a mean .* to a sum", "mean"),
     "one less than a mean": refused(lambda x: jnp.sum(x) / (examples(x) - 1), "other than as a sum or mean", "mean"),
     "root of a mean": refused(lambda x: jnp.sqrt(jnp.mean(x**2)), "not linear in a sum or mean", "mean"),
-    "weighted mean": refused(
-        lambda x: jnp.sum(x * (x > 0)) / jnp.sum(x > 0), "two outputs with reduce='sum'", "mean"
-    ),
+    "weighted mean": refused(lambda x: jnp.sum(x * (x > 0)) / jnp.sum(x > 0), "two outputs with reduce='sum'", "mean"),
     "load balancing": refused(
         lambda x: jnp.sum(jnp.mean(x, (0, 1)) * jnp.mean(x > 0, (0, 1))), "load-balancing loss", "mean"
     ),

@@ -184,3 +184,11 @@ def test_the_printed_layers_name_what_crosses() -> None:
     assert len(lines) == 9
     assert lines[0].split() == ["Dense_0", *lines[0].split()[1:]]
     assert lines[0].endswith(f"{ROWS * 24 * FLOAT} bytes out")
+
+
+def test_layers_refuse_other_trees_than_the_traced() -> None:
+    layers = trace_layers(lambda params, x: x @ params[0] @ params[1], squares(2), shape(ROWS, WIDTH))
+    x = jnp.ones((ROWS, WIDTH))
+    for arguments in (([jnp.ones((WIDTH, WIDTH))], x), ([jnp.ones((WIDTH, WIDTH))] * 2, x, x)):
+        with pytest.raises(ValueError, match=r"PyTreeDef\(\[\*, \*\]\)"):
+            layers(*arguments)

@@ -1,0 +1,175 @@
+"""Hold sizes of programs compiled for an absent GPU against those of the same programs on the real one.
+
+    python -m experiments.plan_without_gpu.against_device                               # on a machine with a GPU
+    python -m experiments.plan_without_gpu.against_device --write_absent=absent.json    # anywhere: the absent half alone
+
+Compiles every stage of `stages.py` for the GPU at hand as if it were not there (in a process that does not see it, or
+read from --absent) and for the GPU itself, and runs it once there. Writes against_device.json and a table of it. What
+fails is reported in its row, and nothing else is lost by it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from experiments.plan_without_gpu.stages import StageProgram, stage_programs
+from experiments.plan_without_gpu.table import comparison_table
+from layerwise_jax.aot import compile_for
+from layerwise_jax.device_spec import DeviceSpec
+from layerwise_jax.devices import device_named
+
+RESULTS = Path(__file__).parent / "results"
+COMMITTED_ABSENT = RESULTS / "absent.json"
+DEFAULT = "default"
+# Compiler options that show why sizes differ: an absent device's kernels are chosen without timing them.
+ABSENT_VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    DEFAULT: {},
+    "library products": {"xla_gpu_enable_triton_gemm": False},
+    "no split-K": {"xla_gpu_experimental_force_split_k": 1},
+}
+REAL_VARIANTS: Mapping[str, Mapping[str, Any]] = {DEFAULT: {}, "kernels not timed": {"xla_gpu_autotune_level": 0}}
+# Seconds that a compilation which has begun may take beyond the deadline.
+GRACE = 20
+SIZES = ("argument_bytes", "output_bytes", "constant_bytes", "temp_bytes", "peak_bytes")
+
+OUT = flags.DEFINE_string("out", None, "the folder to write to; $OUT, or results/ beside this file, unless given")
+DEVICE = flags.DEFINE_string("device", None, "the absent device; the one at hand, or an H200, unless given")
+ABSENT = flags.DEFINE_string("absent", None, "a file with the absent half, from --write_absent")
+WRITE_ABSENT = flags.DEFINE_string("write_absent", None, "write the absent half into this file, and do nothing else")
+SECONDS = flags.DEFINE_integer("seconds", 210, "begin no compilation after so many seconds", lower_bound=1)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"nothing is taken besides flags; came {argv[1:]}")
+    deadline = time.monotonic() + SECONDS.value
+    if WRITE_ABSENT.value:
+        jax.config.update("jax_platforms", "cpu")
+        spec = device_named(DEVICE.value or "NVIDIA H200")
+        write(Path(WRITE_ABSENT.value), absent_half(spec, deadline))
+        return
+    kind = jax.local_devices()[0].device_kind
+    spec = device_named(DEVICE.value or kind)
+    folder = Path(OUT.value or os.environ.get("OUT") or RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        waiting = None if ABSENT.value else start_absent(spec, Path(scratch) / "absent.json")
+        real = real_half(kind, deadline, lambda half: write(folder / "against_device.json", {"real": half}))
+        absent = read(Path(ABSENT.value)) if waiting is None else finish_absent(*waiting, deadline)
+    figures = {"absent": absent, "real": real}
+    write(folder / "against_device.json", figures)
+    (folder / "against_device.md").write_text(comparison_table(figures), encoding="utf-8")
+    print(comparison_table(figures))
+
+
+def absent_half(spec: DeviceSpec, deadline: float) -> dict[str, Any]:
+    """Sizes of every stage compiled for a device that is not there."""
+    programs: dict[str, dict[str, Any]] = {stage.name: {} for stage in stage_programs()}
+    for variant, options in ABSENT_VARIANTS.items():
+        for stage in stage_programs():
+            programs[stage.name][variant] = guarded(compiled_sizes, deadline, spec, stage, options)
+    return {"device": spec.name, "jax": jax.__version__, "programs": programs}
+
+
+def real_half(kind: str, deadline: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Sizes of every stage compiled for the device at hand, and whether it ran; saved after each compilation."""
+    programs: dict[str, dict[str, Any]] = {stage.name: {} for stage in stage_programs()}
+    half = {"device": kind, "jax": jax.__version__, "programs": programs}
+    for variant, options in REAL_VARIANTS.items():
+        for stage in stage_programs():
+            programs[stage.name][variant] = guarded(compiled_sizes, deadline, None, stage, options)
+            if variant == DEFAULT:
+                programs[stage.name]["run"] = guarded(run_once, deadline, stage)
+            save(half)
+    return half
+
+
+def guarded(measure: Callable[..., dict[str, Any]], deadline: float, *args: Any) -> dict[str, Any]:
+    """What `measure` returns, or the reason why there is nothing."""
+    if time.monotonic() > deadline:
+        return {"error": "no time was left"}
+    try:
+        return measure(*args)
+    except Exception as error:  # one stage's failure, of whatever kind, must not cost the others
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+
+
+def compiled_sizes(spec: DeviceSpec | None, stage: StageProgram, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes from the buffer assignment, with what takes the most workspace by name."""
+    compiled = compile_for(spec, stage.fn, [stage.weights, stage.x], weights=[0], options=options)
+    largest = compiled.assignment.largest_temporaries() if compiled.assignment else ()
+    return {
+        "compiled_by": compiled.compiled_by,
+        "weight_bytes": compiled.weight_bytes,
+        **{size: getattr(compiled, size) for size in SIZES},
+        "library_calls": list(compiled.library_calls),
+        "from_buffer_assignment": compiled.assignment is not None,
+        "largest_temporaries": {buffer.instruction: buffer.size for buffer in largest},
+        "compile_seconds": compiled.compile_seconds,
+    }
+
+
+def run_once(stage: StageProgram) -> dict[str, Any]:
+    """Run a stage, and say what XLA itself reports of the program that ran."""
+    arrays = jax.tree.map(some_array, (stage.weights, stage.x))
+    compiled = jax.jit(stage.fn, keep_unused=True).lower(*arrays).compile()
+    outputs = jax.block_until_ready(compiled(*arrays))
+    memory = compiled.memory_analysis()
+    return {
+        "is_finite": all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(outputs)),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": getattr(memory, "peak_memory_in_bytes", None),
+    }
+
+
+def some_array(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Small positive numbers, since some are variances, or small indices."""
+    draw = np.random.default_rng(0)
+    if jnp.issubdtype(shape.dtype, jnp.integer):
+        return jnp.asarray(draw.integers(0, 100, shape.shape), shape.dtype)
+    return jnp.asarray(0.02 * draw.random(shape.shape, dtype=np.float32), shape.dtype)
+
+
+def start_absent(spec: DeviceSpec, path: Path) -> tuple[subprocess.Popen[bytes], Path]:
+    """Begin the absent half in a process of its own, which leaves the GPU alone."""
+    module = "experiments.plan_without_gpu.against_device"
+    command = [sys.executable, "-m", module, f"--write_absent={path}", f"--device={spec.name}"]
+    command.append(f"--seconds={max(1, SECONDS.value - GRACE)}")
+    return subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}), path
+
+
+def finish_absent(process: subprocess.Popen[bytes], path: Path, deadline: float) -> dict[str, Any]:
+    """The absent half, when its process is done; the committed one if it failed or takes too long."""
+    try:
+        process.wait(timeout=max(1.0, deadline + GRACE - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+    if path.exists():
+        return read(path)
+    note = f"the process for the absent half ended with {process.poll()}; this is {COMMITTED_ABSENT.name}"
+    return {**read(COMMITTED_ABSENT), "note": note}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write(path: Path, figures: dict[str, Any]) -> None:
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app.run(main)
