@@ -130,8 +130,9 @@ def _stage(choices: StagingChoices, num_microbatches: int | str) -> Staging:
 
 
 def _with_verdict(error: CapacityError, choices: StagingChoices) -> CapacityError:
-    costs = choices.gauge(choices.num_examples).costs()
-    verdict = capacity_verdict(costs, choices.device, choices.num_stages, _bits(choices), choices.capacity)
+    gauge = choices.gauge(choices.num_examples)
+    costs = gauge.costs()
+    verdict = capacity_verdict(costs, choices.device, choices.num_stages, _bits(gauge.layers), choices.capacity)
     error = error.with_note(str(verdict))
     if error.layers is None or choices.capacity is None:
         return error
@@ -142,16 +143,15 @@ def _with_verdict(error: CapacityError, choices: StagingChoices) -> CapacityErro
     return error.with_note(f"At one example a microbatch '{layer.name}' fits if its rows are run in {chunks} chunks.")
 
 
-def _bits(choices: StagingChoices) -> int:
+def _bits(layers: LayerSequence) -> int:
     """Bits of a weight, by the largest leaf."""
-    leaves = choices.trace(1).signature.params_avals
-    return max(leaves, key=nbytes).dtype.itemsize * 8
+    return max(layers.signature.params_avals, key=nbytes).dtype.itemsize * 8
 
 
 def _sizes(choices: StagingChoices, staging: Staging) -> Sizes:
     """What the plan says of sizes: layers, compiled stages, and what of it streams."""
     groups = [staging.costs[a:b] for a, b in staging.partition.stages]
-    notes = [str(capacity_verdict(staging.costs, choices.device, choices.num_stages, _bits(choices)))]
+    notes = [str(capacity_verdict(staging.costs, choices.device, choices.num_stages, _bits(staging.layers)))]
     if choices.capacity is None:
         notes += streaming_notes(groups, choices.device)
     return Sizes(

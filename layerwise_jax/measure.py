@@ -93,7 +93,7 @@ class Gauge:
             return sum(
                 self._cost(each).size for each in cut_stages(self.layers, range(len(self.layers) + 1))[start:stop]
             )
-        return compiled.peak_bytes + compiled.constant_bytes
+        return compiled.peak_bytes
 
     def _cost(self, stage: Stage) -> LayerCost:
         shape, made = self._shape(stage), made_outside(stage)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from layerwise_jax.cost import LayerCost
@@ -53,6 +53,7 @@ class StagingChoices:
     device: DeviceSpec
     capacity: int | None
     method: str
+    _gauges: dict[int, Gauge] = field(default_factory=dict, repr=False)
 
     def measured(self, num_microbatches: int) -> Staging:
         """The staging with so many microbatches, its layers compiled at that size.
@@ -74,7 +75,11 @@ class StagingChoices:
         return Staging(num_microbatches, gauge.layers, gauge, costs, partition, sizes)
 
     def gauge(self, num_microbatches: int) -> Gauge:
-        return Gauge(self.trace(self.num_examples // num_microbatches), self.device)
+        """The gauge of the layers at that size; the same one each time, so that nothing is compiled twice."""
+        if num_microbatches not in self._gauges:
+            layers = self.trace(self.num_examples // num_microbatches)
+            self._gauges[num_microbatches] = Gauge(layers, self.device)
+        return self._gauges[num_microbatches]
 
     def cut(self, layers: LayerSequence, costs: Sequence[LayerCost], scale: float = 1.0, **options: Any) -> Partition:
         """The best partition of layers with these costs; `scale` times the bytes that the layers send."""
@@ -100,11 +105,11 @@ def choose_staging(choices: StagingChoices) -> Staging:
       CapacityError: nothing fits, not even one example at a time.
     """
     first, *rest = choices.counts()
-    large, small = choices.gauge(first), choices.gauge(choices.num_examples)
     try:
         return choices.measured(first)
     except CapacityError:
-        ends = (small.costs(), large.costs())
+        large = choices.gauge(first)
+        ends = (choices.gauge(choices.num_examples).costs(), large.costs())
     for count in rest:
         share = _share(choices.num_examples // count, choices.num_examples // first)
         costs = [between(a, b, share) for a, b in zip(*ends, strict=True)]

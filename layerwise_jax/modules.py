@@ -66,14 +66,18 @@ def modules_of(paths: Sequence[tuple[str, ...]]) -> list[Module]:
 
 
 def _without_collections(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Drop the first name where it is a collection: trees of one shape side by side, as {params, batch_stats}."""
+    """Drop the first name where it is a collection: parts of one tree side by side, as {params, batch_stats}.
+
+    Each collection holds leaves of its own; modules side by side, as {encoder, decoder}, hold leaves of the same names.
+    """
     below: dict[str, set[str]] = {}
     for path in paths:
         below.setdefault(path[0] if path else "", set()).add(path[1] if len(path) > 2 else "")
     largest = max(below.values(), key=len, default=set())
+    within = [path[1:] for path in paths]
     if len(below) < 2 or not all(names <= largest for names in below.values()) or "" in largest:
         return list(paths)
-    return [path[1:] for path in paths]
+    return within if len(set(within)) == len(within) else list(paths)
 
 
 def _assign(node: _Node, prefix: tuple[str, ...], names: list[str], *, is_element: bool, is_top: bool) -> None:
@@ -96,12 +100,22 @@ def _assign(node: _Node, prefix: tuple[str, ...], names: list[str], *, is_elemen
 
 
 def _opens(node: _Node, is_element: bool) -> bool:
-    """Whether a node below the root is a container."""
+    """Whether a node below the root is a container.
+
+    An element that holds a list besides other modules (a block with attention and experts) is none.
+    """
+    if not is_element:
+        return _holds_family(node)
     families = _families(node)
-    modules = [name for name, child in node.children.items() if child.is_module_of_modules]
-    if is_element:
-        return any(families[_stem(name)] > 1 for name in modules)
-    return _holds_family(node)
+    modules = {name: child for name, child in node.children.items() if child.is_module_of_modules}
+    if any(families[_stem(name)] > 1 for name in modules):
+        return True
+    return len(modules) == 1 and all(_is_list_of_blocks(child) for child in modules.values())
+
+
+def _is_list_of_blocks(node: _Node) -> bool:
+    names, blocks = list(node.children), list(node.children.values())
+    return all(name.isdigit() for name in names) and all(block.is_module_of_modules for block in blocks)
 
 
 def _holds_family(node: _Node) -> bool:

@@ -20,6 +20,7 @@ from layerwise_jax.forward import run_forward
 from layerwise_jax.inputs import check_inputs
 from layerwise_jax.layers import LayerSequence
 from layerwise_jax.loop import Loop
+from layerwise_jax.on_device import sum_dtype
 from layerwise_jax.placement import STAGE, Placement, Staged
 from layerwise_jax.plan import Plan
 from layerwise_jax.schedule import Schedule

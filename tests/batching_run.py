@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from staging import compile_lightly
+
 from layerwise_jax.batching import Batching, analyse_batching
 from layerwise_jax.layers import LayerSequence, trace_layers
 from layerwise_jax.program import Rows, evaluate
@@ -43,7 +45,7 @@ class Split:
 
     def run_whole(self) -> list[Any]:
         """The output leaves of the unsplit function."""
-        return jax.device_get(jax.tree.leaves(jax.jit(self.fn)(self.params, *self.inputs)))
+        return jax.device_get(jax.tree.leaves(compile_lightly(self.fn)(self.params, *self.inputs)))
 
     def run_in_parts(self, batching: Batching, reduce: str | None) -> list[Any]:
         """The output leaves put together from those of the parts, by their roles."""
@@ -55,7 +57,7 @@ class Split:
             env.update(zip(program.inputs, jax.tree.leaves(inputs), strict=True))
             return evaluate(program.ops, env, program.outputs, Rows(index))
 
-        jitted = jax.jit(run)
+        jitted = compile_lightly(run)
         results = [jax.device_get(jitted(index, *self.part(index))) for index in range(self.parts)]
         made = zip(*results, strict=True)
         return [combine(role.kind, x, reduce) for role, x in zip(batching.outputs, made, strict=True)]

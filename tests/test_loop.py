@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from staging import assert_trees_close, compile_lightly, even_boundaries, stage_case
 from zoo import BATCH, CASES, Case
 from zoo_case import draw_features, regression
-from zoo_plain import WIDTH, chain, dense, draw_layers
+from zoo_plain import WIDTH, chain, dense, draw_layers, tanh_chain
 
 from layerwise_jax._jax import inner_jaxprs
 from layerwise_jax.pipeline import Pipeline
@@ -172,6 +172,21 @@ def test_gradients_by_the_caller_with_replicas(stage_mesh: Callable) -> None:
     got = compile_lightly(jax.grad(pipeline, argnums=(0, 1)))(pipeline.place(case.params), *case.inputs)
     want = jax.grad(case.loss_fn, argnums=(0, 1))(case.params, *case.inputs)
     assert_trees_close((pipeline.gather(got[0]), got[1]), want, case.tolerance)
+
+
+def test_counts_add_up_exactly(stage_mesh: Callable) -> None:
+    """In their own dtype: these are too large for float32."""
+
+    def fn(layers: Any, x: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.sum(tanh_chain(layers, x)), jnp.sum(counts)
+
+    counts = jnp.full(BATCH, 2**24 + 1, jnp.int32)
+    case = Case("counts", fn, draw_layers(), (draw_features(WIDTH), counts), lambda out, *_: out[0], reduce="sum")
+    pipeline = stage_case(case, fn, stage_mesh(4), 4)
+    staged = pipeline.place(case.params)
+    _, forward = compile_lightly(pipeline)(staged, *case.inputs)
+    (_, training), _ = compile_lightly(pipeline.value_and_grad)(staged, *case.inputs)
+    assert int(forward) == int(training) == BATCH * (2**24 + 1)
 
 
 def test_rows_come_back_spread_over_the_stages(stage_mesh: Callable) -> None:

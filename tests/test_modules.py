@@ -49,6 +49,17 @@ def test_the_stages_of_a_resnet_are_opened() -> None:
     assert layers_of("params/stem/kernel", *paths) == ["stem", *wanted]
 
 
+def test_lists_of_blocks_within_stages_are_opened() -> None:
+    paths = [f"stages/{s}/blocks/{b}/conv_{c}/kernel" for s in range(2) for b in range(2) for c in range(2)]
+    wanted = ["stages/0/blocks/0", "stages/0/blocks/1", "stages/1/blocks/0", "stages/1/blocks/1"]
+    assert layers_of("stem/kernel", *paths) == ["stem", *wanted]
+
+
+def test_numbered_parts_of_attention_are_no_blocks() -> None:
+    attention = [f"attention/Dense_{i}/kernel" for i in range(4)]
+    assert layers_of(*blocks("Block_", 2, *attention, "norm/scale")) == ["Block_0", "Block_1"]
+
+
 def test_encoder_and_decoder_are_opened() -> None:
     paths = [*blocks("encoder/layers_", 2, *ATTENTION), *blocks("decoder/layers_", 2, *ATTENTION), "head/kernel"]
     wanted = ["encoder/layers_0", "encoder/layers_1", "decoder/layers_0", "decoder/layers_1", "head"]
@@ -71,6 +82,16 @@ def test_collections_side_by_side_are_one_tree() -> None:
         "batch_stats/BatchNorm_0/mean", "batch_stats/BatchNorm_0/var",
     ]  # fmt: skip
     assert names_of(*paths) == ["Conv_0", "BatchNorm_0", "Dense_0", "BatchNorm_0", "BatchNorm_0"]
+
+
+@pytest.mark.parametrize("prefix", ["Block_", "", "layers/"])
+def test_blocks_side_by_side_are_no_collections(prefix: str) -> None:
+    assert layers_of(*blocks(prefix, 3, *ATTENTION)) == [f"{prefix}{i}" for i in range(3)]
+
+
+def test_an_encoder_beside_a_decoder_is_no_collection() -> None:
+    paths = [*blocks("encoder/layers_", 2, *ATTENTION), *blocks("decoder/layers_", 2, *ATTENTION)]
+    assert layers_of(*paths) == [f"{half}/layers_{i}" for half in ("encoder", "decoder") for i in range(2)]
 
 
 def test_bare_arrays_are_told_from_modules() -> None:

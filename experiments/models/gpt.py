@@ -84,7 +84,6 @@ def next_token_loss(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
         logits = jnp.asarray(model.apply(params, tokens[:, :-1]), jnp.float32)
-        # Not by integer labels: JAX traces their indexing differently where a microbatch is one sequence.
-        return optax.softmax_cross_entropy(logits, jax.nn.one_hot(tokens[:, 1:], logits.shape[-1])).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     return loss

@@ -1,7 +1,7 @@
 """Hold sizes of programs compiled for an absent GPU against those of the same programs on the real one.
 
-    python -m experiments.plan_without_gpu.against_device                               # on a machine with a GPU
-    python -m experiments.plan_without_gpu.against_device --write_absent=absent.json    # anywhere: the absent half alone
+    python -m experiments.plan_without_gpu.against_device                             # on a machine with a GPU
+    python -m experiments.plan_without_gpu.against_device --write_absent=absent.json  # anywhere: the absent half alone
 
 Compiles every stage of `stages.py` for the GPU at hand as if it were not there (in a process that does not see it, or
 read from --absent) and for the GPU itself, and runs it once there. Writes against_device.json and a table of it. What
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         waiting = None if ABSENT.value else start_absent(spec, Path(scratch) / "absent.json")
         real = real_half(kind, deadline, lambda half: write(folder / "against_device.json", {"real": half}))
-        absent = read(Path(ABSENT.value)) if waiting is None else finish_absent(*waiting, deadline)
+        absent = finish_absent(*waiting, deadline) if waiting else read(Path(ABSENT.value or COMMITTED_ABSENT))
     figures = {"absent": absent, "real": real}
     write(folder / "against_device.json", figures)
     (folder / "against_device.md").write_text(comparison_table(figures), encoding="utf-8")
@@ -125,7 +125,7 @@ def run_once(stage: StageProgram) -> dict[str, Any]:
     arrays = jax.tree.map(some_array, (stage.weights, stage.x))
     compiled = jax.jit(stage.fn, keep_unused=True).lower(*arrays).compile()
     outputs = jax.block_until_ready(compiled(*arrays))
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return {
         "is_finite": all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(outputs)),
         "argument_bytes": memory.argument_size_in_bytes,

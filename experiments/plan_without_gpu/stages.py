@@ -39,7 +39,9 @@ def forward_stages() -> Iterator[StageProgram]:
     yield of_module("mixture of 8 experts, 2 x 512 tokens", experts, half(2, 512, 512))
     yield of_module("LSTM scanned over 128 steps", nn.RNN(nn.OptimizedLSTMCell(512, dtype=HALF)), half(16, 128, 512))
     tied = {"embedding": half(VOCABULARY, 512)}
-    yield StageProgram("tied head with loss, 2 x 256 tokens", tied_loss, tied, jax.ShapeDtypeStruct((2, 257), jnp.int32))
+    yield StageProgram(
+        "tied head with loss, 2 x 256 tokens", tied_loss, tied, jax.ShapeDtypeStruct((2, 257), jnp.int32)
+    )
 
 
 def half(*shape: int) -> jax.ShapeDtypeStruct:
