@@ -138,8 +138,10 @@ def _with_verdict(error: CapacityError, choices: StagingChoices) -> CapacityErro
         return error
     layer = costs[error.layers[0]]
     chunks = row_chunks_to_fit(layer, choices.capacity)
-    if chunks is None or chunks == 1:
-        return error.with_note("" if chunks is None else f"At one example a microbatch '{layer.name}' fits.")
+    if chunks is None:
+        return error
+    if chunks == 1:
+        return error.with_note(f"At one example a microbatch '{layer.name}' fits.")
     return error.with_note(f"At one example a microbatch '{layer.name}' fits if its rows are run in {chunks} chunks.")
 
 

@@ -142,13 +142,16 @@ def roofline_seconds(
 ) -> tuple[list[float], list[float]]:
     """What layers take on a device, and what crossing each boundary takes.
 
-    A layer takes the longer of its arithmetic and of reading what it holds from the cache; a boundary takes its bytes
-    over the link's bandwidth. The link's latency is left out: the loop pays it once a tick, wherever the cuts are.
+    A layer takes the longer of its arithmetic and of reading what it holds: from the cache, or from memory if it alone
+    is more than the cache keeps. A boundary takes its bytes over the link's bandwidth. The link's latency is left out:
+    the loop pays it once a tick, wherever the cuts are.
 
     Returns:
       Seconds of n layers; seconds of n + 1 boundaries, zero at both ends.
     """
     dtype = str(max(layers.signature.params_avals, key=nbytes).dtype)
-    seconds = [device.seconds(cost.flops, cost.size, dtype, resident=True) for cost in costs]
+    seconds = [
+        device.seconds(cost.flops, cost.size, dtype, resident=cost.size <= device.usable_l2_bytes) for cost in costs
+    ]
     inner = [scale * sent / device.link_bandwidth for sent in layers.boundary_bytes[1:-1]]
     return seconds, [0.0, *inner, 0.0]

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-
 from staging import compile_lightly
 
 from layerwise_jax.batching import Batching, analyse_batching

@@ -38,7 +38,6 @@ ABSENT_VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "library products": {"xla_gpu_enable_triton_gemm": False},
     "no split-K": {"xla_gpu_experimental_force_split_k": 1},
 }
-REAL_VARIANTS: Mapping[str, Mapping[str, Any]] = {DEFAULT: {}, "kernels not timed": {"xla_gpu_autotune_level": 0}}
 # Seconds that a compilation which has begun may take beyond the deadline.
 GRACE = 20
 SIZES = ("argument_bytes", "output_bytes", "constant_bytes", "temp_bytes", "peak_bytes")
@@ -83,15 +82,15 @@ def absent_half(spec: DeviceSpec, deadline: float) -> dict[str, Any]:
 
 
 def real_half(kind: str, deadline: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Sizes of every stage compiled for the device at hand, and whether it ran; saved after each compilation."""
-    programs: dict[str, dict[str, Any]] = {stage.name: {} for stage in stage_programs()}
+    """Sizes of every stage compiled for the device at hand, and whether it ran; saved after each stage."""
+    programs: dict[str, dict[str, Any]] = {}
     half = {"device": kind, "jax": jax.__version__, "programs": programs}
-    for variant, options in REAL_VARIANTS.items():
-        for stage in stage_programs():
-            programs[stage.name][variant] = guarded(compiled_sizes, deadline, None, stage, options)
-            if variant == DEFAULT:
-                programs[stage.name]["run"] = guarded(run_once, deadline, stage)
-            save(half)
+    for stage in stage_programs():
+        programs[stage.name] = {
+            DEFAULT: guarded(compiled_sizes, deadline, None, stage, {}),
+            "run": guarded(run_once, deadline, stage),
+        }
+        save(half)
     return half
 
 

@@ -1,6 +1,8 @@
 """What was measured, as Markdown."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 MIB = 2**20
@@ -9,8 +11,8 @@ MIB = 2**20
 def comparison_table(figures: Mapping[str, Any]) -> str:
     """A row a program: bytes for the absent device and for the real one, and the second over the first."""
     absent, real = figures["absent"], figures["real"]
-    columns = ["stage", "arguments", "outputs", "workspace: absent", "real", "ratio", "real, kernels not timed"]
-    columns += ["peak: absent", "real", "ratio"]
+    columns = ["stage", "arguments", "outputs", "workspace: absent", "real", "ratio"]
+    columns += ["peak: absent", "real", "ratio", "library calls: absent", "real"]
     lines = [
         f"Absent: {absent['device']}, JAX {absent['jax']}. Real: {real['device']}, JAX {real['jax']}. MiB.",
         "",
@@ -26,13 +28,18 @@ def _comparison_row(name: str, absent: Mapping[str, Any], real: Mapping[str, Any
     before, after = absent.get("default", {}), real.get("default", {})
     reason = before.get("error", "") or after.get("error", "")
     if reason or not before or not after:
-        return f"| {name} | {reason or 'not compiled'} |" + " |" * 8
-    untimed = real.get("kernels not timed", {}).get("temp_bytes")
+        return f"| {name} | {reason or 'not compiled'} |" + " |" * 9
     cells = [_both(before, after, "argument_bytes"), _both(before, after, "output_bytes")]
     cells += [_mib(before["temp_bytes"]), _mib(after["temp_bytes"]), _ratio(before, after, "temp_bytes")]
-    cells += ["" if untimed is None else _mib(untimed)]
     cells += [_mib(before["peak_bytes"]), _mib(after["peak_bytes"]), _ratio(before, after, "peak_bytes")]
+    cells += [_libraries(before), _libraries(after)]
     return f"| {name} | {' | '.join(cells)} |"
+
+
+def _libraries(figures: Mapping[str, Any]) -> str:
+    """The libraries that a program calls, of those that bring workspace along."""
+    known = {"cublas": "cuBLAS", "cudnn": "cuDNN"}
+    return ", ".join(name for key, name in known.items() if any(key in call for call in figures["library_calls"]))
 
 
 def _both(before: Mapping[str, Any], after: Mapping[str, Any], size: str) -> str:
@@ -49,3 +56,60 @@ def _ratio(before: Mapping[str, Any], after: Mapping[str, Any], size: str) -> st
 
 def _mib(count: float) -> str:
     return f"{count / MIB:.3g}" if count < 1000 * MIB else f"{count / MIB:,.0f}"
+
+
+def plans_table(planned: Sequence[Mapping[str, Any]]) -> str:
+    """A row a model: the microbatch, and the additive bound of its stages against what they hold compiled."""
+    columns = ["model", "parameters", "stages", "examples a microbatch", "programs compiled", "largest stage, added up"]
+    columns += ["compiled", "over the bound", "of the usable cache"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for figures in planned:
+        stages = figures["plan"]["stages"]
+        bounds = [sum(stage[f"{part}_bytes"] for part in ("weight", "activation", "buffer")) for stage in stages]
+        compiled = [stage["compiled_bytes"] for stage in stages]
+        shares = [held / bound for held, bound in zip(compiled, bounds, strict=True)]
+        cells = [
+            figures["title"],
+            f"{figures['parameters'] / 1e6:.1f} M",
+            str(len(stages)),
+            f"{figures['examples'] // figures['plan']['num_microbatches']} of {figures['examples']}",
+            re.findall(r"(\d+) programs", figures["plan"]["measured_on"])[0],
+            f"{_mib(max(bounds))} MiB",
+            f"{_mib(max(compiled))} MiB",
+            f"{min(shares):.2f} to {max(shares):.2f}",
+            f"{max(compiled) / figures['usable_cache_bytes']:.0%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def large_table(figures: Mapping[str, Any]) -> str:
+    """A row a number of devices."""
+    steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in figures["seconds"].items())
+    size = f"{figures['title']}: {figures['parameters'] / 1e9:.1f} billion parameters, {figures['layers']} layers"
+    compiled = f"{figures['layers_compiled']} programs compiled for layers, {figures['stages_compiled']} for stages"
+    memory = f"{figures['peak_memory_bytes'] / 1e6:.0f} MB of memory at the most"
+    columns = ["devices", "stages x replicas", "layers a stage", "largest stage: weights", "added up", "compiled"]
+    columns += ["all caches hold", "stages that stream", "bytes of the largest that stream, a tick"]
+    lines = [
+        f"{size}; {compiled}; sizes from {figures['sizes_from']}.",
+        f"{sum(figures['seconds'].values()):.1f} s in all: {steps}; {memory}.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    for plan in figures["plans"]:
+        runs = sorted({stop - start for start, stop in pairwise(plan["boundaries"])})
+        cells = [
+            f"{plan['devices']:,}",
+            f"{plan['stages']} x {plan['replicas']}",
+            f"{runs[0]} to {runs[-1]}",
+            f"{plan['largest_stage_weight_bytes'] / 1e9:.2f} GB",
+            f"{plan['largest_stage_bytes'] / 1e9:.2f} GB",
+            f"{plan['largest_stage_compiled_bytes'] / 1e9:.2f} GB",
+            f"{plan['resident_bytes'] / 1e9:.2f} GB",
+            f"{len(plan['streaming'])} of {plan['stages']}",
+            f"{plan['streaming_bytes'] / 1e9:.1f} GB, {1e3 * plan['streaming_seconds']:.1f} ms",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,49 @@
+"""A plan's stages against the cache: what they hold as sums of their layers, and compiled as one program."""
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from layerwise_jax.device_spec import DeviceSpec
+from layerwise_jax.plan import Plan
+from layerwise_jax.report import run_lengths
+
+matplotlib.use("Agg")
+
+MIB = 2**20
+COLOURS = {"weights": "#4c72b0", "activations": "#dd8452", "workspace": "#a1a8b8"}
+
+
+def draw_plan(plan: Plan, device: DeviceSpec, title: str, path: Path) -> Path:
+    """Draw a column a stage; returns the path of the picture."""
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    axes = figure.subplots()
+    _draw_stages(axes, plan)
+    axes.axhline(device.usable_l2_bytes / MIB, linestyle="--", color="black", label="usable cache")
+    axes.axhline(device.l2_bytes / MIB, linestyle=":", color="grey", label="cache as reported")
+    axes.set_ylim(0, 1.3 * max(device.l2_bytes / MIB, *(stage.size / MIB for stage in plan.stages)))
+    axes.set_title(f"{title}: {plan.num_stages} x {plan.device}, {plan.num_microbatches} microbatches", fontsize=10)
+    axes.legend(ncols=3, loc="upper center", frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _draw_stages(axes: Axes, plan: Plan) -> None:
+    parts = {
+        "weights": [stage.weight_bytes / MIB for stage in plan.stages],
+        "activations": [stage.activation_bytes / MIB for stage in plan.stages],
+        "workspace": [stage.buffer_bytes / MIB for stage in plan.stages],
+    }
+    heights = [0.0] * plan.num_stages
+    for name, sizes in parts.items():
+        axes.bar(range(plan.num_stages), sizes, bottom=heights, color=COLOURS[name], label=f"{name}, added up")
+        heights = [height + size for height, size in zip(heights, sizes, strict=True)]
+    compiled = [(s, stage.compiled_bytes / MIB) for s, stage in enumerate(plan.stages) if stage.compiled_bytes]
+    if compiled:
+        axes.plot(*zip(*compiled, strict=True), "D", color="#c44e52", label="compiled as one program")
+    names = [run_lengths(stage.layers).replace("..", "..\n").replace(", ", "\n") for stage in plan.stages]
+    axes.set_xticks(range(plan.num_stages), [f"{s}\n{name}" for s, name in enumerate(names)], fontsize=7)
+    axes.set_ylabel("MiB a stage, one microbatch")
