@@ -42,7 +42,9 @@ def _while(run: RunBody, step: Step) -> list[Role]:
 def _scan(run: RunBody, step: Step) -> list[Role]:
     consts, carry, scanned = _jax.scan_parts(step.micro, range(len(step.roles)))
     if any(isinstance(role := step.roles[i], Rows) and role.axis == 0 for i in scanned):
-        raise Mixes("goes through the examples one after the other")
+        if carry:
+            raise Mixes("goes through the examples one after the other")
+        return _map(run, step, consts, scanned)
     if step.params["length"] != step.full.params["length"]:
         raise Mixes("loops as often as the batch is long", "size")
     rows = [_row(step.roles[i]) for i in scanned]
@@ -56,6 +58,18 @@ def _scan(run: RunBody, step: Step) -> list[Role]:
     settled = _settled(step.parts, [step.roles[i] for i in carry], iterate)
     stacked = [Rows(role.axis + 1, role.ratio) if isinstance(role, Rows) else role for role in results[len(settled) :]]
     return [*settled, *stacked]
+
+
+def _map(run: RunBody, step: Step, consts: Sequence[int], scanned: Sequence[int]) -> list[Role]:
+    """A scan over the examples without a carry, as `jax.lax.map` is: in its body there is one example only."""
+    if any(step.axis(i) != 0 or not isinstance(step.roles[i], Rows | Whole) for i in scanned):
+        raise Mixes("goes through the examples and something else together")
+    elements = [Whole(role.ratio) for role in (step.roles[i] for i in scanned) if isinstance(role, Rows | Whole)]
+    body = pair_bodies(_jax.inner_jaxpr(step.micro), _jax.inner_jaxpr(step.full))
+    results = run(body, [*(step.roles[i] for i in consts), *elements])
+    if any(not isinstance(role, Whole | Mixed) for role in results):
+        raise Mixes("uses all examples in the computation of each")
+    return [Rows(0, role.ratio) if isinstance(role, Whole) else role for role in results]
 
 
 def _row(role: Role) -> Role:
@@ -82,7 +96,7 @@ def _join(roles: Sequence[Role], parts: int) -> Role:
 
 def _undecided(step: Step, decision: Role, why: str) -> list[Role]:
     if not isinstance(decision, Mixed):
-        decision = Mixed("statistics", why, step.micro)
+        raise Mixes(why)
     return [decision] * len(step.micro.outvars)
 
 

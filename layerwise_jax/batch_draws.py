@@ -66,10 +66,11 @@ class Draws:
         axis = step.params["dimension"]
         if axis not in scaling_axes(*step.result_shapes()):
             return Whole()
+        length = step.result_shapes()[0][axis]
         if position is None:
-            return RowNumbers(axis, None)
+            return RowNumbers(axis, length, None)
         self._iotas[position] = FullRows(step.full, axis)
-        return RowNumbers(axis, frozenset([position]))
+        return RowNumbers(axis, length, frozenset([position]))
 
     def index_by(self, role: Role) -> None:
         """Note that numbers of rows index the rows of a part."""
@@ -115,7 +116,7 @@ def numbers_through(step: Step) -> Role | None:
         return replace(role, offset=(role.offset[0] + sign * int(fill[0]), role.offset[1] + sign * int(fill[1])))
     if step.name == "lt" and fill and fill[0] == fill[1] and min(role.offset) >= fill[0]:
         return known(False, False)
-    if step.name in _MOVES and _is_integer(step):
+    if step.name in _MOVES and _holds(step, step.parts * role.length + max(role.offset)):
         moved = _MOVES[step.name](step.with_roles([Rows(role.axis)]))
         assert isinstance(moved, Rows)
         return replace(role, axis=moved.axis)
@@ -128,8 +129,10 @@ _MOVES = {
 }
 
 
-def _is_integer(step: Step) -> bool:
-    return jnp.issubdtype(step.dtypes[1], jnp.integer)
+def _holds(step: Step, count: int) -> bool:
+    """Whether the result can hold integers up to `count`."""
+    dtype = step.dtypes[1]
+    return jnp.issubdtype(dtype, jnp.integer) and count <= jnp.iinfo(dtype).max
 
 
 def _columns(step: Step) -> Role | None:

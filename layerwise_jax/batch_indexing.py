@@ -124,7 +124,7 @@ def _place(step: Step, indexed: Sequence[int], batching: tuple[Sequence[int], Se
             raise Mixes(BY_INDEX)
         return "index", partner
     if operand in indexed:
-        if not _counts_rows(step.roles[1], list(indexed).index(operand)):
+        if not _counts_rows(step, operand, list(indexed).index(operand)):
             raise Mixes(BY_INDEX)
         assert indices is not None
         return "index", indices
@@ -133,11 +133,12 @@ def _place(step: Step, indexed: Sequence[int], batching: tuple[Sequence[int], Se
     return "window", operand
 
 
-def _counts_rows(role: Role, column: int) -> bool:
-    """Whether a column of the indices is each row's own number."""
+def _counts_rows(step: Step, axis: int, column: int) -> bool:
+    """Whether a column of the indices is the number of each row along the operand's axis of the examples."""
+    role = step.roles[1]
     if isinstance(role, Columns):
         role = role.columns[column]
-    return isinstance(role, RowNumbers) and role.offset == (0, 0)
+    return isinstance(role, RowNumbers) and role.offset == (0, 0) and role.length == step.shape(0)[axis]
 
 
 def _others(shape: Sequence[int], dims: Sequence[int]) -> list[int]:

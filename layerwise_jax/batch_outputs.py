@@ -90,7 +90,7 @@ class Judge:
         return OutputRole("whole")
 
     def _mixed(self, output: TracedOutput, role: Mixed) -> OutputRole:
-        if not self.per_microbatch or role.cause not in ("statistics", "unknown"):
+        if not self.per_microbatch or not role.is_excusable:
             raise BatchError(
                 f"{_capital(output.name)} does not follow from the results for {self.parts} parts of the batch: "
                 f"{role}. {_advice(role)}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from layerwise_jax._jax import Jaxpr, Literal
+from layerwise_jax._jax import Jaxpr, Literal, source_line
 from layerwise_jax.batch_roles import described
 from layerwise_jax.batch_single import LONGEST, respelt
 from layerwise_jax.flatten import flatten
@@ -69,9 +69,9 @@ def pair_programs(micro: Program, full: Program) -> ProgramPair:
             micro_of[ops[-1].full.results[0]] = found.result
             position += found.length
         else:
-            raise _difference(op, rest[0] if rest else None)
+            raise _difference(op, rest[0] if rest else None, ops)
     if position < len(micro.ops):
-        raise _difference(None, micro.ops[position])
+        raise _difference(None, micro.ops[position], ops)
     if not all(_is_same_operand(m, f, micro_of) for m, f in zip(micro.outputs, full.outputs, strict=True)):
         raise BatchError("The function returns other values for a part of the batch than for the full batch.")
     return ProgramPair(micro, full, tuple(ops))
@@ -118,9 +118,10 @@ def _is_needless(op: Op, micro: Program, micro_of: dict[Value, Operand]) -> bool
     return len(before) == len(after) and micro.avals[micro_of[op.values[0]]].shape == before  # type: ignore[index]
 
 
-def _difference(full: Op | None, micro: Op | None) -> BatchError:
-    came = described(full.eqn) if full else "nothing more"
-    there = described(micro.eqn) if micro else "nothing more"
+def _difference(full: Op | None, micro: Op | None, before: Sequence[PairedOp]) -> BatchError:
+    after = next(filter(None, (source_line(op.full.eqn) for op in reversed(before))), "")
+    came = described(full.eqn, after) if full else "nothing more"
+    there = described(micro.eqn, after) if micro else "nothing more"
     return BatchError(
         f"The function does other operations for a part of the batch than for the full batch: first {came} where a "
         f"part has {there}. Its structure must not depend on the length of the batch; write it for "

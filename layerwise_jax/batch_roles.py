@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from math import isclose
 from typing import Any, Literal
 
+import numpy as np
+
 from layerwise_jax._jax import JaxprEqn, source_line
 
 RATIO_TOLERANCE = 1e-5
@@ -52,13 +54,14 @@ class Summed:
 
 @dataclass(frozen=True)
 class RowNumbers:
-    """Along `axis` counts the rows: an iota, plus an offset that may differ between the traces.
+    """Along `axis` counts the `length` rows of a part: an iota, plus an offset that may differ between the traces.
 
     As the index of a row's own entry it means the same in a part; as a number it does not, unless the operations that
     made it (`sources`, by position in the program; None inside a loop or branch) are run at the full batch.
     """
 
     axis: int
+    length: int
     sources: frozenset[int] | None
     offset: tuple[int, int] = (0, 0)
 
@@ -83,14 +86,21 @@ class Mixed:
         "draw" where random or row numbers are drawn by shape in a place where they cannot be drawn for the full batch.
       why: what the operation does, to be read after its name.
       eqn: the operation; None for an input or constant.
+      after: the line of the user's code that made the operations before it, where its own is not known.
     """
 
     cause: Cause
     why: str
     eqn: JaxprEqn | None = None
+    after: str = ""
+
+    @property
+    def is_excusable(self) -> bool:
+        """Whether it comes only of statistics that may be asked for."""
+        return self.cause in ("statistics", "unknown")
 
     def __str__(self) -> str:
-        return f"{described(self.eqn) if self.eqn else 'the function'} {self.why}"
+        return f"{described(self.eqn, self.after) if self.eqn else 'the function'} {self.why}"
 
 
 Role = Whole | Rows | Summed | RowNumbers | Columns | Mixed
@@ -104,10 +114,11 @@ class Mixes(Exception):
         self.cause: Cause = cause
 
 
-def described(eqn: JaxprEqn) -> str:
-    """An operation and the line of the user's code that made it, where there is one."""
+def described(eqn: JaxprEqn, after: str = "") -> str:
+    """An operation and the line of the user's code that made it, or those before it where JAX does not know."""
     line = source_line(eqn)
-    return f"{eqn.primitive.name} at {line}" if line else f"{eqn.primitive.name} (inside of JAX)"
+    inside = f"inside of JAX, after {after}" if after else "inside of JAX"
+    return f"{eqn.primitive.name} at {line}" if line else f"{eqn.primitive.name} ({inside})"
 
 
 SIZE = "uses the length of the batch in a way that is not a plain factor of its result"
@@ -190,7 +201,8 @@ def known(micro: Any, full: Any) -> Whole:
     """A number that is known in both traces."""
     if micro == full or (micro != micro and full != full):
         return Whole(1.0, (micro, full))
-    return Whole(float(full) / float(micro) if micro else float("nan"), (micro, full))
+    has_ratio = micro and full and np.isrealobj(micro)
+    return Whole(float(full) / float(micro) if has_ratio else float("nan"), (micro, full))
 
 
 def build(axis: int | None, ratio: float, summed: bool) -> Role:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax
@@ -41,8 +42,8 @@ def respelt(micro: Sequence[Op], full: Sequence[Op], twin: Twin) -> Respelt | No
     """The first operations of `micro` as the first of `full` in another spelling, if they are that."""
     if full[0].name == "dot_general":
         return _matmul(micro, full[0], twin)
-    if len(micro) > 1 and [op.name for op in full[:2]] == [op.name for op in micro[:2]] == ["reshape", "gather"]:
-        return _take_along_axis(micro[0], micro[1], full[0], full[1], twin)
+    if [op.name for op in micro[:2]] == ["reshape", "gather"]:
+        return _take_along_axis(micro, full, twin)
     return None
 
 
@@ -75,29 +76,30 @@ def _matmul(micro: Sequence[Op], full: Op, twin: Twin) -> Respelt | None:
     return Respelt((Op(eqn, full.operands, full.results),), 4, grown.results[0])
 
 
-def _take_along_axis(reshape: Op, gather: Op, full_reshape: Op, full_gather: Op, twin: Twin) -> Respelt | None:
-    """A gather that reads along an axis of length one where the full batch's batches over it."""
-    operands = full_reshape.operands[0], full_gather.operands[0]
-    if (reshape.operands[0], gather.operands[0]) != tuple(map(twin, operands)):
+def _take_along_axis(micro: Sequence[Op], full: Sequence[Op], twin: Twin) -> Respelt | None:
+    """reshape, gather that reads along an axis of length one where the full batch's batches over it.
+
+    The full batch's gather may have a reshape of its indices before it, too.
+    """
+    whole = list(full[: 2 if full[0].name == "reshape" else 1])
+    (reshape, gather), last = micro[:2], whole[-1]
+    if last.name != "gather" or (whole[0] is not last and last.operands[1:] != whole[0].results):
         return None
-    if (gather.operands[1:], full_gather.operands[1:]) != (reshape.results, full_reshape.results):
+    sources = last.operands[0], (last.operands[1] if whole[0] is last else whole[0].operands[0])
+    if (gather.operands[0], reshape.operands[0]) != tuple(map(twin, sources)) or gather.operands[1:] != reshape.results:
         return None
-    if not _have_same_settings(gather, full_gather):
+    sizes = _shape(last, 1)
+    axes = [axis for axis in range(len(sizes) - 1) if _read_along(last, axis) == gather.eqn.params["dimension_numbers"]]
+    if len(axes) != 1 or not _have_same_settings(gather, last):
         return None
-    sizes = full_reshape.eqn.params["new_sizes"]
-    for axis in range(len(sizes) - 1):
-        one = (*sizes[:axis], 1, *sizes[axis + 1 :])
-        if (*one[:axis], *one[axis + 1 :]) == tuple(reshape.eqn.params["new_sizes"]):
-            numbers = _read_along(full_gather, axis)
-            if numbers == gather.eqn.params["dimension_numbers"]:
-                first = _at(full_reshape, [_shape(reshape)], new_sizes=one)
-                second = _at(full_gather, [_shape(gather), one])
-                ops = (
-                    Op(first, operands[:1], full_reshape.results),
-                    Op(second, full_gather.operands, full_gather.results),
-                )
-                return Respelt(ops, 2, gather.results[0]) if _same_shapes(second, gather.eqn) else None
-    return None
+    one = (*sizes[: axes[0]], 1, *sizes[axes[0] + 1 :])
+    if prod(one) != prod(_shape(reshape)) or (whole[0] is last and one != _shape(reshape)):
+        return None
+    eqns = [_at(last, [_shape(gather), one])]
+    if whole[0] is not last:
+        eqns.insert(0, _at(whole[0], [_shape(reshape)], new_sizes=one))
+    ops = tuple(Op(eqn, op.operands, op.results) for eqn, op in zip(eqns, whole, strict=True))
+    return Respelt(ops, 2, gather.results[0]) if _same_shapes(eqns[-1], gather.eqn) else None
 
 
 def _read_along(gather: Op, index_axis: int) -> Any:
@@ -124,9 +126,9 @@ def _after(axis: int, dropped: int) -> int:
     return axis - (axis > dropped)
 
 
-def _shape(op: Op) -> tuple[int, ...]:
-    """The shape of an operation's first operand."""
-    return op.eqn.invars[0].aval.shape  # type: ignore[attr-defined]
+def _shape(op: Op, operand: int = 0) -> tuple[int, ...]:
+    """The shape of an operand."""
+    return op.eqn.invars[operand].aval.shape  # type: ignore[attr-defined]
 
 
 def _result_shape(eqn: JaxprEqn) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from layerwise_jax import batch_control, batch_elementwise, batch_indexing, batch_products, batch_shapes
-from layerwise_jax._jax import AbstractRef, Literal, is_key
+from layerwise_jax._jax import CUSTOM_RULE_PRIMITIVES, AbstractRef, Literal, is_key, source_line
+from layerwise_jax.batch_derivatives import check_derivative
 from layerwise_jax.batch_draws import Draws, numbers_through
 from layerwise_jax.batch_pairs import PairedOp, ProgramPair, constants_of, differing_parameter
 from layerwise_jax.batch_roles import (
@@ -25,10 +26,11 @@ from layerwise_jax.batch_roles import (
     Whole,
     checked,
     known,
+    same,
     scaling_axes,
 )
-from layerwise_jax.batch_scale import nonlinear
-from layerwise_jax.program import Operand, Value
+from layerwise_jax.batch_scale import STATISTICS, nonlinear
+from layerwise_jax.program import Op, Operand, Value
 
 RULES = {**batch_elementwise.RULES, **batch_shapes.RULES, **batch_products.RULES, **batch_indexing.RULES}
 DRAWING = frozenset("iota random_bits random_split".split())
@@ -43,12 +45,14 @@ class Walk:
       per_microbatch: whether a sum or mean over examples that is used on is accepted as a statistic of the part.
       draws: what was found out about drawing operations.
       is_inner: whether this is a body.
+      checks_derivatives: whether derivative rules are looked into (not in derivatives, which may name themselves).
     """
 
     parts: int
     per_microbatch: bool = False
     draws: Draws = field(default_factory=Draws)
     is_inner: bool = False
+    checks_derivatives: bool = True
 
     def run(self, pair: ProgramPair, given: dict[Value, Role]) -> list[Role]:
         """The roles of the outputs.
@@ -59,8 +63,8 @@ class Walk:
         """
         env = dict(given)
         env.update({value: constant_role(micro, full) for value, micro, full in constants_of(pair)})
-        for op in pair.ops:
-            roles = self._roles_of_results(op, env)
+        for i, op in enumerate(pair.ops):
+            roles = [_located(role, pair, i) for role in self._roles_of_results(op, env)]
             env.update(zip(op.full.results, roles, strict=True))
         return [_read(m, f, env) for m, f in zip(pair.micro.outputs, pair.full.outputs, strict=True)]
 
@@ -76,13 +80,17 @@ class Walk:
 
     def _roles_of_results(self, op: PairedOp, env: dict[Value, Role]) -> Sequence[Role]:
         if op.micro is None:
-            return [env[op.full.values[0]]]
+            return [self._repeated(env[op.full.values[0]], op)]
         roles = tuple(_read(m, f, env) for m, f in zip(op.micro.operands, op.full.operands, strict=True))
         step = Step(op.micro.eqn, op.full.eqn, roles, self.parts)
         position = None if self.is_inner else op.position
-        if any(isinstance(getattr(var, "aval", None), AbstractRef) for var in step.micro.invars):
+        if _references(op.full):
             return self._use_of_reference(step, op, env)
         return self.results(step, position)
+
+    def _repeated(self, role: Role, op: PairedOp) -> Role:
+        """What the full batch's trace repeats for its examples."""
+        return role if isinstance(role, Whole | Mixed) else Mixed("statistics", STATISTICS, op.full.eqn)
 
     def results(self, step: Step, position: int | None) -> Sequence[Role]:
         """The roles of an operation's results."""
@@ -104,14 +112,17 @@ class Walk:
     def _apply(self, step: Step, position: int | None) -> Sequence[Role]:
         if step.name in batch_control.RULES:
             step = step.with_roles([self.draws.as_rows(role) for role in step.roles])
-            return batch_control.RULES[step.name](self._run_body, step)
+            results = batch_control.RULES[step.name](self._run_body, step)
+            if step.name in CUSTOM_RULE_PRIMITIVES and self.checks_derivatives:
+                check_derivative(replace(self, checks_derivatives=False)._run_body, step, results)
+            return results
         if step.name == "select_n" and (chosen := batch_elementwise.chosen_case(step)):
             return [chosen]
         if batch_indexing.is_by_length(step):
             raise Mixes(batch_indexing.BY_INDEX)
         if mixed := [role for role in step.roles if isinstance(role, Mixed)]:
             # What may be asked for ("statistics") must not hide what may not.
-            return [min(mixed, key=lambda role: role.cause == "statistics")] * len(step.micro.outvars)
+            return [min(mixed, key=lambda role: role.is_excusable)] * len(step.micro.outvars)
         if (parameter := differing_parameter(step.micro, step.full)) is not None:
             raise Mixes(f"has {parameter}", "size")
         if step.name in DRAWING:
@@ -144,12 +155,27 @@ class Walk:
 
     def _use_of_reference(self, step: Step, op: PairedOp, env: dict[Value, Role]) -> Sequence[Role]:
         """A mutable array: only what is the same for every part is followed through it."""
-        results = len(step.micro.outvars)
-        if all(isinstance(role, Whole) and role.ratio == 1 for role in step.roles):
-            return [Whole()] * results
+        shapes = [(step.shape(i), step.full_shape(i)) for i in range(len(step.roles))]
+        alike = all(isinstance(role, Whole) and same(role.ratio, 1.0) for role in step.roles)
+        if alike and all(micro == full for micro, full in shapes):
+            return [Whole()] * len(step.micro.outvars)
         mixed = Mixed("size", "changes a mutable array by what depends on the batch, which is not followed", step.micro)
-        env.update(dict.fromkeys(op.full.values, mixed))
-        return [mixed] * results
+        env.update(dict.fromkeys(_references(op.full), mixed))
+        return [mixed] * len(step.micro.outvars)
+
+
+def _located(role: Role, pair: ProgramPair, position: int) -> Role:
+    """A role that is new with the operation at `position`, with a line of the user's near it."""
+    op = pair.ops[position].micro
+    if not isinstance(role, Mixed) or op is None or role.eqn is not op.eqn or source_line(op.eqn):
+        return role
+    lines = (source_line(op.full.eqn) for op in pair.ops[position::-1])
+    return replace(role, after=next(filter(None, lines), ""))
+
+
+def _references(op: Op) -> list[Value]:
+    pairs = zip(op.operands, op.eqn.invars, strict=True)
+    return [x for x, var in pairs if not isinstance(x, Literal) and isinstance(var.aval, AbstractRef)]
 
 
 def _unknown(step: Step) -> list[Role]:

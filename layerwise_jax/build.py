@@ -18,7 +18,7 @@ from layerwise_jax.pipeline import Pipeline, Reduce
 from layerwise_jax.placement import assign_slots
 from layerwise_jax.plan import Plan, Sizes, make_plan
 from layerwise_jax.program import nbytes
-from layerwise_jax.refusals import check_mesh, check_stageable, check_state, find_state
+from layerwise_jax.refusals import check_draws, check_mesh, check_stageable, check_state, find_state
 from layerwise_jax.schedule import Schedule
 from layerwise_jax.schedule_check import check
 from layerwise_jax.schedule_generators import gpipe, one_f_one_b
@@ -75,6 +75,7 @@ def build_pipeline(
     batching = analyse_batching(
         layers, axes, num_microbatches * replicas, reduce=reduce, statistics=batch_statistics, state=tuple(new_state)
     )
+    check_draws(batching.program, new_state)
     layers = layers.with_program(batching.program)
     stages = cut_stages(layers, boundaries)
     check_state(new_state, stages)

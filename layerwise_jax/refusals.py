@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -97,6 +97,27 @@ def find_state(layers: LayerSequence, pick: Callable[[Any], Any] | None, replica
         if not isinstance(layers.program.outputs[position], Literal):
             found[position] = weights[leaf]
     return found
+
+
+def check_draws(program: Program, state: Mapping[int, Weight]) -> None:
+    """Refuse random numbers that are drawn for the whole batch with a key that each microbatch changes.
+
+    A microbatch takes its rows of what is drawn for the whole batch, so all must draw the same.
+
+    Raises:
+      CutError: naming the draw.
+    """
+    changing = set(state.values())
+    from_state = {value for value, weight in program.weights.items() if weight in changing}
+    for op in program.ops:
+        if from_state.isdisjoint(op.values):
+            continue
+        from_state.update(op.results)
+        if op.full_rows is not None:
+            raise CutError(
+                f"{op.name} at {source_line(op.eqn)} draws numbers for every example from state that each microbatch "
+                "changes; they would be those of no batch. Leave that state out of state=, or use one microbatch."
+            )
 
 
 def check_state(loop_state: dict[int, Weight], stages: Any) -> None:

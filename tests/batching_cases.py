@@ -185,6 +185,38 @@ def both_uses_of_numbers(weight: jax.Array, inputs: Inputs) -> Any:
     return (inputs["x"] * weight)[numbers, 0] + numbers[:, None]
 
 
+@jax.custom_vjp
+def centre_gradient(x: jax.Array) -> jax.Array:
+    """The identity, which takes from each example's gradient the mean of all."""
+    return x * 1.0
+
+
+centre_gradient.defvjp(lambda x: (centre_gradient(x), None), lambda _, g: (g - jnp.mean(g, 0),))
+
+
+@jax.custom_vjp
+def clip_gradient(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """A product whose gradient is halved and clipped, as quantisers do."""
+    return weight * x
+
+
+clip_gradient.defvjp(
+    lambda weight, x: (weight * x, (weight, x)),
+    lambda kept, g: (jnp.sum(jnp.clip(g, -1, 1) * kept[1] / 2, (0, 1)), jnp.clip(g, -1, 1) * kept[0] / 2),
+)
+
+
+@jax.custom_vjp
+def average_weight_gradient(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """A product whose gradient for the weight is a mean where it should be a sum."""
+    return weight * x
+
+
+average_weight_gradient.defvjp(
+    lambda weight, x: (weight * x, (weight, x)), lambda kept, g: (jnp.mean(g * kept[1], (0, 1)), g * kept[0])
+)
+
+
 def cond_by_step(weight: jax.Array, inputs: Inputs) -> Any:
     return lax.cond(inputs["step"] > 0, jnp.sin, lambda x: 0 * x, inputs["x"] * weight)
 
@@ -236,8 +268,14 @@ ACCEPTED: dict[str, Accepted] = {
     "take the same place of each": rows(lambda x: x[:, jnp.array([2, 0])]),
     "recurrence": rows(scan_time, 2),
     "while loop": rows(while_count),
+    "loop over examples": rows(lambda x: lax.map(lambda row: jnp.tanh(row) @ row.T, x)),
+    "loop over examples, each with a loop": rows(
+        lambda x: lax.map(lambda row: lax.while_loop(lambda y: jnp.max(jnp.abs(y)) > 0.1, lambda y: y / 2, row), x)
+    ),
+    "reorder along axis": rows(lambda x: jnp.take_along_axis(x, jnp.argsort(x[..., 0], 1)[..., None], 1)),
     "cond": Accepted(cond_by_step),
     "custom derivative": rows(lambda x: jax.nn.relu(x) + jax.nn.silu(x)),
+    "custom derivative with weights": Accepted(lambda w, i: clip_gradient(w, i["x"])),
     "checkpoint and jit": rows(jax.checkpoint(jax.jit(jnp.sin))),
     "linear algebra": rows(lambda x: jnp.linalg.cholesky(jnp.einsum("btd,bsd->bts", x, x) + 5 * jnp.eye(TIME))),
     "fast Fourier transform": rows(lambda x: jnp.abs(jnp.fft.fft(x))),
@@ -293,6 +331,8 @@ REFUSED: dict[str, Refused] = {
     "own transpose": refused(lambda x: x[:, 0, 0] + x[:, 0, 0][:, None], "every|pairs"),
     "flattened wrongly": refused(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, WIDTH), "no longer together"),
     "scan over the batch": refused(lambda x: lax.scan(lambda h, row: (h + row, h), x[0] * 0, x)[1], "one after"),
+    "loop over examples with all": refused(lambda x: lax.map(lambda row: row + jnp.sum(x), x), "all examples|adds"),
+    "inside of JAX": refused(lambda x: x / jnp.std(x, 0), r"sub \(inside of JAX, after .*batching_cases"),
     "loop until all are done": refused(
         lambda x: lax.while_loop(lambda x: jnp.any(x > 0.1), lambda x: x / 2, x), "reduce_or|runs until"
     ),
@@ -300,6 +340,14 @@ REFUSED: dict[str, Refused] = {
     "branch on a mean": refused(lambda x: lax.cond(jnp.mean(x) > 0, jnp.sin, jnp.cos, x), "not linear in a sum"),
     "gather from others": Refused(lambda w, i: (i["x"] * w)[i["tokens"][:, 0]], "computed places of the batch"),
     "gather by shared place": Refused(lambda w, i: (i["x"] * w)[i["step"]], "computed places of the batch"),
+    "gather by too few numbers": refused(
+        lambda x: x.reshape(-1, WIDTH)[jnp.arange(examples(x))], "computed places of the batch"
+    ),
+    "row numbers in bytes": refused(lambda x: x + jnp.arange(examples(x)).astype(jnp.int8)[::-1, None, None], "order"),
+    "derivative that mixes": refused(centre_gradient, "has a derivative rule in which .* mean over the examples"),
+    "derivative that averages": Refused(
+        lambda w, i: average_weight_gradient(w, i["x"]), "has a derivative rule that does not treat each example"
+    ),
     "overwrite one array": Refused(
         lambda w, i: (w.at[i["tokens"][:, 0]].set(i["x"][:, 0, 0]), i["x"] * w), "overwrite one another"
     ),

@@ -94,6 +94,31 @@ def test_state_that_is_set_and_never_read_has_its_last_value(stage_mesh: Callabl
     assert_trees_close(pipeline.gather(staged)["total"], jnp.mean(outputs[-BATCH // 4 :], axis=0), case.tolerance)
 
 
+def drawing(per_example: bool) -> Case:
+    """Dropout whose key counts the calls, as that of nnx does."""
+
+    def fn(params: Any, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(0), params["count"])
+        y = tanh_chain(params["layers"], x)
+        return y * jax.random.bernoulli(key, 0.5, y.shape[0 if per_example else 1 :]), {"count": params["count"] + 1}
+
+    params = {"layers": draw_layers(), "count": jnp.uint32(0)}
+    return Case("drawing", fn, params, (draw_features(WIDTH),), lambda out, _: out[0].mean(), state=lambda out: out[1])
+
+
+def test_draws_from_a_state_that_counts(stage_mesh: Callable) -> None:
+    """One mask a microbatch is another each time, as in a loop; masks of the whole batch would be as many batches'."""
+    case = drawing(per_example=False)
+    pipeline = stage_stateful(case, stage_mesh(2), 4)
+    (outputs, _), staged = compile_lightly(pipeline)(pipeline.place(case.params), *case.inputs)
+    parts = [case.inputs_of(slice(start, start + 2)) for start in range(0, BATCH, 2)]
+    rows = [case.fn({**case.params, "count": jnp.uint32(m)}, *part)[0] for m, part in enumerate(parts)]
+    assert_trees_close(outputs, jnp.concatenate(rows), case.tolerance)
+    assert int(pipeline.gather(staged)["count"]) == 4
+    with pytest.raises(CutError, match="draws numbers for every example from state"):
+        stage_stateful(drawing(per_example=True), stage_mesh(2), 4)
+
+
 def test_state_read_on_two_stages_is_refused(stage_mesh: Callable) -> None:
     case = counting(uses=8)
     with pytest.raises(CutError, match=r"is read on stages \[0, 1\]"):

@@ -107,6 +107,7 @@ def guarded(measure: Callable[..., dict[str, Any]], deadline: float, *args: Any)
 def compiled_sizes(spec: DeviceSpec | None, stage: StageProgram, options: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes from the buffer assignment, with what takes the most workspace by name."""
     compiled = compile_for(spec, stage.fn, [stage.weights, stage.x], weights=[0], options=options)
+    # Of several buffers that one instruction makes, the largest comes last and stays.
     largest = compiled.assignment.largest_temporaries() if compiled.assignment else ()
     return {
         "compiled_by": compiled.compiled_by,
@@ -114,7 +115,7 @@ def compiled_sizes(spec: DeviceSpec | None, stage: StageProgram, options: Mappin
         **{size: getattr(compiled, size) for size in SIZES},
         "library_calls": list(compiled.library_calls),
         "from_buffer_assignment": compiled.assignment is not None,
-        "largest_temporaries": {buffer.instruction: buffer.size for buffer in largest},
+        "largest_temporaries": {buffer.instruction: buffer.size for buffer in reversed(largest)},
         "compile_seconds": compiled.compile_seconds,
     }
 

@@ -59,22 +59,22 @@ def _mib(count: float) -> str:
 
 
 def plans_table(planned: Sequence[Mapping[str, Any]]) -> str:
-    """A row a model: the microbatch, and the additive bound of its stages against what they hold compiled."""
+    """A row a model: the microbatch, and its stages' sizes added up over their layers and compiled as one program."""
     columns = ["model", "parameters", "stages", "examples a microbatch", "programs compiled", "largest stage, added up"]
-    columns += ["compiled", "over the bound", "of the usable cache"]
+    columns += ["compiled", "each compiled over added up", "of the usable cache"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for figures in planned:
         stages = figures["plan"]["stages"]
-        bounds = [sum(stage[f"{part}_bytes"] for part in ("weight", "activation", "buffer")) for stage in stages]
+        sums = [sum(stage[f"{part}_bytes"] for part in ("weight", "activation", "buffer")) for stage in stages]
         compiled = [stage["compiled_bytes"] for stage in stages]
-        shares = [held / bound for held, bound in zip(compiled, bounds, strict=True)]
+        shares = [held / added for held, added in zip(compiled, sums, strict=True)]
         cells = [
             figures["title"],
             f"{figures['parameters'] / 1e6:.1f} M",
             str(len(stages)),
             f"{figures['examples'] // figures['plan']['num_microbatches']} of {figures['examples']}",
             re.findall(r"(\d+) programs", figures["plan"]["measured_on"])[0],
-            f"{_mib(max(bounds))} MiB",
+            f"{_mib(max(sums))} MiB",
             f"{_mib(max(compiled))} MiB",
             f"{min(shares):.2f} to {max(shares):.2f}",
             f"{max(compiled) / figures['usable_cache_bytes']:.0%}",
