@@ -69,7 +69,17 @@ class StagingChoices:
         partition = self.cut(gauge.layers, costs)
         if self.capacity is None:
             return Staging(num_microbatches, gauge.layers, gauge, costs, partition, None)
-        if any(gauge.stage_bytes(a, b) > self.capacity for a, b in partition.stages):
+        large = [run for run in partition.stages if gauge.stage_bytes(*run) > self.capacity]
+        if large and self.method == "greedy":
+            raise CapacityError(
+                f"Layers {large[0][0]}..{large[0][1] - 1}, which greedy aggregation makes a stage, hold "
+                f"{gauge.stage_bytes(*large[0]):,} bytes once compiled, more than the capacity of {self.capacity:,}. "
+                "Greedy aggregation goes by the layers' own sizes; method='dp' cuts again by compiled sizes.",
+                layers=large[0],
+                needed_bytes=gauge.stage_bytes(*large[0]),
+                capacity=self.capacity,
+            )
+        if large:
             partition = self.cut(gauge.layers, costs, measure=gauge.stage_bytes)
         sizes = tuple(gauge.stage_bytes(a, b) for a, b in partition.stages)
         return Staging(num_microbatches, gauge.layers, gauge, costs, partition, sizes)

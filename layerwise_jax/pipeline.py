@@ -67,6 +67,9 @@ class Pipeline:
     def __call__(self, staged: Staged, *inputs: Any) -> Any:
         """Run the function on a full batch.
 
+        `jax.grad` of a call gives every copy of a tied weight its own stage's share of the gradient; `value_and_grad`
+        of the pipeline gives each copy the whole.
+
         Args:
           staged: what `place` returned.
           *inputs: the inputs, as the traced function takes them, at the full batch.

@@ -122,6 +122,12 @@ def test_a_stage_larger_than_its_layers_promised_is_cut_again(monkeypatch: pytes
     assert (0, 2, capacity + 1) in staging.partition.measured
 
 
+def test_greedy_aggregation_is_not_cut_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gauge, "stage_bytes", lambda *_: 10**6 + 1)
+    with pytest.raises(CapacityError, match=r"1,000,001 bytes once compiled.*method='dp' cuts again"):
+        choices(10**6, method="greedy").measured(8)
+
+
 def test_no_cut_whose_stages_all_fit_when_compiled_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Gauge, "stage_bytes", lambda *_: 10**7 + 1)
     tracer = Tracer()
