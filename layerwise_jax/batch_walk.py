@@ -157,7 +157,8 @@ class Walk:
         """A mutable array: only what is the same for every part is followed through it."""
         shapes = [(step.shape(i), step.full_shape(i)) for i in range(len(step.roles))]
         alike = all(isinstance(role, Whole) and same(role.ratio, 1.0) for role in step.roles)
-        if alike and all(micro == full for micro, full in shapes):
+        is_plain = step.name not in batch_control.RULES  # what a body does to it is not followed
+        if alike and is_plain and all(micro == full for micro, full in shapes):
             return [Whole()] * len(step.micro.outvars)
         mixed = Mixed("size", "changes a mutable array by what depends on the batch, which is not followed", step.micro)
         env.update(dict.fromkeys(_references(op.full), mixed))
@@ -198,9 +199,9 @@ def _read(micro: Operand, full: Operand, env: dict[Value, Role]) -> Role:
 
 def constant_role(micro: Any, full: Any) -> Role:
     """The role of a number or array that is part of the function."""
-    if micro is full or is_key(jax.typeof(micro)):
+    if micro is full:
         return Whole()
-    micro, full = np.asarray(micro), np.asarray(full)
+    micro, full = (np.asarray(jax.random.key_data(x) if is_key(jax.typeof(x)) else x) for x in (micro, full))
     if micro.shape == full.shape == ():
         return known(micro[()], full[()])
     axes = scaling_axes(micro.shape, full.shape) if micro.ndim == full.ndim else ()

@@ -217,6 +217,13 @@ average_weight_gradient.defvjp(
 )
 
 
+def closed_over_keys(count: int) -> jax.Array:
+    """A number for each example, from keys that are drawn as the function is traced."""
+    with jax.ensure_compile_time_eval():
+        keys = jax.random.split(jax.random.key(0), count)
+    return jax.vmap(lambda key: jax.random.normal(key, (TIME, WIDTH)))(keys)
+
+
 def cond_by_step(weight: jax.Array, inputs: Inputs) -> Any:
     return lax.cond(inputs["step"] > 0, jnp.sin, lambda x: 0 * x, inputs["x"] * weight)
 
@@ -361,6 +368,10 @@ REFUSED: dict[str, Refused] = {
     "reference to the examples": Refused(mixing_reference, "mutable array"),
     "array as long as the batch": refused(
         lambda x: x * np.arange(examples(x), dtype=np.float32)[:, None, None], "follows the length of the batch"
+    ),
+    "keys as many as the batch": Refused(
+        lambda w, i: i["x"] * w + jax.random.normal(jax.random.key(7), ()) + closed_over_keys(examples(i["x"])),
+        "follows the length of the batch",
     ),
     "no reduce": refused(lambda x: jnp.mean(x), "The output is a mean over the examples; say how.*reduce='mean'"),
     "no reduce, by name": refused(lambda x: {"loss": jnp.sum(x)}, r"Output \['loss'\] is a sum over the examples"),

@@ -15,7 +15,6 @@ WIDTH, BATCH = 4, 8
 X = np.ones((BATCH, WIDTH), np.float32)
 PARAMS = [np.full((WIDTH, WIDTH), 0.1 * (i + 1), np.float32) for i in range(4)]
 HALF = jnp.bfloat16
-
 Function = Callable[..., Any]
 
 
