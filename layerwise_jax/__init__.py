@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from layerwise_jax.detect import detect_device
     from layerwise_jax.device_spec import DeviceSpec
     from layerwise_jax.devices import A100, B200, CPU, H100, H200, L4, L40S
+    from layerwise_jax.entry import layerwise, stage_mesh
     from layerwise_jax.layers import LayerSequence, trace_layers
-    from layerwise_jax.layerwise import layerwise, stage_mesh
     from layerwise_jax.measure import measure_costs
     from layerwise_jax.partition import CapacityError, Partition, partition_layers, solve, solve_measured
     from layerwise_jax.pipeline import Pipeline
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from layerwise_jax.stages import CutError
 
 _HOMES = {
-    "layerwise": ("layerwise", "stage_mesh"),
+    "entry": ("layerwise", "stage_mesh"),
     "layers": ("trace_layers", "LayerSequence"),
     "measure": ("measure_costs",),
     "partition": ("partition_layers", "solve", "solve_measured", "Partition", "CapacityError"),
@@ -81,10 +81,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'layerwise_jax' has no attribute '{name}'")
-    home = importlib.import_module(f"layerwise_jax.{_HOME_OF[name]}")
-    # Bound for good: the import has just bound the module `layerwise` to the name of the function in it.
-    globals().update({public: getattr(home, public) for public in _HOMES[_HOME_OF[name]]})
-    return globals()[name]
+    return getattr(importlib.import_module(f"layerwise_jax.{_HOME_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

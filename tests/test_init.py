@@ -25,7 +25,7 @@ def test_what_is_not_public_is_no_attribute() -> None:
 
 @pytest.mark.parametrize("first", ["stage_mesh", "layerwise", "Partition"])
 def test_the_function_layerwise_is_not_its_module(first: str) -> None:
-    """Importing the module `layerwise` binds its name in the package, in a process that has asked for nothing yet."""
+    """No module of the package has the function's name; in a process that has asked for nothing yet."""
     program = f"import layerwise_jax as lw; lw.{first}; assert callable(lw.layerwise) and callable(lw.layerwise)"
     subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], check=True, timeout=120)
 
