@@ -126,7 +126,9 @@ class Pipeline:
         """The training program over the mesh: (slots, input leaves) to (output leaves, gradients, slots)."""
         inputs, slots, outputs = self._specs()
         grads = [PartitionSpec(STAGE) for j in range(len(self.placement.slots)) if self._has_gradient(j)]
-        seed = 1.0 / self.parts if self.reduce == "mean" and self.batching.outputs[0].kind == "reduced" else 1.0
+        # Every microbatch pulls the loss back: a mean, or what all of them have in common, by its share only.
+        adds = self.reduce == "sum" and self.batching.outputs[0].kind == "reduced"
+        seed = 1.0 if adds else 1.0 / self.parts
         roles = tuple(role.kind for role in self.batching.outputs)
         training = TrainingLoop(self.loop, tables(self.schedule), roles, seed)
         return jax.shard_map(

@@ -115,6 +115,20 @@ def test_optimisers_that_work_leaf_by_leaf_follow_the_unstaged_run(stage_mesh: C
     assert_trees_close(pipeline.gather(staged), trained(jax.value_and_grad(loss), params), 1e-5)
 
 
+def test_a_loss_without_data_counts_once(stage_mesh: Callable) -> None:
+    """The gradient of what every microbatch has in common is not that of as many of them."""
+    scale = jnp.arange(1.0, 5.0)
+
+    def loss(params: list[jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.sum(params[0] ** 2), jnp.tanh(x * params[0]) * params[1]
+
+    layers = trace_layers(loss, [scale, scale], jnp.ones((2, 4)))
+    pipeline = build_pipeline(layers, (0, len(layers)), stage_mesh(1), 4)
+    (value, _), grads = pipeline.value_and_grad(pipeline.place([scale, scale]), jnp.ones((8, 4)))
+    np.testing.assert_allclose(value, jnp.sum(scale**2))
+    np.testing.assert_allclose(pipeline.gather(grads)[0], 2 * scale, rtol=1e-6)
+
+
 def test_a_loss_is_wanted(stage_mesh: Callable) -> None:
     case = CASES["jitted"]()
     pipeline = stage_case(case, case.fn, stage_mesh(2), 2)
