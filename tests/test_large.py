@@ -4,7 +4,6 @@
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments.memory import peak_memory_bytes
 from layerwise_jax.layers import trace_layers
 from layerwise_jax.measure import measure_costs
 from layerwise_jax.partition import partition_layers
@@ -76,7 +76,7 @@ def plan_abstractly(depth: int) -> dict[str, Any]:
     stages = laps.run("cut", cut_stages, layers, partition.boundaries)
     return {
         "seconds": laps.seconds,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "peak_bytes": peak_memory_bytes(),
         "params": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "names": layers.names,
         "weight_bytes": [cost.weight_bytes for cost in costs],

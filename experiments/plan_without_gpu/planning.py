@@ -1,12 +1,11 @@
 """Plans of models for devices that are not there."""
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import layerwise_jax as lw
+from experiments.memory import peak_memory_bytes
 from experiments.plan_without_gpu.subjects import Subject, count_parameters
 from layerwise_jax.aot import absent_mesh
 from layerwise_jax.cost import LayerCost
@@ -53,8 +52,7 @@ def plan_large(subject: Subject, device: DeviceSpec, device_counts: Sequence[int
             "measure layers": measured - traced,
             "partition and measure stages": time.perf_counter() - measured,
         },
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "peak_memory_bytes": peak_memory_bytes(),
     }
 
 
