@@ -53,11 +53,6 @@ class Alignment:
     body: tuple[Op, ...]
     varying: tuple[tuple[Value, np.ndarray], ...]
 
-    @property
-    def is_branchless(self) -> bool:
-        """Whether no stage has operations of its own."""
-        return all(not part.before and not part.after for part in self.parts)
-
 
 def align_stages(
     layers: LayerSequence, boundaries: Sequence[int], stages: Sequence[Stage], *, with_body: bool = True

@@ -50,9 +50,7 @@ class StageVjp:
         self.of_lanes = {j: jnp.zeros_like(g) for j, g in self.lane_gradients.items()}
 
     def _by_lane(self, gradients: list[Any]) -> dict[int, Any]:
-        moving = [
-            j for j, lane in enumerate(self.wiring.lanes) if jnp.issubdtype(wire_aval(lane.aval).dtype, jnp.inexact)
-        ]
+        moving = [j for j, lane in enumerate(self.wiring.lanes) if lane.has_gradient]
         return dict(zip(moving, gradients, strict=True))
 
     def run(self) -> Pulled:

@@ -91,7 +91,7 @@ class TrainingLoop:
     def _start(self, weights: list[Any]) -> TrainingState:
         loop, empty = self.loop, self.loop.bubble_fill
         lanes = [wire_aval(lane.aval) for lane in loop.wiring.lanes]
-        moving = [aval for aval in lanes if jnp.issubdtype(aval.dtype, jnp.inexact)]
+        moving = [wire_aval(lane.aval) for lane in loop.wiring.lanes if lane.has_gradient]
         state_avals = [wire_aval(jax.typeof(weights[j])) for j in loop.state_slots]
 
         def buffers(avals: Sequence[Any], count: int) -> list[Any]:
@@ -166,7 +166,7 @@ class TrainingLoop:
         gradients = [jnp.where(came, g, jnp.zeros_like(g)) for g in _load(state.gradients, now["gradient_read"])]
         pull = StageVjp(device, self.seed, moment, stashed[: len(lanes)], slots, gradients, state.accumulators)
         pulled = pull.run()
-        moving = [lane for lane in lanes if jnp.issubdtype(wire_aval(lane.aval).dtype, jnp.inexact)]
+        moving = [lane for lane in lanes if lane.has_gradient]
         sent = [
             device.send(gradient, [(b, a) for a, b in lane.pairs], moment)
             for lane, gradient in zip(moving, pulled.arrived_gradients, strict=True)

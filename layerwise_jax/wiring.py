@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from layerwise_jax._jax import Literal
@@ -71,6 +72,11 @@ class Lane:
     aval: Any
     values: tuple[Value | None, ...]
     source: FromBody | FromBranch
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a gradient comes back for what it carries."""
+        return jnp.issubdtype(self.aval.dtype, jnp.inexact)
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
