@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from jax.sharding import Mesh
@@ -14,18 +14,18 @@ from layerwise_jax.inputs import input_axes
 from layerwise_jax.layers import LayerSequence
 from layerwise_jax.loop import Loop
 from layerwise_jax.measure import measured_by_shape
-from layerwise_jax.pipeline import Pipeline, Reduce
-from layerwise_jax.placement import assign_slots
+from layerwise_jax.pipeline import Pipeline, Reduce, Remat
+from layerwise_jax.placement import STAGE, assign_slots
 from layerwise_jax.plan import Plan, Sizes, make_plan
 from layerwise_jax.program import nbytes
-from layerwise_jax.refusals import check_draws, check_mesh, check_stageable, check_state, find_state
+from layerwise_jax.refusals import check_draws, check_mesh, check_stageable, check_state, find_frozen, find_state
 from layerwise_jax.schedule import Schedule
 from layerwise_jax.schedule_check import check
-from layerwise_jax.schedule_generators import gpipe, one_f_one_b
+from layerwise_jax.schedule_generators import gpipe, interleaved_1f1b, one_f_one_b, zero_bubble
 from layerwise_jax.stages import cut_stages
 from layerwise_jax.wiring import wire
 
-ScheduleName = Literal["1f1b", "gpipe"]
+ScheduleName = Literal["1f1b", "gpipe", "interleaved_1f1b", "zero_bubble"]
 
 
 def build_pipeline(
@@ -40,6 +40,9 @@ def build_pipeline(
     batch_statistics: Literal["per_microbatch"] | None = None,
     sizes: Sizes | None = None,
     schedule: ScheduleName | Schedule = "1f1b",
+    remat: Remat | None = "stage",
+    trainable: Any = None,
+    skip_bubbles: bool | None = None,
     bubble_fill: float = 0.0,
 ) -> Pipeline:
     """Build the pipeline of traced layers.
@@ -48,7 +51,8 @@ def build_pipeline(
       layers: the layers of one microbatch.
       partition: a `Partition`, or its boundaries (0, ..., number of layers).
       mesh: a mesh with an axis `stage` of as many devices as there are stages, and possibly an axis `data` of
-        replicas that split the batch.
+        replicas that split the batch. With an interleaved schedule the devices may be fewer: they divide the stages,
+        and stage s lives on device s % devices.
       num_microbatches: microbatches that each replica runs.
       in_axes: as in `jax.vmap`, over the inputs: 0 for what microbatches split, None for what each gets whole. Random
         keys and scalars are never split.
@@ -59,6 +63,14 @@ def build_pipeline(
         being a batch of its own; None refuses them.
       sizes: what was measured of the layers, for the plan; None for weights and outputs by shape alone.
       schedule: the order of forwards and backwards in training: a name, or a table of one's own.
+      remat: what backward has to go by: "stage" runs the stage again from what it received; None keeps what the
+        function's own derivative keeps, its `jax.checkpoint` policies included, for as many microbatches as the
+        schedule has between forward and backward.
+      trainable: a tree of booleans with the parameters' structure or a prefix of it, or a function from the parameters'
+        types to one: which parameters `value_and_grad` differentiates. None for all.
+      skip_bubbles: whether devices branch around the work while they have no microbatch. None for where it helps: on
+        emulated devices, which share the processor; an accelerator that waits for the others anyway is spared the
+        branch.
       bubble_fill: what idle stages compute on; NaN shows that nothing of it leaks.
 
     Raises:
@@ -67,7 +79,11 @@ def build_pipeline(
     boundaries = tuple(getattr(partition, "boundaries", partition))
     if num_microbatches < 1:
         raise ValueError(f"num_microbatches is {num_microbatches}; at least one microbatch is wanted.")
-    replicas = check_mesh(mesh, len(boundaries) - 1)
+    num_stages = len(boundaries) - 1
+    order = make_schedule(schedule, num_stages, num_microbatches, mesh.shape.get(STAGE, num_stages))
+    replicas = check_mesh(mesh, order.num_devices)
+    if remat not in ("stage", None):
+        raise ValueError(f"remat is {remat!r}; 'stage' or None is wanted.")
     check_stageable(layers.program)
     signature = layers.signature
     axes = input_axes(jax.tree.unflatten(signature.inputs_tree, list(signature.inputs_avals)), in_axes)
@@ -80,12 +96,28 @@ def build_pipeline(
     stages = cut_stages(layers, boundaries)
     check_state(new_state, stages)
     alignment = align_stages(layers, boundaries, stages, with_body=not new_state)
-    placement = assign_slots(layers.program, stages, alignment, layers.signature, new_state)
+    frozen = find_frozen(layers, trainable)
+    devices = order.num_devices
+    placement = assign_slots(
+        layers.program, stages, alignment, layers.signature, devices, state=new_state, frozen=frozen
+    )
     wiring = wire(layers.program, stages, alignment)
-    loop = Loop(layers.program, stages, alignment, wiring, placement, num_microbatches, axes, new_state, bubble_fill)
+    loop = Loop(
+        layers.program,
+        stages,
+        alignment,
+        wiring,
+        placement,
+        devices,
+        num_microbatches,
+        axes,
+        new_state,
+        frozen,
+        bubble_fill,
+    )
     plan = _plan(partition, loop, sizes or measured_by_shape(layers))
-    order = make_schedule(schedule, len(stages), num_microbatches)
-    return Pipeline(layers, mesh, loop, batching, plan, reduce, order)
+    skips = mesh.devices.flat[0].platform == "cpu" if skip_bubbles is None else skip_bubbles
+    return Pipeline(layers, mesh, loop, batching, plan, reduce, order, remat, skips)
 
 
 def _plan(partition: Any, loop: Loop, sizes: Sizes) -> Plan:
@@ -94,6 +126,7 @@ def _plan(partition: Any, loop: Loop, sizes: Sizes) -> Plan:
         partition,
         sizes,
         send_bytes=sends,
+        num_devices=loop.num_devices,
         num_microbatches=loop.num_microbatches,
         num_ticks=loop.num_ticks,
         padding_bytes=loop.placement.padding_bytes,
@@ -102,24 +135,42 @@ def _plan(partition: Any, loop: Loop, sizes: Sizes) -> Plan:
     )
 
 
-def make_schedule(schedule: ScheduleName | Schedule, num_stages: int, num_microbatches: int) -> Schedule:
+def make_schedule(
+    schedule: ScheduleName | Schedule, num_stages: int, num_microbatches: int, num_devices: int
+) -> Schedule:
     """The schedule of that name, or a table of the caller's if it does just this work.
 
     Raises:
-      ValueError: an unknown name, or a table for other stages or microbatches.
+      ValueError: an unknown name, or a table for other stages, devices or microbatches.
       ScheduleError: the table leaves something out, or does something too early.
     """
-    if schedule == "1f1b":
-        return one_f_one_b(num_stages, num_microbatches, paired=True)
-    if schedule == "gpipe":
-        return gpipe(num_stages, num_microbatches)
-    if not isinstance(schedule, Schedule):
-        raise ValueError(f"schedule is {schedule!r}; '1f1b', 'gpipe' or a Schedule is wanted.")
+    match schedule:
+        case "1f1b":
+            return one_f_one_b(num_stages, num_microbatches, paired=True)
+        case "gpipe":
+            return gpipe(num_stages, num_microbatches)
+        case "zero_bubble":
+            return zero_bubble(num_stages, num_microbatches)
+        case "interleaved_1f1b" if num_stages % num_devices == 0:
+            return interleaved_1f1b(num_devices, num_stages // num_devices, num_microbatches, paired=True)
+        case "interleaved_1f1b":
+            raise ValueError(
+                f"{num_stages} stages do not go round {num_devices} devices evenly; the schedule 'interleaved_1f1b' "
+                "takes a multiple of the devices on the mesh's axis 'stage'."
+            )
+        case Schedule():
+            return _checked(schedule, num_stages, num_microbatches)
+    names = ", ".join(map(repr, get_args(ScheduleName)))
+    raise ValueError(f"schedule is {schedule!r}; {names} or a Schedule is wanted.")
+
+
+def _checked(schedule: Schedule, num_stages: int, num_microbatches: int) -> Schedule:
     check(schedule)
     came, wanted = (schedule.num_stages, schedule.num_microbatches), (num_stages, num_microbatches)
-    if came != wanted or schedule.num_devices != num_stages or not schedule.has_backward:
+    if came != wanted or not schedule.has_backward:
         raise ValueError(
-            f"The schedule is for {came[0]} stages on {schedule.num_devices} devices and {came[1]} microbatches; the "
-            f"pipeline has {wanted[0]} stages, a device each, and {wanted[1]} microbatches, forward and backward."
+            f"The schedule is for {came[0]} stages and {came[1]} microbatches"
+            f"{'' if schedule.has_backward else ', forward only'}; the pipeline has {wanted[0]} stages and {wanted[1]} "
+            "microbatches, forward and backward."
         )
     return schedule

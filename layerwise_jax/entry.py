@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -10,13 +11,14 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from layerwise_jax.build import ScheduleName, build_pipeline
+from layerwise_jax.cost import LayerCost
 from layerwise_jax.detect import detect_device
 from layerwise_jax.device_spec import DeviceSpec
 from layerwise_jax.inputs import batch_size, first_rows
 from layerwise_jax.layers import LayerSequence, trace_layers
 from layerwise_jax.microbatch import Staging, StagingChoices, choose_staging
 from layerwise_jax.partition import CapacityError
-from layerwise_jax.pipeline import Pipeline, Reduce
+from layerwise_jax.pipeline import Pipeline, Reduce, Remat
 from layerwise_jax.placement import STAGE
 from layerwise_jax.plan import Sizes
 from layerwise_jax.program import nbytes
@@ -40,6 +42,8 @@ def layerwise(
     state: Callable[[Any], Any] | None = None,
     batch_statistics: Literal["per_microbatch"] | None = None,
     schedule: ScheduleName | Schedule = "1f1b",
+    remat: Remat | None = "stage",
+    trainable: Any = None,
 ) -> Pipeline:
     """Make `fn` run layer-wise.
 
@@ -48,41 +52,50 @@ def layerwise(
       params: its parameters, arrays or `jax.ShapeDtypeStruct`.
       *inputs: its inputs at the full batch, likewise; their leading axis is split into microbatches.
       mesh: a mesh with an axis `stage` (and possibly `data`); None puts a stage on each local device.
-      num_stages: stages; None for as many as the mesh has devices on `stage`, or as there are layers.
+      num_stages: stages; None for as many as the mesh has devices on `stage`, or as there are layers. A multiple of
+        the devices with the schedule "interleaved_1f1b" (None: two a device).
       num_microbatches: parts of the batch on each replica; "auto" for the fewest that fit and fill the pipeline.
       device: the device to size stages for, which need not be there; None for the one that JAX has.
-      capacity: "l2" for the device's usable cache, a number of bytes, or None to balance without a cap.
+      capacity: "l2" for the device's usable cache, a number of bytes, or None to balance without a cap. Stages that
+        share a device share its capacity.
       method: "dp" for the exact optimum, "greedy" for the paper's greedy layer aggregation.
       reduce: how outputs without a batch axis (a loss) combine over microbatches: "mean" or "sum".
       in_axes: as in `jax.vmap`, over the inputs: 0 for what is split, None for what every microbatch gets whole.
       state: picks from fn's outputs new values of some parameters, such as running averages.
       batch_statistics: "per_microbatch" if operations may mix the examples of a microbatch.
       schedule: the order of forwards and backwards in training: a name, or a table of one's own.
+      remat: "stage" if backward runs a stage again from what it received, None if residuals are stashed.
+      trainable: which parameters `value_and_grad` differentiates: a tree of booleans, or a function from the types of
+        the parameters to one.
 
     Raises:
       CapacityError, BatchError, CutError, ValueError: what came, what was wanted, and what to do.
     """
-    replicas, num_stages = _ways(mesh, num_stages, fn, params, inputs)
+    replicas, num_devices, num_stages = _ways(mesh, num_stages, schedule, fn, params, inputs)
     spec = device or detect_device()
+    capacity_bytes = _capacity_bytes(capacity, spec)
     choices = StagingChoices(
         trace=lambda rows: _trace(fn, params, first_rows(inputs, in_axes, rows)),
         num_examples=_examples_of_a_replica(inputs, in_axes, replicas),
         num_stages=num_stages,
         device=spec,
-        capacity=_capacity_bytes(capacity, spec),
+        capacity=None if capacity_bytes is None else capacity_bytes * num_devices // num_stages,
         method=method,
+        stages_per_device=num_stages // num_devices,
     )
     staging = _stage(choices, num_microbatches)
     return build_pipeline(
         staging.layers,
         staging.partition,
-        stage_mesh(num_stages) if mesh is None else mesh,
+        stage_mesh(num_devices) if mesh is None else mesh,
         staging.num_microbatches,
         in_axes=in_axes,
         reduce=reduce,
         state=state,
         batch_statistics=batch_statistics,
         schedule=schedule,
+        remat=remat,
+        trainable=trainable,
         sizes=_sizes(choices, staging),
     )
 
@@ -132,8 +145,7 @@ def _stage(choices: StagingChoices, num_microbatches: int | str) -> Staging:
 def _with_verdict(error: CapacityError, choices: StagingChoices) -> CapacityError:
     gauge = choices.gauge(choices.num_examples)
     costs = gauge.costs()
-    verdict = capacity_verdict(costs, choices.device, choices.num_stages, _bits(gauge.layers), choices.capacity)
-    error = error.with_note(str(verdict))
+    error = error.with_note(_verdict(costs, gauge.layers, choices))
     if error.layers is None or choices.capacity is None:
         return error
     layer = costs[error.layers[0]]
@@ -145,6 +157,13 @@ def _with_verdict(error: CapacityError, choices: StagingChoices) -> CapacityErro
     return error.with_note(f"At one example a microbatch '{layer.name}' fits if its rows are run in {chunks} chunks.")
 
 
+def _verdict(costs: Sequence[LayerCost], layers: LayerSequence, choices: StagingChoices) -> str:
+    """The capacity law for these layers on these devices."""
+    shared = choices.stages_per_device
+    capacity = None if choices.capacity is None else choices.capacity * shared
+    return str(capacity_verdict(costs, choices.device, choices.num_stages // shared, _bits(layers), capacity))
+
+
 def _bits(layers: LayerSequence) -> int:
     """Bits of a weight, by the largest leaf."""
     return max(layers.signature.params_avals, key=nbytes).dtype.itemsize * 8
@@ -153,7 +172,7 @@ def _bits(layers: LayerSequence) -> int:
 def _sizes(choices: StagingChoices, staging: Staging) -> Sizes:
     """What the plan says of sizes: layers, compiled stages, and what of it streams."""
     groups = [staging.costs[a:b] for a, b in staging.partition.stages]
-    notes = [str(capacity_verdict(staging.costs, choices.device, choices.num_stages, _bits(staging.layers)))]
+    notes = [_verdict(staging.costs, staging.layers, replace(choices, capacity=None))]
     if choices.capacity is None:
         notes += streaming_notes(groups, choices.device)
     return Sizes(
@@ -166,25 +185,49 @@ def _sizes(choices: StagingChoices, staging: Staging) -> Sizes:
     )
 
 
-def stage_mesh(num_stages: int) -> Mesh:
+def stage_mesh(num_devices: int) -> Mesh:
     """A mesh of the first local devices, all on the axis `stage`.
 
     Raises:
-      ValueError: there are fewer devices than stages.
+      ValueError: there are fewer devices.
     """
     devices = jax.local_devices()
-    if len(devices) < num_stages:
+    if len(devices) < num_devices:
         raise ValueError(
-            f"{num_stages} stages need {num_stages} devices; there are {len(devices)}. Ask for fewer stages, or "
+            f"{num_devices} stages need {num_devices} devices; there are {len(devices)}. Ask for fewer stages, or "
             "emulate devices on the CPU: jax.config.update('jax_num_cpu_devices', n) before anything else."
         )
-    return Mesh(np.array(devices[:num_stages]), (STAGE,), axis_types=(AxisType.Auto,))
+    return Mesh(np.array(devices[:num_devices]), (STAGE,), axis_types=(AxisType.Auto,))
 
 
-def _ways(mesh: Mesh | None, num_stages: int | None, fn: Any, params: Any, inputs: tuple[Any, ...]) -> tuple[int, int]:
-    """(replicas, stages) that were asked for, or that devices and layers suggest."""
+def _ways(
+    mesh: Mesh | None,
+    num_stages: int | None,
+    schedule: ScheduleName | Schedule,
+    fn: Any,
+    params: Any,
+    inputs: tuple[Any, ...],
+) -> tuple[int, int, int]:
+    """(replicas, devices of each, stages) that were asked for, or that devices, schedule and layers suggest."""
     if num_stages is not None and num_stages < 1:
         raise ValueError(f"num_stages is {num_stages}; at least one stage is wanted.")
+    if isinstance(schedule, Schedule) or schedule == "interleaved_1f1b":
+        return _ways_around(mesh, num_stages, schedule)
     if mesh is not None:
-        return check_mesh(mesh, num_stages), mesh.shape[STAGE]
-    return 1, num_stages or min(jax.local_device_count(), len(trace_layers(fn, params, *inputs)))
+        return check_mesh(mesh, num_stages), mesh.shape[STAGE], mesh.shape[STAGE]
+    num_stages = num_stages or min(jax.local_device_count(), len(trace_layers(fn, params, *inputs)))
+    return 1, num_stages, num_stages
+
+
+def _ways_around(
+    mesh: Mesh | None, num_stages: int | None, schedule: Literal["interleaved_1f1b"] | Schedule
+) -> tuple[int, int, int]:
+    """(replicas, devices of each, stages) where a device may have several stages."""
+    if isinstance(schedule, Schedule):
+        num_devices, num_stages = schedule.num_devices, num_stages or schedule.num_stages
+    elif mesh is not None:
+        num_devices = mesh.shape.get(STAGE, 1)
+    else:
+        most = jax.local_device_count()
+        num_devices = max(d for d in range(1, most + 1) if (num_stages or 2 * most) % d == 0)
+    return check_mesh(mesh, num_devices) if mesh else 1, num_devices, num_stages or 2 * num_devices

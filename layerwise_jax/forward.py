@@ -16,7 +16,6 @@ from jax import lax
 
 from layerwise_jax.loop import Loop
 from layerwise_jax.on_device import Moment, StageOnDevice, fill, to_wire, wire_aval
-from layerwise_jax.placement import STAGE
 from layerwise_jax.wiring import Output
 
 Carry = tuple[list[Any], list[Any], list[Any]]
@@ -35,7 +34,7 @@ def run_forward(loop: Loop, weights: Sequence[Any], inputs: Sequence[Any], repli
       Every output, stacked over microbatches and zero except on the stage that makes it; the slots afterwards,
       which differ from `weights` in what is state.
     """
-    device = StageOnDevice(loop, list(inputs), lax.axis_index(STAGE), replica)
+    device = StageOnDevice(loop, list(inputs), replica, gates=True)
     arrived = [fill(wire_aval(lane.aval), loop.bubble_fill) for lane in loop.wiring.lanes]
     kept = [fill(wire_aval(loop.program.avals[x]), loop.bubble_fill) for x, _ in loop.wiring.kept]
     ticks = jnp.arange(loop.num_ticks, dtype=jnp.int32)
@@ -49,7 +48,7 @@ def _tick(device: StageOnDevice, carry: Carry, t: Any) -> tuple[Carry, list[Any]
     wiring = device.wiring
     now, before = Moment(device, t - device.stage), Moment(device, t - device.stage - 1)
     results = device.run_stage(now, arrived, slots, late=(before, kept))
-    sent = [device.send(results.made(lane.source), lane.pairs, now) for lane in wiring.lanes]
+    sent = [device.send(results.made(lane.source), lane.pairs(device.loop.num_devices), now) for lane in wiring.lanes]
     kept = [to_wire(results.made(source)) for _, source in wiring.kept]
     return (sent, kept, results.slots), [to_wire(results.made(output.source)) for output in wiring.outputs]
 

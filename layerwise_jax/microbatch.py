@@ -45,6 +45,7 @@ class StagingChoices:
       device: the device to compile for, and whose speeds count.
       capacity: bytes of a stage, or None.
       method: "dp" or "greedy".
+      stages_per_device: stages that share a device.
     """
 
     trace: Callable[[int], LayerSequence]
@@ -53,6 +54,7 @@ class StagingChoices:
     device: DeviceSpec
     capacity: int | None
     method: str
+    stages_per_device: int = 1
     _gauges: dict[int, Gauge] = field(default_factory=dict, repr=False)
 
     def measured(self, num_microbatches: int) -> Staging:

@@ -5,7 +5,7 @@ Random keys are held and sent as their data; `to_wire` and `from_wire` turn them
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,6 +50,8 @@ class Moment:
 
     def gate(self, values: Mapping[Value, Any]) -> dict[Value, Any]:
         """The same values; while the device idles their gradients are zero, whatever comes back."""
+        if not self.device.gates:
+            return dict(values)
         inexact = {x: v for x, v in values.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
         return {**values, **_gate(self.is_active, inexact)}
 
@@ -72,13 +74,38 @@ class StageOnDevice:
     Attributes:
       loop: stages, alignment, wiring and placement.
       inputs: every input leaf: (microbatches, ...) where it is split, whole otherwise.
-      stage: this device's stage.
       replica: this device's index on the data axis.
+      gates: whether JAX is to differentiate the loop, so that gradients must be kept out of bubbles.
+      chunk: which of the device's stages this is.
+      index: this device's index on the axis of the stages.
+      stage: this device's stage of that chunk.
     """
 
-    def __init__(self, loop: Loop, inputs: list[Any], stage: Any, replica: Any):
-        self.loop, self.inputs, self.stage, self.replica = loop, inputs, stage, replica
+    def __init__(self, loop: Loop, inputs: list[Any], replica: Any, *, gates: bool, chunk: int = 0):
+        self.loop, self.inputs, self.replica, self.gates, self.chunk = loop, inputs, replica, gates, chunk
         self.program, self.wiring = loop.program, loop.wiring
+        self.index = lax.axis_index(STAGE)
+        self.stage = chunk * loop.num_devices + self.index
+
+    def of_chunk(self, chunk: int) -> StageOnDevice:
+        """Another stage of the same device."""
+        return StageOnDevice(self.loop, self.inputs, self.replica, gates=self.gates, chunk=chunk)
+
+    @property
+    def stages(self) -> range:
+        """The stages of this chunk, one a device."""
+        first = self.chunk * self.loop.num_devices
+        return range(first, first + self.loop.num_devices)
+
+    @property
+    def body_slots(self) -> range:
+        """The slots of the common body's weights."""
+        first = self.chunk * self.loop.num_body_weights
+        return range(first, first + self.loop.num_body_weights)
+
+    def switch(self, branches: Sequence[Callable], *operands: Any) -> Any:
+        """What the branch of this device's stage returns, given one for each stage of the chunk."""
+        return branches[0](*operands) if len(branches) == 1 else lax.switch(self.index, branches, *operands)
 
     def run_stage(
         self, moment: Moment, arrived: list[Any], slots: list[Any], late: tuple[Moment, list[Any]] | None = None
@@ -95,7 +122,7 @@ class StageOnDevice:
         branch, slots_after = self._run_branch(moment, arrived, slots, late)
         if not self.loop.has_body:
             return StageResults({}, branch, slots_after)
-        values = [*slots[: self.loop.num_body_weights], *self.body_reads(moment, arrived, branch)]
+        values = [*(slots[j] for j in self.body_slots), *self.body_reads(moment, arrived, branch)]
         return StageResults(self.run_body(moment, values), branch, slots_after)
 
     def run_before(self, moment: Moment, arrived: list[Any], slots: list[Any]) -> list[Any]:
@@ -122,7 +149,8 @@ class StageOnDevice:
                 return jnp.asarray(self.program.constants[value])
             case FromLane(lane, first_input):
                 first = moment.input(first_input)
-                return choose(self.stage == 0, first, from_wire(arrived[lane], jax.typeof(first)))
+                came = from_wire(arrived[lane], jax.typeof(first))
+                return choose(self.stage == 0, first, came) if 0 in self.stages else came
             case FromBranch(result):
                 return branch[result]
         raise AssertionError(f"a body cannot read {source}")
@@ -133,13 +161,16 @@ class StageOnDevice:
         """This stage's own operations: results in the order of the wiring, and the slots with new state."""
         if not self.wiring.needs_branch:
             return [], slots
-        branches = [partial(self._branch_of, s, moment, arrived, slots, late) for s in range(self.loop.num_stages)]
-        results, state = branches[0]() if len(branches) == 1 else lax.switch(self.stage, branches)
+        results, state = self.switch([partial(self._branch_of, s, moment, arrived, slots, late) for s in self.stages])
         results = [from_wire(x, aval) for x, (aval, _) in zip(results, self.wiring.branch_results, strict=True)]
+        return results, self.with_state(moment, slots, state)
+
+    def with_state(self, moment: Moment, slots: list[Any], state: Sequence[Any]) -> list[Any]:
+        """The slots with new state, unless the device idles."""
         slots = list(slots)
         for j, new in zip(self.loop.state_slots, state, strict=True):
             slots[j] = choose(moment.is_active, from_wire(new, jax.typeof(slots[j])), slots[j])
-        return results, slots
+        return slots
 
     def _branch_of(
         self, s: int, moment: Moment, arrived: list[Any], slots: list[Any], late: tuple[Moment, list[Any]] | None
@@ -173,17 +204,30 @@ class StageOnDevice:
         """Weights, inputs and constants of stage s, by value."""
         stage, slot_of = self.loop.stages[s], self.loop.placement.slot_of(s)
         weights = moment.gate({x: slots[slot_of[weight]] for x, weight in stage.weights.items()})
-        read = set(stage.inputs)
+        return {**self.given(moment, s), **weights}
+
+    def given(self, moment: Moment, s: int) -> dict[Value, Any]:
+        """Inputs and constants of stage s, by value."""
+        read = set(self.loop.stages[s].inputs)
         inputs = {x: moment.input(j) for j, x in enumerate(self.program.inputs) if x in read}
-        return {**self.program.constants, **weights, **inputs}
+        return {**self.program.constants, **inputs}
+
+    def arriving(self, s: int) -> dict[Value, int]:
+        """The lane of every value that comes to stage s."""
+        values = [lane.values[s - 1] if s else None for lane in self.wiring.lanes]
+        return {x: j for j, x in enumerate(values) if x is not None}
 
     def arrived_values(self, s: int, arrived: list[Any]) -> dict[Value, Any]:
         """What came over the lanes to stage s, by value."""
-        found = {}
-        for lane, x in zip(self.wiring.lanes, arrived, strict=True):
-            if s and (value := lane.values[s - 1]) is not None:
-                found[value] = from_wire(x, lane.aval)
-        return found
+        return {x: from_wire(arrived[j], self.wiring.lanes[j].aval) for x, j in self.arriving(s).items()}
+
+    def state_after(self, s: int, moment: Moment, arrived: list[Any], slots: list[Any]) -> list[Any]:
+        """The state slots once stage s has run, as they are held."""
+        state = self._new_state(s)
+        known = {**self.known(moment, s, slots), **self.arrived_values(s, arrived)}
+        made = self.evaluate(self.loop.alignment.parts[s].before, known, list(state.values()), moment)
+        new = dict(zip(state, made, strict=True))
+        return [to_wire(new.get(j, slots[j])) for j in self.loop.state_slots]
 
     def _kept_values(self, kept: list[Any]) -> dict[Value, Any]:
         avals = self.program.avals

@@ -18,6 +18,7 @@ from layerwise_jax.batching import Batching
 from layerwise_jax.compiling import CompiledPipeline, compile_pipeline
 from layerwise_jax.forward import run_forward
 from layerwise_jax.inputs import check_inputs
+from layerwise_jax.interleaved import run_forward_in_rounds
 from layerwise_jax.layers import LayerSequence
 from layerwise_jax.loop import Loop
 from layerwise_jax.on_device import sum_dtype
@@ -30,6 +31,7 @@ from layerwise_jax.training import TrainingLoop
 DATA = "data"
 
 Reduce = Literal["mean", "sum"]
+Remat = Literal["stage"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +48,19 @@ class Pipeline:
     plan: Plan
     reduce: Reduce | None
     schedule: Schedule
+    remat: Remat | None
+    skip_bubbles: bool
 
     @property
     def placement(self) -> Placement:
         return self.loop.placement
+
+    @cached_property
+    def trainable(self) -> tuple[bool, ...]:
+        """For every leaf of the parameters, whether it is trained: integers, state and what is frozen are not."""
+        held_back = {weight.leaf for weight in (*self.loop.frozen, *self.loop.state.values())}
+        avals = self.layers.signature.params_avals
+        return tuple(i not in held_back and jnp.issubdtype(a.dtype, jnp.inexact) for i, a in enumerate(avals))
 
     @property
     def parts(self) -> int:
@@ -103,8 +114,9 @@ class Pipeline:
         Returns:
           (value, gradients): `value` is what calling the pipeline returns, the gradients are placed as the parameters
           are. A tied weight has the whole gradient in every copy, so that an optimiser which works leaf by leaf keeps
-          the copies equal. Integer weights have gradients of dtype `float0`, as with `jax.grad(allow_int=True)`;
-          those of state are zero.
+          the copies equal. Integers and frozen weights have gradients of dtype `float0`, as integers have with
+          `jax.grad(allow_int=True)`. Those of state are zeros, and those of a frozen weight that stands at the same
+          place of the stages' common body as trained ones.
 
         Raises:
           ValueError: the function's first output is not a floating-point scalar.
@@ -116,21 +128,32 @@ class Pipeline:
         results, grads, slots = self._mapped_training(slots, leaves)
         moving = iter(grads)
         placed = {
-            slot.name: next(moving) if self._has_gradient(j) else _no_gradient(slots[j])
+            slot.name: next(moving) if self.loop.has_gradient(j) else self._no_gradient(j, slots[j])
             for j, slot in enumerate(self.placement.slots)
         }
         return self._value(results, slots), placed
+
+    def _no_gradient(self, slot: int, held: Any) -> Any:
+        if slot in self.loop.state_slots and jnp.issubdtype(held.dtype, jnp.inexact):
+            return jnp.zeros_like(held)
+        return np.zeros(held.shape, jax.dtypes.float0)
 
     @cached_property
     def _mapped_training(self) -> Callable[[Sequence[Any], Sequence[Any]], tuple[list, list, list]]:
         """The training program over the mesh: (slots, input leaves) to (output leaves, gradients, slots)."""
         inputs, slots, outputs = self._specs()
-        grads = [PartitionSpec(STAGE) for j in range(len(self.placement.slots)) if self._has_gradient(j)]
+        grads = [PartitionSpec(STAGE) for j in range(len(self.placement.slots)) if self.loop.has_gradient(j)]
         # Every microbatch pulls the loss back: a mean, or what all of them have in common, by its share only.
         adds = self.reduce == "sum" and self.batching.outputs[0].kind == "reduced"
         seed = 1.0 if adds else 1.0 / self.parts
-        roles = tuple(role.kind for role in self.batching.outputs)
-        training = TrainingLoop(self.loop, tables(self.schedule), roles, seed)
+        training = TrainingLoop(
+            self.loop,
+            tables(self.schedule),
+            self._roles,
+            seed,
+            recomputes=self.remat == "stage",
+            skips_bubbles=self.skip_bubbles,
+        )
         return jax.shard_map(
             partial(self._train_on_device, training),
             mesh=self.mesh,
@@ -144,20 +167,22 @@ class Pipeline:
     ) -> tuple[list, list, list]:
         weights, split, replica = self._local(slots, inputs)
         outputs, grads, weights_after = training.run(weights, split, replica)
-        rows = [x if role == "rows" else x[None] for x, role in zip(outputs, training.roles, strict=True)]
-        results = [self._finish(position, x) for position, x in enumerate(rows)]
-        grads = self._sum_copies(grads)
+        grads = self._without_frozen(self._sum_copies(grads))
         if DATA in self.mesh.axis_names:
             grads = [None if g is None else lax.psum(g, DATA) for g in grads]
         placed = [
-            (jnp.zeros_like(weight) if grad is None else grad.astype(weight.dtype))[None]
-            for j, (grad, weight) in enumerate(zip(grads, weights, strict=True))
-            if self._has_gradient(j)
+            grad.astype(weight.dtype)[None] for grad, weight in zip(grads, weights, strict=True) if grad is not None
         ]
-        return results, placed, [lax.expand_dims(weight, (0,)) for weight in weights_after]
+        return self._finish_all(outputs), placed, [lax.expand_dims(weight, (0,)) for weight in weights_after]
 
-    def _has_gradient(self, slot: int) -> bool:
-        return jnp.issubdtype(self.placement.slots[slot].aval.dtype, jnp.inexact)
+    @property
+    def _roles(self) -> tuple[str, ...]:
+        return tuple(role.kind for role in self.batching.outputs)
+
+    def _finish_all(self, outputs: Sequence[Any]) -> list[Any]:
+        """Outputs of all microbatches, from what was added up in the loop."""
+        rows = [x if role == "rows" else x[None] for x, role in zip(outputs, self._roles, strict=True)]
+        return [self._finish(position, x) for position, x in enumerate(rows)]
 
     def compile(
         self, staged: Any, *inputs: Any, options: Literal["auto"] | Mapping[str, Any] | None = "auto"
@@ -200,6 +225,9 @@ class Pipeline:
 
     def _on_device(self, slots: Sequence[Any], inputs: Sequence[Any]) -> tuple[list, list]:
         weights, split, replica = self._local(slots, inputs)
+        if self.loop.num_chunks > 1:
+            outputs, weights = run_forward_in_rounds(self.loop, self._roles, weights, split, replica)
+            return self._finish_all(outputs), [lax.expand_dims(weight, (0,)) for weight in weights]
         outputs, weights = run_forward(self.loop, weights, split, replica)
         results = [self._finish(position, rows) for position, rows in enumerate(outputs)]
         return results, [lax.expand_dims(weight, (0,)) for weight in weights]
@@ -226,7 +254,7 @@ class Pipeline:
         return (total / self.parts if self.reduce == "mean" else total).astype(aval.dtype)
 
     def _is_spread(self, num_rows: int) -> bool:
-        return num_rows % self.loop.num_stages == 0
+        return num_rows % self.loop.num_devices == 0
 
     def _spread(self, rows: Any) -> Any:
         """A share of the rows on every stage: nothing is gathered that no one asked for."""
@@ -246,18 +274,23 @@ class Pipeline:
 
     def _sum_copies(self, grads: list[Any]) -> list[Any]:
         """On a device: every copy of a tied weight gets the sum of all copies' gradients."""
-        stage, summed = lax.axis_index(STAGE), list(grads)
+        device, summed = lax.axis_index(STAGE), list(grads)
         for places in self.placement.copies().values():
             if len(places) > 1 and grads[places[0][0]] is not None:
-                mine = sum(jnp.where(stage == s, grads[j], 0) for j, s in places)
+                mine = sum(jnp.where(device == row, grads[j], 0) for j, row in places)
                 total = lax.psum(mine, STAGE)
-                for j, s in places:
-                    summed[j] = jnp.where(stage == s, total, summed[j])
+                for j, row in places:
+                    summed[j] = jnp.where(device == row, total, summed[j])
         return summed
 
-
-def _no_gradient(slot: Any) -> Any:
-    return np.zeros(slot.shape, jax.dtypes.float0)
+    def _without_frozen(self, grads: list[Any]) -> list[Any]:
+        """On a device: zeros for frozen weights in slots that others are trained in."""
+        device = lax.axis_index(STAGE)
+        for j, slot in enumerate(self.placement.slots):
+            frozen = [weight in self.loop.frozen for weight in slot.weights]
+            if grads[j] is not None and any(frozen):
+                grads[j] = jnp.where(jnp.asarray(frozen)[device], 0, grads[j])
+        return grads
 
 
 def _addable(x: Any) -> Any:

@@ -1,15 +1,15 @@
 """Which weight lives on which stage, and back.
 
-All stages run one program, so their weights are held in slots: a slot is one array of shape (stages, *weight shape),
-sharded over the stages, whose s-th row is a weight of stage s in its own shape. Weights that stand at the same place of
-the common body share a slot; other weights share a slot where shape and dtype agree; a stage that has nothing to put
-into a slot leaves zeros there, and that padding is counted.
+All devices run one program, so their weights are held in slots: a slot is one array of shape (devices, *weight shape),
+sharded over the devices of a replica, whose d-th row is a weight of device d in its own shape. Weights that stand at
+the same place of the common body share a slot; other weights share a slot where shape and dtype agree; a device that
+has nothing to put into a slot leaves zeros there, and that padding is counted. Stage s lives on device s % devices.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,15 +29,18 @@ STAGE = "stage"
 
 Staged = dict[str, Any]
 
+# A slot being filled: its type, and the weight in every row.
+Row = tuple[Any, list[Weight | None]]
+
 
 @dataclass(frozen=True)
 class Slot:
-    """One array over all stages.
+    """One array over all devices of a replica.
 
     Attributes:
       name: the path of its weights in the parameter tree, `*` where they differ.
-      aval: shape and dtype of one stage's row.
-      weights: the weight in every stage's row, or None where the row is padding.
+      aval: shape and dtype of one device's row.
+      weights: the weight in every device's row, or None where the row is padding.
     """
 
     name: str
@@ -51,38 +54,39 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Every weight's slot and stage.
+    """Every weight's slot and device.
 
     Attributes:
       slots: all slots.
-      num_stages: rows of every slot.
+      num_devices: rows of every slot.
       signature: trees and types of the parameters.
     """
 
     slots: tuple[Slot, ...]
-    num_stages: int
+    num_devices: int
     signature: Signature
 
     def copies(self) -> dict[Weight, list[tuple[int, int]]]:
-        """The (slot, stage) places of every weight; a tied weight has several."""
+        """The (slot, row) places of every weight; a tied weight has several."""
         places: dict[Weight, list[tuple[int, int]]] = {}
         for j, slot in enumerate(self.slots):
-            for s, weight in enumerate(slot.weights):
+            for row, weight in enumerate(slot.weights):
                 if weight is not None:
-                    places.setdefault(weight, []).append((j, s))
+                    places.setdefault(weight, []).append((j, row))
         return places
 
     @property
     def padding_bytes(self) -> int:
-        """Bytes that all stages together hold in vain."""
+        """Bytes that all devices of a replica together hold in vain."""
         return sum(slot.padding_bytes for slot in self.slots)
 
     def slot_of(self, stage: int) -> dict[Weight, int]:
-        """The slot of every weight of a stage."""
-        return {slot.weights[stage]: j for j, slot in enumerate(self.slots) if slot.weights[stage] is not None}  # type: ignore[misc]
+        """A slot of every weight on the device of a stage."""
+        rows = ((j, slot.weights[stage % self.num_devices]) for j, slot in enumerate(self.slots))
+        return {weight: j for j, weight in rows if weight is not None}
 
     def place(self, params: Any, mesh: Mesh) -> Staged:
-        """The parameters as slots, each stage's row on that stage's devices only.
+        """The parameters as slots, each row on its own device only (one in each replica).
 
         Args:
           params: the tree that was traced: JAX or numpy arrays, or `jax.ShapeDtypeStruct` for an abstract result.
@@ -102,8 +106,8 @@ class Placement:
         """
         self.check_staged(staged, jax.dtypes.float0)
         parts: dict[int, list[tuple[int, Any]]] = {}
-        for weight, ((j, s), *_) in self.copies().items():
-            row = _row(staged[self.slots[j].name], s)
+        for weight, ((j, device), *_) in self.copies().items():
+            row = _row(staged[self.slots[j].name], device)
             parts.setdefault(weight.leaf, []).append((weight.start or 0, row))
         leaves = [_together(rows) for _, rows in sorted(parts.items())]
         return jax.tree.unflatten(self.signature.params_tree, leaves)
@@ -135,7 +139,7 @@ class Placement:
                 "Call pipeline.place(params) first."
             )
         for slot in self.slots:
-            came, wanted = staged[slot.name], (self.num_stages, *slot.aval.shape)
+            came, wanted = staged[slot.name], (self.num_devices, *slot.aval.shape)
             if tuple(came.shape) != wanted or came.dtype not in (slot.aval.dtype, *dtypes):
                 raise ValueError(
                     f"Slot {slot.name} came as {came.dtype}{list(came.shape)}, wanted {slot.aval.dtype}{list(wanted)}. "
@@ -143,7 +147,7 @@ class Placement:
                 )
 
     def _fill(self, slot: Slot, leaves: Sequence[Any], sharding: NamedSharding) -> Any:
-        shape = (self.num_stages, *slot.aval.shape)
+        shape = (self.num_devices, *slot.aval.shape)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
             return jax.ShapeDtypeStruct(shape, slot.aval.dtype, sharding=sharding)
         empty = _zeros(slot.aval)
@@ -175,17 +179,17 @@ def _zeros(aval: Any) -> Any:
     return np.zeros(aval.shape, aval.dtype)
 
 
-def _row(array: Any, stage: int) -> Any:
-    """One stage's row, read where it lives if the array is concrete."""
+def _row(array: Any, device: int) -> Any:
+    """One device's row, read where it lives if the array is concrete."""
     if isinstance(array, Tracer) or not getattr(array, "is_fully_addressable", False):
-        return array[stage]
+        return array[device]
     if is_key(array):
-        data = _row(jax.random.key_data(array), stage)
+        data = _row(jax.random.key_data(array), device)
         return wrap_key(data, array)
     for shard in array.addressable_shards:
         rows = range(*shard.index[0].indices(array.shape[0]))
-        if stage in rows:
-            return jnp.asarray(np.asarray(shard.data)[stage - rows.start])
+        if device in rows:
+            return jnp.asarray(np.asarray(shard.data)[device - rows.start])
     raise AssertionError("a fully addressable array lacks a row")
 
 
@@ -194,66 +198,81 @@ def assign_slots(
     stages: Sequence[Stage],
     alignment: Alignment,
     signature: Signature,
+    num_devices: int,
+    *,
     state: Mapping[int, Weight],
+    frozen: Collection[Weight] = (),
 ) -> Placement:
     """Give every weight of every stage a slot.
 
-    State shares no slot with what is not state, since it changes with each microbatch and has no gradient.
+    Outside of the common body, state, what is frozen and what is trained share no slot: state changes with each
+    microbatch, and only what is trained has gradients.
 
     Args:
       program: the program.
-      stages: its stages.
+      stages: its stages; stage s lives on device s % num_devices.
       alignment: which weights stand at the same place of the stages' common body.
       signature: trees and types of the parameters.
+      num_devices: devices of a replica.
       state: for outputs that are new values of weights, which weight.
+      frozen: the weights that are not trained.
     """
-    num_stages = len(stages)
-    rows: list[tuple[Any, list[Weight | None]]] = []
-    placed: list[dict[Weight, int]] = [{} for _ in stages]
-    for values in zip(*(part.shape.weights for part in alignment.parts), strict=True):
-        weights = [program.weights[value] for value in values]
-        for s, weight in enumerate(weights):
-            placed[s][weight] = len(rows)
-        rows.append((program.avals[values[0]], list(weights)))
-    common, changing = len(rows), set(state.values())
-    for (value, weight), users in _odd_weights(program, stages, placed, state).items():
-        shareable = [j for j in range(common, len(rows)) if changing.isdisjoint(rows[j][1]) == (weight not in changing)]
-        slot = _free_slot(rows, shareable, program.avals[value], users, num_stages)
-        for s in users:
-            rows[slot][1][s] = weight
+    kind_of = {**dict.fromkeys(frozen, "frozen"), **dict.fromkeys(state.values(), "state")}
+    rows = _body_rows(program, alignment, num_devices)
+    common = len(rows)
+    for (value, weight), users in _odd_weights(program, stages, rows, num_devices, state).items():
+        shareable = [
+            j for j in range(common, len(rows)) if _kinds(rows[j][1], kind_of) == {kind_of.get(weight, "trained")}
+        ]
+        slot = _free_slot(rows, shareable, program.avals[value], users, num_devices)
+        for device in users:
+            rows[slot][1][device] = weight
     names = _slot_names([weights for _, weights in rows], signature)
     slots = tuple(Slot(name, aval, tuple(weights)) for name, (aval, weights) in zip(names, rows, strict=True))
-    return Placement(slots, len(stages), signature)
+    return Placement(slots, num_devices, signature)
+
+
+def _body_rows(program: Program, alignment: Alignment, num_devices: int) -> list[Row]:
+    """Slots of the common body, those of the first stage of every device first."""
+    weights = [part.shape.weights for part in alignment.parts]
+    return [
+        (program.avals[values[0]], [program.weights[value] for value in values])
+        for first in range(0, len(weights), num_devices)
+        for values in zip(*weights[first : first + num_devices], strict=True)
+    ]
+
+
+def _kinds(weights: Sequence[Weight | None], kind_of: Mapping[Weight, str]) -> set[str]:
+    return {kind_of.get(weight, "trained") for weight in weights if weight is not None}
 
 
 def _odd_weights(
-    program: Program, stages: Sequence[Stage], placed: Sequence[Mapping[Weight, int]], state: Mapping[int, Weight]
+    program: Program,
+    stages: Sequence[Stage],
+    rows: Sequence[Row],
+    num_devices: int,
+    state: Mapping[int, Weight],
 ) -> dict[tuple[Value, Weight], list[int]]:
-    """The stages that use each weight outside the common body; a weight that nothing uses lives on stage 0."""
+    """The devices that use each weight outside the common body; a weight that nothing uses lives on device 0."""
+    placed = [{weights[device] for _, weights in rows} for device in range(num_devices)]
     renewed = [{state[p] for p in stage.outputs if p in state} for stage in stages]
     used = {value for stage in stages for value in stage.weights}
     odd: dict[tuple[Value, Weight], list[int]] = {}
     for value, weight in program.weights.items():
         readers = [s for s, stage in enumerate(stages) if value in stage.weights or weight in renewed[s]]
-        users = [s for s in readers if weight not in placed[s]]
+        users = [device for device in sorted({s % num_devices for s in readers}) if weight not in placed[device]]
         if users or value not in used:
             odd[value, weight] = users or [0]
     return dict(sorted(odd.items(), key=lambda item: -len(item[1])))
 
 
-def _free_slot(
-    rows: list[tuple[Any, list[Weight | None]]],
-    shareable: Sequence[int],
-    aval: Any,
-    users: Sequence[int],
-    num_stages: int,
-) -> int:
-    """The first of the slots that may be shared that has this type and room on these stages, or a new one."""
+def _free_slot(rows: list[Row], shareable: Sequence[int], aval: Any, users: Sequence[int], num_devices: int) -> int:
+    """The first of the slots that may be shared that has this type and room on these devices, or a new one."""
     for j in shareable:
         other, weights = rows[j]
-        if (other.shape, other.dtype) == (aval.shape, aval.dtype) and all(weights[s] is None for s in users):
+        if (other.shape, other.dtype) == (aval.shape, aval.dtype) and all(weights[d] is None for d in users):
             return j
-    rows.append((aval, [None] * num_stages))
+    rows.append((aval, [None] * num_devices))
     return len(rows) - 1
 
 

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from layerwise_jax.cost import LayerCost
 from layerwise_jax.report import plan_table
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Plan:
     Attributes:
       stages: the stages in order.
       capacity: bytes that a stage may hold, or None.
+      num_devices: devices that the stages of a replica go round; fewer than stages in an interleaved schedule.
       num_microbatches: microbatches of each replica.
       num_ticks: ticks of the forward loop.
       padding_bytes: bytes that all devices together hold in vain, because stages differ.
@@ -76,6 +77,7 @@ class Plan:
 
     stages: tuple[StagePlan, ...]
     capacity: int | None
+    num_devices: int
     num_microbatches: int
     num_ticks: int
     padding_bytes: int
@@ -95,8 +97,12 @@ class Plan:
 
     @property
     def bubble_share(self) -> float:
-        """The share of all (stage, tick) pairs in which a stage has no microbatch: (k - 1) / (M + k - 1)."""
-        return (self.num_stages - 1) / (self.num_microbatches + self.num_stages - 1)
+        """The share of all (device, tick) pairs without a microbatch.
+
+        (d - 1) / (v M + d - 1) for d devices of v stages each.
+        """
+        busy = self.num_microbatches * self.num_stages / self.num_devices
+        return (self.num_devices - 1) / (busy + self.num_devices - 1)
 
     def __str__(self) -> str:
         return plan_table(self)
@@ -129,6 +135,7 @@ def make_plan(
     sizes: Sizes,
     *,
     send_bytes: Sequence[int],
+    num_devices: int,
     num_microbatches: int,
     num_ticks: int,
     padding_bytes: int,
@@ -141,6 +148,7 @@ def make_plan(
       partition: a `Partition`, or its boundaries alone, of which then nothing is proven.
       sizes: what was measured of the layers.
       send_bytes: bytes of one microbatch that every stage sends.
+      num_devices: devices of each replica.
       num_microbatches: microbatches of each replica.
       num_ticks: ticks of the forward loop.
       padding_bytes: bytes held in vain.
@@ -153,6 +161,7 @@ def make_plan(
     return Plan(
         stages=stages,
         capacity=sizes.capacity,
+        num_devices=num_devices,
         num_microbatches=num_microbatches,
         num_ticks=num_ticks,
         padding_bytes=padding_bytes,

@@ -15,8 +15,8 @@ from layerwise_jax.program import Program, Weight
 from layerwise_jax.stages import CutError
 
 
-def check_mesh(mesh: Mesh, num_stages: int | None) -> int:
-    """The number of replicas on a mesh that fits `num_stages` (None: any number).
+def check_mesh(mesh: Mesh, num_devices: int | None) -> int:
+    """The number of replicas on a mesh of which each has `num_devices` (None: any number).
 
     Raises:
       ValueError: no axis `stage`, or one of another size.
@@ -26,10 +26,11 @@ def check_mesh(mesh: Mesh, num_stages: int | None) -> int:
             f"The mesh has the axes {mesh.axis_names}; layer-wise placement needs one named 'stage'. "
             "Make it with jax.make_mesh((num_stages,), ('stage',), axis_types=(jax.sharding.AxisType.Auto,))."
         )
-    if num_stages is not None and mesh.shape[STAGE] != num_stages:
+    if num_devices is not None and mesh.shape[STAGE] != num_devices:
         raise ValueError(
-            f"The partition has {num_stages} stages, the mesh's axis 'stage' has {mesh.shape[STAGE]} devices. "
-            "Give a mesh with one device a stage on that axis, or ask for another number of stages."
+            f"{num_devices} stages in a row need as many devices; the mesh's axis 'stage' has {mesh.shape[STAGE]} "
+            "devices. Give a mesh of that size, ask for another number of stages, or for an interleaved schedule, in "
+            "which stages share devices."
         )
     return mesh.shape.get("data", 1)
 
@@ -97,6 +98,31 @@ def find_state(layers: LayerSequence, pick: Callable[[Any], Any] | None, replica
         if not isinstance(layers.program.outputs[position], Literal):
             found[position] = weights[leaf]
     return found
+
+
+def find_frozen(layers: LayerSequence, trainable: Any) -> frozenset[Weight]:
+    """The weights that are not to be trained.
+
+    Args:
+      layers: the traced function.
+      trainable: a tree of booleans, the parameters' or a prefix of it, or a function from their types to one, or None.
+
+    Raises:
+      ValueError: it is no such tree.
+    """
+    if trainable is None:
+        return frozenset()
+    signature = layers.signature
+    params = jax.tree.unflatten(signature.params_tree, list(signature.params_avals))
+    mask = trainable(params) if callable(trainable) else trainable
+    try:
+        flags = jax.tree.leaves(jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), mask, params))
+    except ValueError as error:
+        raise ValueError(f"trainable= has another tree than the parameters: {error}") from error
+    wrong = [flag for flag in flags if not isinstance(flag, bool)]
+    if wrong:
+        raise ValueError(f"trainable= has {wrong[0]!r} among its leaves; True or False is wanted for every parameter.")
+    return frozenset(weight for weight in layers.program.weights.values() if not flags[weight.leaf])
 
 
 def check_draws(program: Program, state: Mapping[int, Weight]) -> None:

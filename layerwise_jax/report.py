@@ -64,8 +64,9 @@ def _follows(before: str, after: str) -> bool:
 
 def _title(plan: Any) -> str:
     capacity = f", {_bytes(plan.capacity)} each" if plan.capacity else ""
+    devices = "" if plan.num_devices == plan.num_stages else f" on {plan.num_devices} devices"
     return (
-        f"{plan.num_stages} stages{capacity}, {plan.num_microbatches} microbatches "
+        f"{plan.num_stages} stages{devices}{capacity}, {plan.num_microbatches} microbatches "
         f"({plan.device}; sizes from {plan.measured_on})"
     )
 

@@ -13,10 +13,12 @@ from layerwise_jax.schedule import Action, Cell, Kind, Schedule
 Stream = Sequence[Action]
 
 
-def forward_only(num_stages: int, num_microbatches: int) -> Schedule:
-    """Every stage forward, one a device: num_microbatches + num_stages - 1 ticks."""
-    _check_positive(num_stages=num_stages, num_microbatches=num_microbatches)
-    return _lay_out([[_pass("F", stage, num_stages, 1, num_microbatches)] for stage in range(num_stages)])
+def forward_only(num_devices: int, num_microbatches: int, stages_per_device: int = 1) -> Schedule:
+    """Every stage forward; with one stage a device in num_microbatches + num_devices - 1 ticks."""
+    _check_positive(num_devices=num_devices, num_microbatches=num_microbatches, stages_per_device=stages_per_device)
+    return _lay_out(
+        [[_pass("F", device, num_devices, stages_per_device, num_microbatches)] for device in range(num_devices)]
+    )
 
 
 def gpipe(num_stages: int, num_microbatches: int) -> Schedule:

@@ -1,23 +1,36 @@
-"""One stage's vjp for one microbatch: what follows the body, then the body, then what precedes it.
+"""One stage's forward for one microbatch, what that stashes, and the vjp, piece by piece from the back.
 
-Each part's vjp is taken by itself, and inside its branch: a stage's residuals are never another's. What comes out is
+Each piece's vjp is taken by itself, and inside its branch: a stage's residuals are never another's. What comes out is
 the gradient of what arrived, and accumulators to which the gradients of this stage's weights were added in place.
+
+There are two ways from forward to backward. `Recomputing` stashes what had arrived and runs the stage again from there.
+`Storing` stashes the residuals, as far as the function's own `jax.checkpoint` leaves any (`residuals.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from layerwise_jax.on_device import Moment, StageOnDevice, fill, from_wire, to_wire, wire_aval
-from layerwise_jax.program import Value
-from layerwise_jax.wiring import FromBody, FromBranch
+from layerwise_jax.linearize import (
+    Piece,
+    after,
+    before,
+    cotangent,
+    is_inexact,
+    linearize_body,
+    result_aval,
+    stashed_sources,
+)
+from layerwise_jax.on_device import Moment, StageOnDevice, StageResults, fill, from_wire, to_wire, wire_aval
+from layerwise_jax.residuals import StashLayout
+from layerwise_jax.schedule import Kind
+from layerwise_jax.wiring import FromBody, FromBranch, FromLane, Source
 
 
 class Pulled(NamedTuple):
@@ -29,49 +42,64 @@ class Pulled(NamedTuple):
 
 
 class StageVjp:
-    """One stage's vjp for one microbatch: `after`, then the body, then `before`."""
+    """A stage's vjp for one microbatch.
 
-    def __init__(
-        self,
-        device: StageOnDevice,
-        seed: float,
-        moment: Moment,
-        arrived: list[Any],
-        slots: list[Any],
-        gradients: list[Any],
-        accumulators: list[Any],
-    ):
-        self.device, self.seed, self.moment, self.slots = device, seed, moment, slots
+    Attributes:
+      device: the stage on this device.
+      moment: the microbatch.
+      slots: this device's row of every slot.
+      seed: the gradient of the loss of one microbatch.
+    """
+
+    def __init__(self, device: StageOnDevice, moment: Moment, slots: list[Any], seed: float):
+        self.device, self.moment, self.slots, self.seed = device, moment, slots, seed
         self.loop, self.wiring = device.loop, device.loop.wiring
-        self.arrived, self.accumulators = arrived, list(accumulators)
-        self.lane_gradients = self._by_lane(gradients)
+        self.arrived: list[Any] = []
+
+    def forward(self, arrived: list[Any]) -> tuple[StageResults, list[Any]]:
+        """Run the stage: its results, and what is to be stashed."""
+        raise NotImplementedError
+
+    def _again(self, stashed: list[Any]) -> tuple[Callable | None, StageResults | None]:
+        """From what was stashed: the body's vjp, and the results; None for results that `before`'s vjp gives."""
+        raise NotImplementedError
+
+    def _restored(self, s: int, pull: Callable) -> Callable:
+        """The vjp of what precedes stage s's body, with the residuals of this microbatch."""
+        raise NotImplementedError
+
+    def backward(self, stashed: list[Any], gradients: Sequence[Any], accumulators: Sequence[Any], kind: Kind) -> Pulled:
+        """Pull the loss, and what came back over the lanes, through the stage.
+
+        Args:
+          stashed: what `forward` left.
+          gradients: of what the stage sent, for each lane that has one.
+          accumulators: gradients of this device's weights so far, None for what has none.
+          kind: "B" for all gradients, "I" for those of what arrived alone, "W" for those of weights alone.
+        """
+        self.kind, self.accumulators = kind, list(accumulators)
         self.of_body: dict[int, Any] = {}
         self.of_branch: dict[int, Any] = {}
-        self.of_lanes = {j: jnp.zeros_like(g) for j, g in self.lane_gradients.items()}
+        self._seed_results(gradients)
+        pull_body, results = self._again(stashed)
+        late = self._pull_after(results)
+        if pull_body is not None:
+            self._pull_body(pull_body)
+        rows = self._pull_before(with_results=results is None)
+        results = results or StageResults({}, rows, self.slots)
+        outputs = [
+            late[p] if output.lag else results.made(output.source) for p, output in enumerate(self.wiring.outputs)
+        ]
+        return Pulled([self.of_lanes[j] for j in sorted(self.of_lanes)], self.accumulators, outputs)
 
-    def _by_lane(self, gradients: list[Any]) -> dict[int, Any]:
+    def _seed_results(self, gradients: Sequence[Any]) -> None:
         moving = [j for j, lane in enumerate(self.wiring.lanes) if lane.has_gradient]
-        return dict(zip(moving, gradients, strict=True))
-
-    def run(self) -> Pulled:
-        for j, gradient in self.lane_gradients.items():
+        self.of_lanes = {j: jnp.zeros_like(g) for j, g in zip(moving, gradients, strict=True)}
+        for j, gradient in zip(moving, gradients, strict=True):
             self._add(self.wiring.lanes[j].source, gradient)
         for output, seed in zip(self.wiring.outputs, self._seeds(), strict=True):
             if seed is not None and output.lag == 0:
                 self._add(output.source, jnp.where(self.device.stage == output.stage, seed, jnp.zeros_like(seed)))
-        if self.loop.has_body:
-            branch = self.device.run_before(self.moment, self.arrived, self.slots)
-            body, pull_body = self._body_vjp(branch)
-            late = self._pull_after(body, branch)
-            self._pull_body(pull_body)
-            self._pull_before()
-        else:
-            branch, body, late = self._pull_before(), {}, {}
-        outputs = [
-            late[p] if p in late else (body if isinstance(o.source, FromBody) else branch)[o.source.result]
-            for p, o in enumerate(self.wiring.outputs)
-        ]
-        return Pulled([self.of_lanes[j] for j in sorted(self.of_lanes)], self.accumulators, outputs)
 
     def _seeds(self) -> list[Any]:
         """The gradient of the loss with respect to each output: a number for the first, nothing for the rest."""
@@ -82,151 +110,176 @@ class StageVjp:
         into = self.of_body if isinstance(source, FromBody) else self.of_branch
         into[source.result] = into[source.result] + gradient if source.result in into else gradient
 
-    def _body_vjp(self, branch: list[Any]) -> tuple[dict[int, Any], Any]:
-        reads = self.device.body_reads(self.moment, self.arrived, branch)
-        shape = self.loop.alignment.parts[0].shape
-        weights = self.slots[: len(shape.weights)]
-        moving, fixed = _split_inexact([*weights, *reads])
-        results, pull = jax.vjp(lambda moving: self.device.run_body(self.moment, _join(moving, fixed)), moving)
-        return results, pull
+    def _accumulated(self, accumulators: list[Any], gradients: dict[int, Any]) -> list[Any]:
+        """The accumulators with gradients added, given by slot."""
+        added = list(accumulators)
+        if self.kind != "I":
+            for j, gradient in gradients.items():
+                so_far = accumulators[j]
+                added[j] = jnp.where(self.moment.is_active, so_far + gradient.astype(so_far.dtype), so_far)
+        return added
 
-    def _pull_body(self, pull: Any) -> None:
-        shape, results = self.loop.alignment.parts[0].shape, self.wiring.body_results
-        seeds = {}
-        for j in results:
-            aval = self.loop.program.avals[shape.made[j]]
-            seeds[j] = _cotangent(aval, self.of_body.get(j))
-        (gradients,) = pull(seeds)
-        num_weights = len(shape.weights)
+    def _pull_body(self, pull: Callable) -> None:
+        made = self.loop.alignment.parts[0].shape.made
+        avals = {j: self.loop.program.avals[made[j]] for j in self.wiring.body_results}
+        (gradients,) = pull({j: cotangent(aval, self.of_body.get(j)) for j, aval in avals.items()})
+        slots, num_weights = self.device.body_slots, self.loop.num_body_weights
+        of_weights = {slots[j]: gradient for j, gradient in gradients.items() if j < num_weights}
+        self.accumulators = self._accumulated(self.accumulators, of_weights)
         for j, gradient in gradients.items():
-            if j < num_weights:
-                self._accumulate(j, gradient)
-            else:
+            if j >= num_weights:
                 self._pull_read(self.wiring.body_reads[j - num_weights], gradient)
 
-    def _pull_read(self, source: Any, gradient: Any) -> None:
+    def _pull_read(self, source: Source, gradient: Any) -> None:
         if isinstance(source, FromBranch):
             self._add(source, gradient)
-        elif hasattr(source, "lane"):
+        elif isinstance(source, FromLane) and self.kind != "W":
             self.of_lanes[source.lane] = self.of_lanes[source.lane] + gradient
 
-    def _accumulate(self, slot: int, gradient: Any) -> None:
-        self.accumulators[slot] = _accumulated(self.accumulators[slot], gradient, self.moment.is_active)
-
-    def _pull_after(self, body: dict[int, Any], branch: list[Any]) -> dict[int, Any]:
+    def _pull_after(self, results: StageResults | None) -> dict[int, Any]:
         """Outputs of what follows the last stage's body; gradients of what it reads, and of its weights."""
-        last, loop = self.loop.num_stages - 1, self.loop
-        positions = [p for p, output in enumerate(self.wiring.outputs) if output.lag]
-        if not loop.alignment.parts[last].after:
+        piece, positions = after(self.device)
+        if not piece.ops:
             return {}
-        kept = {x: (body if isinstance(s, FromBody) else branch)[s.result] for x, s in self.wiring.kept}
+        avals = [self.loop.output_aval(p) for p in positions]
+        if piece.stage not in self.device.stages:
+            return {p: from_wire(fill(wire_aval(a), 0.0), a) for p, a in zip(positions, avals, strict=True)}
+        assert results is not None
+        kept = {x: results.made(source) for x, source in self.wiring.kept}
         seeds = self._seeds()
-        wanted = [loop.stages[last].outputs[p] for p in positions]
 
         def on_last(accumulators: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-            known = self.device.known(self.moment, last, self.slots) | kept
-            results, of_kept, accumulators = self._pull_ops(
-                last, loop.alignment.parts[last].after, known, kept, wanted, [seeds[p] for p in positions], accumulators
-            )
-            return [to_wire(x) for x in results], of_kept, accumulators
+            made, pull = piece.linearize(self.moment, piece.weights(self.slots), {**kept, **piece.state(self.slots)})
+            gradients, accumulators = self._pull(piece, made, pull, [seeds[p] for p in positions], accumulators)
+            return [to_wire(x) for x in made], [gradients[x] for x, v in kept.items() if is_inexact(v)], accumulators
 
         def elsewhere(accumulators: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-            outputs = [fill(wire_aval(loop.output_aval(p)), 0.0) for p in positions]
+            outputs = [fill(wire_aval(aval), 0.0) for aval in avals]
             return outputs, [jnp.zeros_like(x) for x in kept.values() if is_inexact(x)], accumulators
 
-        made, of_kept, self.accumulators = lax.cond(self.device.stage == last, on_last, elsewhere, self.accumulators)
+        is_last = self.device.stage == piece.stage
+        made, of_kept, self.accumulators = lax.cond(is_last, on_last, elsewhere, self.accumulators)
         moving = [source for x, source in self.wiring.kept if is_inexact(kept[x])]
         for source, gradient in zip(moving, of_kept, strict=True):
             self._add(source, gradient)
-        return {p: from_wire(x, loop.output_aval(p)) for p, x in zip(positions, made, strict=True)}
+        return {p: from_wire(x, aval) for p, x, aval in zip(positions, made, avals, strict=True)}
 
-    def _pull_before(self) -> list[Any]:
-        """The branches' results; gradients of what arrived and of the branches' weights."""
+    def _pull_before(self, with_results: bool) -> list[Any]:
+        """Gradients of what arrived and of the branches' weights; the branches' results, if they are asked for."""
         if not self.wiring.needs_branch:
             return []
-        branches = [partial(self._pull_branch, s) for s in range(self.loop.num_stages)]
-        operands = (self.accumulators, dict(self.of_branch))
-        if len(branches) == 1:
-            results, of_lanes, self.accumulators = branches[0](*operands)
-        else:
-            results, of_lanes, self.accumulators = lax.switch(self.device.stage, branches, *operands)
+        branches = [partial(self._pull_branch, s, with_results) for s in self.device.stages]
+        rows, of_lanes, self.accumulators = self.device.switch(branches, self.accumulators, dict(self.of_branch))
         for j, gradient in of_lanes.items():
             self.of_lanes[j] = self.of_lanes[j] + gradient
-        return [from_wire(x, aval) for x, (aval, _) in zip(results, self.wiring.branch_results, strict=True)]
+        return self._from_rows(rows) if with_results else []
 
     def _pull_branch(
-        self, s: int, accumulators: list[Any], of_branch: dict[int, Any]
+        self, s: int, with_results: bool, accumulators: list[Any], of_branch: dict[int, Any]
     ) -> tuple[list[Any], dict[int, Any], list[Any]]:
-        part = self.loop.alignment.parts[s]
-        late = {x for op in part.after for x in op.results}
-        values = [row[s] for _, row in self.wiring.branch_results]
-        asked = [r for r, x in enumerate(values) if x is not None and x not in late]
-        arrived = self.device.arrived_values(s, self.arrived)
-        known = self.device.known(self.moment, s, self.slots) | arrived
-        results, of_arrived, accumulators = self._pull_ops(
-            s, part.before, known, arrived, [values[r] for r in asked], [of_branch.get(r) for r in asked], accumulators
-        )
-        made = dict(zip(asked, results, strict=True))
-        moving = [x for x, v in arrived.items() if is_inexact(v)]
-        gradients = dict(zip(moving, of_arrived, strict=True))
+        piece, asked = before(self.device, s)
+        reads = {**self.device.arrived_values(s, self.arrived), **piece.state(self.slots)}
+        made, pull = piece.linearize(self.moment, piece.weights(self.slots), reads)
+        seeds = [of_branch.get(r) for r in asked]
+        gradients, accumulators = self._pull(piece, made, self._restored(s, pull), seeds, accumulators)
         came = {j: lane.values[s - 1] if s else None for j, lane in enumerate(self.wiring.lanes) if j in self.of_lanes}
         of_lanes = {
-            j: jnp.zeros_like(self.of_lanes[j]) if x not in gradients else gradients[x] for j, x in came.items()
+            j: gradients[x] if x in gradients and self.kind != "W" else jnp.zeros_like(self.of_lanes[j])
+            for j, x in came.items()
         }
-        rows = [
-            to_wire(made[r]) if r in made else fill(wire_aval(aval), 0.0)
-            for r, (aval, _) in enumerate(self.wiring.branch_results)
-        ]
-        return rows, of_lanes, accumulators
+        return self._rows(asked, made) if with_results else [], of_lanes, accumulators
 
-    def _pull_ops(
-        self,
-        s: int,
-        ops: Sequence[Any],
-        known: dict[Value, Any],
-        reads: dict[Value, Any],
-        wanted: Sequence[Any],
-        seeds: Sequence[Any],
-        accumulators: list[Any],
-    ) -> tuple[list[Any], list[Any], list[Any]]:
-        """The vjp of `ops` on stage s: wanted values, gradients of inexact reads, accumulators with the weights'."""
-        used = {x for op in ops for x in op.values}
-        slot_of = self.loop.placement.slot_of(s)
-        weights = {x: slot_of[weight] for x, weight in self.loop.stages[s].weights.items() if x in used or x in wanted}
-        moving = {x: known[x] for x in [*weights, *reads] if is_inexact(known[x])}
-        results, pull = jax.vjp(lambda moving: self.device.evaluate(ops, known | moving, wanted, self.moment), moving)
-        cotangents = [_cotangent(jax.typeof(x), seed) for x, seed in zip(results, seeds, strict=True)]
-        (gradients,) = pull(cotangents)
-        accumulators = list(accumulators)
-        for x, slot in weights.items():
-            if x in gradients and accumulators[slot] is not None:
-                accumulators[slot] = _accumulated(accumulators[slot], gradients[x], self.moment.is_active)
-        return list(results), [gradients[x] for x, v in reads.items() if is_inexact(v)], accumulators
+    def _pull(
+        self, piece: Piece, made: Sequence[Any], pull: Callable, seeds: Sequence[Any], accumulators: list[Any]
+    ) -> tuple[dict[Any, Any], list[Any]]:
+        """Gradients by value, and the accumulators with those of the weights."""
+        (gradients,) = pull([cotangent(jax.typeof(x), seed) for x, seed in zip(made, seeds, strict=True)])
+        by_slot: dict[int, Any] = {}
+        for x, j in piece.trained().items():
+            by_slot[j] = by_slot[j] + gradients[x] if j in by_slot else gradients[x]
+        return gradients, self._accumulated(accumulators, by_slot)
+
+    def _rows(self, asked: Sequence[int], made: Sequence[Any]) -> list[Any]:
+        """All results of a branch in the form in which branches agree: zeros for those that this stage has not."""
+        found = dict(zip(asked, made, strict=True))
+        avals = [aval for aval, _ in self.wiring.branch_results]
+        return [to_wire(found[r]) if r in found else fill(wire_aval(aval), 0.0) for r, aval in enumerate(avals)]
+
+    def _from_rows(self, rows: Sequence[Any]) -> list[Any]:
+        return [from_wire(x, aval) for x, (aval, _) in zip(rows, self.wiring.branch_results, strict=True)]
 
 
-def _accumulated(so_far: Any, gradient: Any, is_active: Any) -> Any:
-    if so_far is None:
-        return None
-    return jnp.where(is_active, so_far + gradient.astype(so_far.dtype), so_far)
+class Recomputing(StageVjp):
+    """Stashes what had arrived, and the state that was read; backward runs the stage again."""
+
+    def forward(self, arrived: list[Any]) -> tuple[StageResults, list[Any]]:
+        old = [to_wire(self.slots[j]) for j in self.loop.state_slots]
+        return self.device.run_stage(self.moment, arrived, self.slots), [*arrived, *old]
+
+    def _again(self, stashed: list[Any]) -> tuple[Callable | None, StageResults | None]:
+        self.arrived, old = stashed[: len(self.wiring.lanes)], stashed[len(self.wiring.lanes) :]
+        self.slots = list(self.slots)
+        for j, x in zip(self.loop.state_slots, old, strict=True):
+            self.slots[j] = from_wire(x, jax.typeof(self.slots[j]))
+        if not self.loop.has_body:
+            return None, None
+        branch = self.device.run_before(self.moment, self.arrived, self.slots)
+        reads = self.device.body_reads(self.moment, self.arrived, branch)
+        body, pull = linearize_body(self.device, self.moment, [self.slots[j] for j in self.device.body_slots], reads)
+        return pull, StageResults(body, branch, self.slots)
+
+    def _restored(self, s: int, pull: Callable) -> Callable:
+        del s
+        return pull
 
 
-def is_inexact(x: Any) -> bool:
-    """Whether an array, or a type, can have a gradient."""
-    return jnp.issubdtype(x.dtype, jnp.inexact)
+class Storing(StageVjp):
+    """Stashes residuals; backward makes again only what comes from the weights alone."""
 
+    def __init__(self, device: StageOnDevice, moment: Moment, slots: list[Any], seed: float, layout: StashLayout):
+        super().__init__(device, moment, slots, seed)
+        self.layout = layout
 
-def _split_inexact(values: Sequence[Any]) -> tuple[dict[int, Any], dict[int, Any]]:
-    """Values by position: those that have gradients, and the others."""
-    moving = {j: x for j, x in enumerate(values) if is_inexact(x)}
-    return moving, {j: x for j, x in enumerate(values) if j not in moving}
+    def forward(self, arrived: list[Any]) -> tuple[StageResults, list[Any]]:
+        slots, rows, own = self.slots, [], []
+        if self.wiring.needs_branch:
+            rows, state, own = self.device.switch([partial(self._keep_before, s, arrived) for s in self.device.stages])
+            slots = self.device.with_state(self.moment, slots, state)
+        branch, body, of_body = self._from_rows(rows), {}, []
+        if self.layout.body is not None:
+            reads = self.device.body_reads(self.moment, arrived, branch)
+            weights = [self.slots[j] for j in self.device.body_slots]
+            body, pull = linearize_body(self.device, self.moment, weights, reads)
+            of_body = self.layout.body.of(pull)
+        results = StageResults(body, branch, slots)
+        made = [to_wire(results.made(source)) for source in stashed_sources(self.device)]
+        return results, [*made, *of_body, *own]
 
+    def _keep_before(self, s: int, arrived: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        """On stage s: its branch's results, its new state, and its residuals in the buffers that stages share."""
+        piece, asked = before(self.device, s)
+        reads = {**self.device.arrived_values(s, arrived), **piece.state(self.slots)}
+        made, pull = piece.linearize(self.moment, piece.weights(self.slots), reads)
+        buffers = [fill(aval, 0.0) for aval in self.layout.own_avals]
+        for place, x in zip(self.layout.places[s], self.layout.own[s].of(pull), strict=True):
+            buffers[place] = x
+        return self._rows(asked, made), self.device.state_after(s, self.moment, arrived, self.slots), buffers
 
-def _join(moving: dict[int, Any], fixed: dict[int, Any]) -> list[Any]:
-    return [x for _, x in sorted({**moving, **fixed}.items())]
+    def _again(self, stashed: list[Any]) -> tuple[Callable | None, StageResults | None]:
+        made, of_body, self.own = self.layout.split(stashed)
+        self.arrived = [fill(wire_aval(lane.aval), 0.0) for lane in self.wiring.lanes]
+        branch = self._from_rows([fill(wire_aval(aval), 0.0) for aval, _ in self.wiring.branch_results])
+        pull = None
+        if self.layout.body is not None:
+            reads = self.device.body_reads(self.moment, self.arrived, branch)
+            weights = [self.slots[j] for j in self.device.body_slots]
+            pull = self.layout.body.put_back(linearize_body(self.device, self.moment, weights, reads)[1], of_body)
+        body: dict[int, Any] = {}
+        for source, x in zip(stashed_sources(self.device), made, strict=True):
+            into: Any = body if isinstance(source, FromBody) else branch
+            into[source.result] = from_wire(x, result_aval(self.device, source))
+        return pull, StageResults(body, branch, self.slots)
 
-
-def _cotangent(aval: Any, gradient: Any) -> Any:
-    """A gradient as a vjp takes it: zeros where there is none, float0 for what has none."""
-    if not jnp.issubdtype(aval.dtype, jnp.inexact):
-        return np.zeros(aval.shape, jax.dtypes.float0)
-    return jnp.zeros(aval.shape, aval.dtype) if gradient is None else gradient.astype(aval.dtype)
+    def _restored(self, s: int, pull: Callable) -> Callable:
+        residuals = self.layout.own[s]
+        return residuals.put_back(pull, [self.own[place] for place in self.layout.places[s]])

@@ -1,14 +1,18 @@
 """Forward and backward by a schedule: a vjp a stage inside the tick loop.
 
 Nothing differentiates the loop. Each tick a device does what its schedule's table says: forward for one microbatch,
-backward for another, or both. Forward leaves what had arrived in a stash; backward computes the stage again from
-there, pulls the gradient back through it, and adds the weights' part to accumulators that never leave the device. So
-memory is bounded by the stash, whatever the number of microbatches.
+backward for another, or both. Forward leaves in a stash what backward needs; backward pulls the gradient back through
+the stage, and adds the weights' part to accumulators that never leave the device. So memory is bounded by the stash,
+whatever the number of microbatches.
+
+A schedule may have several things that a device could do in a tick: stages of different chunks, all of a backward or
+one half of it. They stand under one `switch`. Where there is but one, it stands free, and an idle device computes on
+what bubbles compute on; with `skips_bubbles` it is branched around instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -19,14 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from layerwise_jax.linearize import lay_out_stash
 from layerwise_jax.loop import Loop
 from layerwise_jax.on_device import Moment, StageOnDevice, fill, from_wire, sum_dtype, to_wire, wire_aval
-from layerwise_jax.placement import STAGE
-from layerwise_jax.schedule_tables import ScheduleTables
-from layerwise_jax.stage_vjp import StageVjp, is_inexact
+from layerwise_jax.residuals import StashLayout
+from layerwise_jax.schedule_tables import BACKWARD_KINDS, ScheduleTables
+from layerwise_jax.stage_vjp import Pulled, Recomputing, StageVjp, Storing
+from layerwise_jax.stash import add_output, empty_buffers, load, start_output, store
 
 # Ticks of one kind (only forward, both, only backward) are a loop of their own, if that makes no more than this many.
 MOST_PHASES = 4
+
+Rows = dict[str, np.ndarray]
 
 
 class TrainingState(NamedTuple):
@@ -35,7 +43,7 @@ class TrainingState(NamedTuple):
     Attributes:
       arrived, arrived_gradients: what came over each lane in the last tick, forward and backward.
       activations, gradients: what came and is not used yet, by slot; the last slot takes what is not for this device.
-      stash: what each forward found: lanes, then state; likewise.
+      stash: what each forward left for its backward; likewise.
       accumulators: gradients of this device's weights so far, None for what has none.
       slots: this device's weights, whose state changes.
       outputs: outputs so far.
@@ -60,12 +68,16 @@ class TrainingLoop:
       tables: the schedule, as arrays.
       roles: for every output, how microbatches combine: "rows", "reduced" or "whole".
       seed: the gradient of the loss of one microbatch.
+      recomputes: whether backward runs the stage again from what had arrived, instead of stashing residuals.
+      skips_bubbles: whether an idle device branches around the work.
     """
 
     loop: Loop
     tables: ScheduleTables
     roles: tuple[str, ...]
     seed: float
+    recomputes: bool = True
+    skips_bubbles: bool = False
 
     def run(
         self, weights: Sequence[Any], inputs: Sequence[Any], replica: Any
@@ -73,138 +85,165 @@ class TrainingLoop:
         """All ticks on this device.
 
         Args:
-          weights: this stage's row of every slot, in the weight's own shape.
+          weights: this device's row of every slot, in the weight's own shape.
           inputs: every input leaf: (microbatches, ...) where it is split, whole otherwise.
           replica: this device's index on the data axis.
 
         Returns:
-          Outputs: stacked over microbatches if they are rows, else summed or taken once, zero on other stages than the
-          one that makes them. Gradients by slot (None for integers). Slots afterwards.
+          Outputs: stacked over microbatches if they are rows, else summed or taken once, zero on other devices than
+          the one that makes them. Gradients by slot (None for what has none). Slots afterwards.
         """
-        device = StageOnDevice(self.loop, list(inputs), lax.axis_index(STAGE), replica)
-        state = self._start(list(weights))
-        for (forward, backward), rows in self._phases():
-            tick = partial(self._tick, device, forward, backward)
-            state, _ = lax.scan(tick, state, rows)
+        device = StageOnDevice(self.loop, list(inputs), replica, gates=False)
+        layout = None if self.recomputes else lay_out_stash(device, weights)
+        state = self._start(list(weights), layout)
+        for rows in self._phases():
+            state, _ = lax.scan(partial(self._tick, _Actions(self, device, layout, rows)), state, rows)
         return state.outputs, state.accumulators, state.slots
 
-    def _start(self, weights: list[Any]) -> TrainingState:
+    def _start(self, weights: list[Any], layout: StashLayout | None) -> TrainingState:
         loop, empty = self.loop, self.loop.bubble_fill
         lanes = [wire_aval(lane.aval) for lane in loop.wiring.lanes]
         moving = [wire_aval(lane.aval) for lane in loop.wiring.lanes if lane.has_gradient]
         state_avals = [wire_aval(jax.typeof(weights[j])) for j in loop.state_slots]
-
-        def buffers(avals: Sequence[Any], count: int) -> list[Any]:
-            return [fill(jax.ShapeDtypeStruct((count + 1, *aval.shape), aval.dtype), empty) for aval in avals]
-
+        stashed = [*lanes, *state_avals] if layout is None else layout.avals
         return TrainingState(
             arrived=[fill(aval, empty) for aval in lanes],
             arrived_gradients=[fill(aval, empty) for aval in moving],
-            activations=buffers(lanes, self.tables.num_activation_slots),
-            gradients=buffers(moving, self.tables.num_gradient_slots),
-            stash=buffers([*lanes, *state_avals], self.tables.num_stash_slots),
-            accumulators=[_accumulator(w, j in loop.state_slots) for j, w in enumerate(weights)],
+            activations=empty_buffers(lanes, self.tables.num_activation_slots, empty),
+            gradients=empty_buffers(moving, self.tables.num_gradient_slots, empty),
+            stash=empty_buffers(stashed, self.tables.num_stash_slots, empty),
+            accumulators=[_accumulator(w) if loop.has_gradient(j) else None for j, w in enumerate(weights)],
             slots=weights,
-            outputs=[self._output_start(p) for p in range(len(self.roles))],
+            outputs=[start_output(loop, p, role) for p, role in enumerate(self.roles)],
         )
 
-    def _output_start(self, position: int) -> Any:
-        aval = wire_aval(self.loop.output_aval(position))
-        if self.roles[position] == "rows":
-            return jnp.zeros((self.loop.num_microbatches, *aval.shape), aval.dtype)
-        dtype = sum_dtype(aval.dtype) if self.roles[position] == "reduced" else aval.dtype
-        return jnp.zeros(aval.shape, dtype)
-
-    def _phases(self) -> list[tuple[tuple[bool, bool], dict[str, Any]]]:
-        """Runs of ticks in which any device goes forward, any goes backward, or both; with their rows of the tables."""
+    def _phases(self) -> list[Rows]:
+        """The tables in runs of ticks in which any device goes forward, any goes backward, or both."""
         tables = {name: table for name, table in vars(self.tables).items() if isinstance(table, np.ndarray)}
         kinds = [
             (bool((f >= 0).any()), bool((b >= 0).any()))
             for f, b in zip(self.tables.forward_microbatch, self.tables.backward_microbatch, strict=True)
         ]
-        runs = [(kind, len(list(ticks))) for kind, ticks in groupby(kinds)]
-        if len(runs) > MOST_PHASES:
-            runs = [((True, True), len(kinds))]
-        stops = np.cumsum([count for _, count in runs])
+        counts = [len(list(ticks)) for _, ticks in groupby(kinds)]
+        counts = counts if len(counts) <= MOST_PHASES else [len(kinds)]
+        stops = np.cumsum(counts)
         return [
-            (kind, {name: table[stop - count : stop] for name, table in tables.items()})
-            for (kind, count), stop in zip(runs, stops, strict=True)
+            {name: table[stop - count : stop] for name, table in tables.items()}
+            for count, stop in zip(counts, stops, strict=True)
         ]
 
-    def _tick(
-        self, device: StageOnDevice, forward: bool, backward: bool, state: TrainingState, rows: dict[str, Any]
-    ) -> tuple[TrainingState, None]:
-        now = {name: row[device.stage] for name, row in rows.items()}
+    def _tick(self, actions: _Actions, state: TrainingState, rows: dict[str, Any]) -> tuple[TrainingState, None]:
+        now = {name: row[actions.device.index] for name, row in rows.items()}
         state = state._replace(
-            activations=_store(state.activations, now["activation_arrival"], state.arrived),
-            gradients=_store(state.gradients, now["gradient_arrival"], state.arrived_gradients),
+            activations=store(state.activations, now["activation_arrival"], state.arrived),
+            gradients=store(state.gradients, now["gradient_arrival"], state.arrived_gradients),
         )
-        if forward:
-            state = self._forward(device, state, now)
-        if backward:
-            state = self._backward(device, state, now)
+        if actions.forwards:
+            state = self._forward(actions, state, now)
+        if actions.backwards:
+            state = self._backward(actions, state, now)
         return state, None
 
-    def _forward(self, device: StageOnDevice, state: TrainingState, now: dict[str, Any]) -> TrainingState:
-        moment = Moment(device, now["forward_microbatch"])
-        arrived = _load(state.activations, now["activation_read"])
-        old = [to_wire(state.slots[j]) for j in self.loop.state_slots]
-        stash = _store(state.stash, now["stash_write"], [*arrived, *old])
-        results = device.run_stage(moment, arrived, state.slots)
-        sent = [device.send(results.made(lane.source), lane.pairs, moment) for lane in self.loop.wiring.lanes]
-        return state._replace(arrived=sent, stash=stash, slots=results.slots)
-
-    def _backward(self, device: StageOnDevice, state: TrainingState, now: dict[str, Any]) -> TrainingState:
-        """The vjp of the stage for one microbatch, piece by piece from the back."""
-        moment = Moment(device, now["backward_microbatch"])
-        stashed = _load(state.stash, now["stash_read"])
-        lanes = self.loop.wiring.lanes
-        slots = list(state.slots)
-        for j, old in zip(self.loop.state_slots, stashed[len(lanes) :], strict=True):
-            slots[j] = from_wire(old, jax.typeof(slots[j]))
-        came = now["gradient_read"] >= 0  # the last stage's gradient is the loss's alone
-        gradients = [jnp.where(came, g, jnp.zeros_like(g)) for g in _load(state.gradients, now["gradient_read"])]
-        pull = StageVjp(device, self.seed, moment, stashed[: len(lanes)], slots, gradients, state.accumulators)
-        pulled = pull.run()
-        moving = [lane for lane in lanes if lane.has_gradient]
+    def _forward(self, actions: _Actions, state: TrainingState, now: dict[str, Any]) -> TrainingState:
+        moment = Moment(actions.device, now["forward_microbatch"])
+        arrived = load(state.activations, now["activation_read"])
+        made, new_state, stashed = actions.forward(moment, now, arrived, state)
         sent = [
-            device.send(gradient, [(b, a) for a, b in lane.pairs], moment)
+            actions.device.send(x, lane.pairs(self.loop.num_devices), moment)
+            for x, lane in zip(made, self.loop.wiring.lanes, strict=True)
+        ]
+        slots = list(state.slots)
+        for j, x in zip(self.loop.state_slots, new_state, strict=True):
+            slots[j] = from_wire(x, jax.typeof(slots[j]))
+        return state._replace(arrived=sent, stash=store(state.stash, now["stash_write"], stashed), slots=slots)
+
+    def _backward(self, actions: _Actions, state: TrainingState, now: dict[str, Any]) -> TrainingState:
+        moment = Moment(actions.device, now["backward_microbatch"])
+        pulled = actions.backward(moment, now, state)
+        moving = [lane for lane in self.loop.wiring.lanes if lane.has_gradient]
+        sent = [
+            actions.device.send(gradient, [(b, a) for a, b in lane.pairs(self.loop.num_devices)], moment)
             for lane, gradient in zip(moving, pulled.arrived_gradients, strict=True)
         ]
+        stage = now["backward_chunk"] * self.loop.num_devices + actions.device.index
+        is_first_half = now["backward_kind"] != BACKWARD_KINDS.index("W")
         outputs = [
-            self._add_output(device, position, so_far, pulled.outputs[position], moment)
-            for position, so_far in enumerate(state.outputs)
+            add_output(role, so_far, made, moment, is_first_half & (stage == output.stage))
+            for role, so_far, made, output in zip(
+                self.roles, state.outputs, pulled.outputs, self.loop.wiring.outputs, strict=True
+            )
         ]
-        return state._replace(arrived_gradients=sent, accumulators=pulled.accumulators, outputs=outputs)
-
-    def _add_output(self, device: StageOnDevice, position: int, so_far: Any, made: Any, moment: Moment) -> Any:
-        mine = moment.is_active & (device.stage == self.loop.wiring.outputs[position].stage)
-        made = to_wire(made)
-        if self.roles[position] == "rows":
-            row = jnp.where(mine, made, so_far[moment.index])
-            return lax.dynamic_update_index_in_dim(so_far, row, moment.index, 0)
-        if self.roles[position] == "reduced":
-            return so_far + jnp.where(mine, made, jnp.zeros_like(made)).astype(so_far.dtype)
-        return jnp.where(mine & (moment.index == 0), made, so_far)
+        return state._replace(arrived_gradients=sent, accumulators=list(pulled.accumulators), outputs=outputs)
 
 
-def _accumulator(weight: Any, is_state: bool) -> Any:
-    """Where a weight's gradients add up: in float32 if the weight is narrower; None if it has no gradient."""
-    if is_state or not is_inexact(weight):
-        return None
+class _Actions:
+    """What a device may have to do in a phase of the schedule, and how it does what it has to do now."""
+
+    def __init__(self, training: TrainingLoop, device: StageOnDevice, layout: StashLayout | None, rows: Rows):
+        self.training, self.device, self.layout, self.loop = training, device, layout, device.loop
+        self.forwards = _occurring(rows["forward_chunk"])
+        self.backwards = _occurring(rows["backward_chunk"], rows["backward_kind"])
+
+    def forward(self, moment: Moment, now: dict[str, Any], arrived: list[Any], state: TrainingState) -> Any:
+        """What goes over the lanes, new state, and what is stashed, all as they are held."""
+        lanes = [wire_aval(lane.aval) for lane in self.loop.wiring.lanes]
+        held = [to_wire(state.slots[j]) for j in self.loop.state_slots]
+
+        def run(chunk: int) -> tuple[list[Any], list[Any], list[Any]]:
+            results, stashed = self._stage(chunk, moment, state.slots).forward(arrived)
+            made = [to_wire(results.made(lane.source)) for lane in self.loop.wiring.lanes]
+            return made, [to_wire(results.slots[j]) for j in self.loop.state_slots], stashed
+
+        def idle() -> tuple[list[Any], list[Any], list[Any]]:
+            stashed = [fill(jax.ShapeDtypeStruct(x.shape[1:], x.dtype), 0.0) for x in state.stash]
+            return [fill(aval, 0.0) for aval in lanes], held, stashed
+
+        return self._choose(moment, [partial(run, *key) for key in self.forwards], self._place(now, "forward"), idle)
+
+    def backward(self, moment: Moment, now: dict[str, Any], state: TrainingState) -> Pulled:
+        """Gradients of what arrived, accumulators and outputs, all as they are held."""
+        stashed = load(state.stash, now["stash_read"])
+        came = now["gradient_read"] >= 0  # the last stage's gradient is the loss's alone
+        gradients = [jnp.where(came, g, jnp.zeros_like(g)) for g in load(state.gradients, now["gradient_read"])]
+
+        def run(chunk: int, kind: int) -> Pulled:
+            stage = self._stage(chunk, moment, state.slots)
+            pulled = stage.backward(stashed, gradients, state.accumulators, BACKWARD_KINDS[kind])
+            return pulled._replace(outputs=[to_wire(x) for x in pulled.outputs])
+
+        def idle() -> Pulled:
+            outputs = [fill(wire_aval(self.loop.output_aval(p)), 0.0) for p in range(len(state.outputs))]
+            return Pulled([jnp.zeros_like(g) for g in gradients], state.accumulators, outputs)
+
+        return self._choose(moment, [partial(run, *key) for key in self.backwards], self._place(now, "backward"), idle)
+
+    def _stage(self, chunk: int, moment: Moment, slots: list[Any]) -> StageVjp:
+        device = self.device.of_chunk(chunk)
+        if self.layout is None:
+            return Recomputing(device, moment, slots, self.training.seed)
+        return Storing(device, moment, slots, self.training.seed, self.layout)
+
+    def _place(self, now: dict[str, Any], direction: str) -> Any:
+        """Which of the things that a device may have to do is to be done now."""
+        if direction == "forward":
+            keys, here = self.forwards, [now["forward_chunk"]]
+        else:
+            keys, here = self.backwards, [now["backward_chunk"], now["backward_kind"]]
+        matches = [jnp.stack([x == y for x, y in zip(here, key, strict=True)]).all() for key in keys]
+        return jnp.argmax(jnp.stack(matches))
+
+    def _choose(self, moment: Moment, branches: list[Callable], place: Any, idle: Callable) -> Any:
+        if self.training.skips_bubbles:
+            return lax.switch(jnp.where(moment.is_active, place + 1, 0), [idle, *branches])
+        return branches[0]() if len(branches) == 1 else lax.switch(place, branches)
+
+
+def _occurring(*tables: np.ndarray) -> list[tuple[int, ...]]:
+    """The combinations of entries that occur where a device is not idle."""
+    columns = np.stack([table.ravel() for table in tables], axis=1)
+    return [tuple(map(int, row)) for row in np.unique(columns[columns[:, 0] >= 0], axis=0)]
+
+
+def _accumulator(weight: Any) -> Any:
+    """Where a weight's gradients add up: in float32 if the weight is narrower."""
     return jnp.zeros(weight.shape, sum_dtype(weight.dtype))
-
-
-def _store(buffers: list[Any], slot: Any, values: Sequence[Any]) -> list[Any]:
-    """Each value into its buffer's slot; slot -1 is the last, which nothing reads."""
-    return [
-        lax.dynamic_update_index_in_dim(buffer, to_wire(x), jnp.where(slot < 0, buffer.shape[0] - 1, slot), 0)
-        for buffer, x in zip(buffers, values, strict=True)
-    ]
-
-
-def _load(buffers: list[Any], slot: Any) -> list[Any]:
-    return [
-        lax.dynamic_index_in_dim(buffer, jnp.where(slot < 0, buffer.shape[0] - 1, slot), 0, keepdims=False)
-        for buffer in buffers
-    ]

@@ -78,10 +78,10 @@ class Lane:
         """Whether a gradient comes back for what it carries."""
         return jnp.issubdtype(self.aval.dtype, jnp.inexact)
 
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        """(sender, receiver) pairs for a `ppermute`."""
-        return [(s, s + 1) for s, value in enumerate(self.values) if value is not None]
+    def pairs(self, num_devices: int) -> list[tuple[int, int]]:
+        """(sender, receiver) pairs of devices for a `ppermute`; stage s lives on device s % num_devices."""
+        senders = [s for s, value in enumerate(self.values) if value is not None]
+        return sorted({(s % num_devices, (s + 1) % num_devices) for s in senders})
 
 
 @dataclass(frozen=True)

@@ -57,12 +57,14 @@ def stage_case(
     mesh: Mesh,
     num_microbatches: int,
     cut: Callable[[int, int], Sequence[int]] = even_boundaries,
+    num_stages: int | None = None,
     **options: Any,
 ) -> Pipeline:
-    """The pipeline of `fn` over the mesh, its stages between the boundaries that `cut` gives."""
+    """The pipeline of `fn` over the mesh, its stages (None: one a device) between the boundaries that `cut` gives."""
     layers = trace_case(case, fn, num_microbatches * mesh.shape.get("data", 1))
     options = {"in_axes": case.in_axes or 0, "reduce": case.reduce, **options}
-    return build_pipeline(layers, cut(len(layers), mesh.shape["stage"]), mesh, num_microbatches, **options)
+    boundaries = cut(len(layers), num_stages or mesh.shape["stage"])
+    return build_pipeline(layers, boundaries, mesh, num_microbatches, **options)
 
 
 def run_unstaged(case: Case, num_microbatches: int = 1) -> Run:
@@ -83,12 +85,16 @@ def run_unstaged(case: Case, num_microbatches: int = 1) -> Run:
 
 
 def stage_step(
-    case: Case, mesh: Mesh, num_microbatches: int, cut: Callable[[int, int], Sequence[int]] = even_boundaries
+    case: Case,
+    mesh: Mesh,
+    num_microbatches: int,
+    cut: Callable[[int, int], Sequence[int]] = even_boundaries,
+    **options: Any,
 ) -> Pipeline:
     """The pipeline of the case's `loss_and_outputs`, with its state if it has any."""
     pick = case.state
     state = {"state": lambda step: pick(step[1]), "batch_statistics": "per_microbatch"} if pick else {}
-    return stage_case(case, case.loss_and_outputs, mesh, num_microbatches, cut, **state)
+    return stage_case(case, case.loss_and_outputs, mesh, num_microbatches, cut, **state, **options)
 
 
 def run_staged(case: Case, pipeline: Pipeline) -> Run:

@@ -16,8 +16,8 @@ FLOORS = {
     3: ["__init__"],
     2: [
         (
-            "measure microbatch loop on_device forward stage_vjp training batch_roles batch_scale batch_single "
-            "batch_pairs batch_derivatives batch_elementwise batch_shapes batch_products batch_indexing batch_draws "
+            "measure microbatch loop on_device forward residuals linearize stage_vjp stash training interleaved "
+            "batch_roles batch_scale batch_single batch_pairs batch_derivatives batch_elementwise batch_shapes batch_products batch_indexing batch_draws "
             "batch_control batch_walk batch_outputs batching compiling pipeline build detect entry"
         ),
     ],
@@ -121,10 +121,18 @@ def test_planning_loads_no_jax():
     assert loaded.split() == [], f"importing {', '.join(PLANNING_MODULES)} loads {loaded.strip()}"
 
 
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """The lines of a function but for its docstring."""
+    lines = (function.end_lineno or function.lineno) - function.lineno + 1
+    first = function.body[0]
+    is_docstring = ast.get_docstring(function) is not None
+    return lines - ((first.end_lineno or first.lineno) - first.lineno + 1 if is_docstring else 0)
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_rooms_are_small(module: str):
     lines = len(PATHS[module].read_text(encoding="utf-8").splitlines())
     assert lines <= MAX_LINES, f"{module} has {lines} lines: it is two modules"
     functions = [node for node in ast.walk(parse(module)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    sizes = [(node.name, (node.end_lineno or node.lineno) - node.lineno + 1) for node in functions]
+    sizes = [(node.name, lines_of(node)) for node in functions]
     assert [pair for pair in sizes if pair[1] > MAX_FUNCTION_LINES] == []

@@ -28,9 +28,9 @@ COSTS = (
 
 
 def plan_of(partition: Any = (0, 2, 6), capacity: int | None = 20 * KIB, **fields: Any) -> Plan:
-    numbers = {"num_microbatches": 6, "num_ticks": 8, "padding_bytes": 2 * KIB, "common_layers": 1, "has_branch": True}
+    loop = {"num_devices": 2, "num_microbatches": 6, "num_ticks": 8, "common_layers": 1, "has_branch": True}
     sizes = Sizes(COSTS, "a device", "its compiler", capacity, **fields)
-    return make_plan(partition, sizes, send_bytes=[768, 0], **numbers)
+    return make_plan(partition, sizes, send_bytes=[768, 0], padding_bytes=2 * KIB, **loop)
 
 
 def rows_of(plan: Plan) -> list[list[str]]:
@@ -143,7 +143,7 @@ def damaged(change: Callable[[dict[str, Any]], Any]) -> str:
         ("{", "not JSON"),
         (plan_of().to_json()[:-9], "not JSON"),
         ("[]", "version None"),
-        (damaged(lambda fields: fields.update(version=99)), "version 99; this library reads version 1"),
+        (damaged(lambda fields: fields.update(version=99)), "version 99; this library reads version 2"),
         (damaged(lambda fields: fields.pop("version")), "version None"),
         (damaged(lambda fields: fields.pop("stages")), "A Plan has the fields"),
         (damaged(lambda fields: fields.update(colour="red")), "colour"),

@@ -60,7 +60,7 @@ def test_a_table_of_the_users_own(stage_mesh: Callable) -> None:
         check("jitted", stage_mesh(2), 8, schedule=table)
     with pytest.raises(ScheduleError):
         check("jitted", stage_mesh(2), 4, schedule=Schedule.parse(str(table).replace("1B3", ".")))
-    with pytest.raises(ValueError, match="'1f1b', 'gpipe' or a Schedule"):
+    with pytest.raises(ValueError, match="'zero_bubble' or a Schedule"):
         check("jitted", stage_mesh(2), 4, schedule="fastest")
 
 
