@@ -1,7 +1,7 @@
 """One stage's forward for one microbatch, what that stashes, and the vjp, piece by piece from the back.
 
-Each piece's vjp is taken by itself, and inside its branch: a stage's residuals are never another's. What comes out is
-the gradient of what arrived, and accumulators to which the gradients of this stage's weights were added in place.
+Each piece's vjp is taken by itself, where only its own stage runs it: a stage's residuals are never another's. What
+comes out is the gradient of what arrived, and accumulators to which the gradients of this stage's weights were added.
 
 There are two ways from forward to backward. `Recomputing` stashes what had arrived and runs the stage again from there.
 `Storing` stashes the residuals, as far as the function's own `jax.checkpoint` leaves any (`residuals.py`).
@@ -9,13 +9,12 @@ There are two ways from forward to backward. `Recomputing` stashes what had arri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from layerwise_jax.linearize import (
     Piece,
@@ -30,7 +29,11 @@ from layerwise_jax.linearize import (
 from layerwise_jax.on_device import Moment, StageOnDevice, StageResults, fill, from_wire, to_wire, wire_aval
 from layerwise_jax.residuals import StashLayout
 from layerwise_jax.schedule import Kind
+from layerwise_jax.stash import do_if
 from layerwise_jax.wiring import FromBody, FromBranch, FromLane, Source
+
+# What a piece's vjp adds to: results as they are held, gradients of what it read, accumulators by slot.
+Carry = tuple[list[Any], Any, dict[int, Any]]
 
 
 class Pulled(NamedTuple):
@@ -110,9 +113,17 @@ class StageVjp:
         into = self.of_body if isinstance(source, FromBody) else self.of_branch
         into[source.result] = into[source.result] + gradient if source.result in into else gradient
 
-    def _accumulated(self, accumulators: list[Any], gradients: dict[int, Any]) -> list[Any]:
-        """The accumulators with gradients added, given by slot."""
-        added = list(accumulators)
+    def _some(self, slots: Iterable[int]) -> dict[int, Any]:
+        """The accumulators of these slots."""
+        return {j: self.accumulators[j] for j in slots}
+
+    def _put(self, accumulators: Mapping[int, Any]) -> None:
+        for j, x in accumulators.items():
+            self.accumulators[j] = x
+
+    def _accumulated(self, accumulators: dict[int, Any], gradients: dict[int, Any]) -> dict[int, Any]:
+        """Some accumulators with gradients added, both by slot."""
+        added = dict(accumulators)
         if self.kind != "I":
             for j, gradient in gradients.items():
                 so_far = accumulators[j]
@@ -125,7 +136,7 @@ class StageVjp:
         (gradients,) = pull({j: cotangent(aval, self.of_body.get(j)) for j, aval in avals.items()})
         slots, num_weights = self.device.body_slots, self.loop.num_body_weights
         of_weights = {slots[j]: gradient for j, gradient in gradients.items() if j < num_weights}
-        self.accumulators = self._accumulated(self.accumulators, of_weights)
+        self._put(self._accumulated(self._some(of_weights), of_weights))
         for j, gradient in gradients.items():
             if j >= num_weights:
                 self._pull_read(self.wiring.body_reads[j - num_weights], gradient)
@@ -148,17 +159,16 @@ class StageVjp:
         kept = {x: results.made(source) for x, source in self.wiring.kept}
         seeds = self._seeds()
 
-        def on_last(accumulators: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        def on_last(carry: Carry) -> Carry:
             made, pull = piece.linearize(self.moment, piece.weights(self.slots), {**kept, **piece.state(self.slots)})
-            gradients, accumulators = self._pull(piece, made, pull, [seeds[p] for p in positions], accumulators)
+            gradients, accumulators = self._pull(piece, made, pull, [seeds[p] for p in positions], carry[2])
             return [to_wire(x) for x in made], [gradients[x] for x, v in kept.items() if is_inexact(v)], accumulators
 
-        def elsewhere(accumulators: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-            outputs = [fill(wire_aval(aval), 0.0) for aval in avals]
-            return outputs, [jnp.zeros_like(x) for x in kept.values() if is_inexact(x)], accumulators
-
-        is_last = self.device.stage == piece.stage
-        made, of_kept, self.accumulators = lax.cond(is_last, on_last, elsewhere, self.accumulators)
+        outputs = [fill(wire_aval(aval), 0.0) for aval in avals]
+        nothing = [jnp.zeros_like(x) for x in kept.values() if is_inexact(x)]
+        start = (outputs, nothing, self._some(piece.trained().values()))
+        made, of_kept, accumulators = do_if(self.device.stage == piece.stage, on_last, start)
+        self._put(accumulators)
         moving = [source for x, source in self.wiring.kept if is_inexact(kept[x])]
         for source, gradient in zip(moving, of_kept, strict=True):
             self._add(source, gradient)
@@ -166,22 +176,26 @@ class StageVjp:
 
     def _pull_before(self, with_results: bool) -> list[Any]:
         """Gradients of what arrived and of the branches' weights; the branches' results, if they are asked for."""
-        if not self.wiring.needs_branch:
-            return []
-        branches = [partial(self._pull_branch, s, with_results) for s in self.device.stages]
-        rows, of_lanes, self.accumulators = self.device.switch(branches, self.accumulators, dict(self.of_branch))
+        pieces = {s: before(self.device, s) for s in self.device.stages}
+        trained = {j for piece, _ in pieces.values() for j in piece.trained().values()}
+        rows = [fill(wire_aval(aval), 0.0) for aval, _ in self.wiring.branch_results] if with_results else []
+        carry = (rows, {j: jnp.zeros_like(x) for j, x in self.of_lanes.items()}, self._some(trained))
+        for s, (piece, asked) in pieces.items():
+            if asked:
+                run = partial(self._pull_piece, piece, asked, with_results)
+                carry = run(carry) if len(pieces) == 1 else do_if(self.device.stage == s, run, carry)
+        rows, of_lanes, accumulators = carry
+        self._put(accumulators)
         for j, gradient in of_lanes.items():
             self.of_lanes[j] = self.of_lanes[j] + gradient
         return self._from_rows(rows) if with_results else []
 
-    def _pull_branch(
-        self, s: int, with_results: bool, accumulators: list[Any], of_branch: dict[int, Any]
-    ) -> tuple[list[Any], dict[int, Any], list[Any]]:
-        piece, asked = before(self.device, s)
+    def _pull_piece(self, piece: Piece, asked: Sequence[int], with_results: bool, carry: Carry) -> Carry:
+        s = piece.stage
         reads = {**self.device.arrived_values(s, self.arrived), **piece.state(self.slots)}
         made, pull = piece.linearize(self.moment, piece.weights(self.slots), reads)
-        seeds = [of_branch.get(r) for r in asked]
-        gradients, accumulators = self._pull(piece, made, self._restored(s, pull), seeds, accumulators)
+        seeds = [self.of_branch.get(r) for r in asked]
+        gradients, accumulators = self._pull(piece, made, self._restored(s, pull), seeds, carry[2])
         came = {j: lane.values[s - 1] if s else None for j, lane in enumerate(self.wiring.lanes) if j in self.of_lanes}
         of_lanes = {
             j: gradients[x] if x in gradients and self.kind != "W" else jnp.zeros_like(self.of_lanes[j])
@@ -190,9 +204,9 @@ class StageVjp:
         return self._rows(asked, made) if with_results else [], of_lanes, accumulators
 
     def _pull(
-        self, piece: Piece, made: Sequence[Any], pull: Callable, seeds: Sequence[Any], accumulators: list[Any]
-    ) -> tuple[dict[Any, Any], list[Any]]:
-        """Gradients by value, and the accumulators with those of the weights."""
+        self, piece: Piece, made: Sequence[Any], pull: Callable, seeds: Sequence[Any], accumulators: dict[int, Any]
+    ) -> tuple[dict[Any, Any], dict[int, Any]]:
+        """Gradients by value, and some accumulators with those of the weights."""
         (gradients,) = pull([cotangent(jax.typeof(x), seed) for x, seed in zip(made, seeds, strict=True)])
         by_slot: dict[int, Any] = {}
         for x, j in piece.trained().items():

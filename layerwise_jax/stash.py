@@ -1,11 +1,11 @@
-"""What a device keeps from tick to tick: buffers of as many slots as a schedule needs, and outputs so far.
+"""What a device keeps from tick to tick, changed in place: buffers, outputs so far, accumulators.
 
 Every buffer has one slot more than the schedule uses: what is for no one goes there, and nothing reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,17 @@ def load(buffers: Sequence[Any], slot: Any) -> list[Any]:
     return [
         lax.dynamic_index_in_dim(buffer, jnp.where(slot < 0, buffer.shape[0] - 1, slot), 0, keepdims=False)
         for buffer in buffers
+    ]
+
+
+def do_if[T](condition: Any, run: Callable[[T], T], carry: T) -> T:
+    """`run(carry)` if the condition holds, else the carry.
+
+    A loop of one turn or none. XLA updates the carry of a loop in place, whereas a branch returns all of its results in
+    buffers of their own, so that gradients that are only handed through would be copied in every tick.
+    """
+    return lax.while_loop(lambda state: state[0], lambda state: (jnp.bool_(False), run(state[1])), (condition, carry))[
+        1
     ]
 
 

@@ -6,8 +6,8 @@ the stage, and adds the weights' part to accumulators that never leave the devic
 whatever the number of microbatches.
 
 A schedule may have several things that a device could do in a tick: stages of different chunks, all of a backward or
-one half of it. They stand under one `switch`. Where there is but one, it stands free, and an idle device computes on
-what bubbles compute on; with `skips_bubbles` it is branched around instead.
+one half of it. Each stands under a condition of its own. Where there is but one, it stands free, and an idle device
+computes on what bubbles compute on; with `skips_bubbles` it too has a condition.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from layerwise_jax.on_device import Moment, StageOnDevice, fill, from_wire, sum_
 from layerwise_jax.residuals import StashLayout
 from layerwise_jax.schedule_tables import BACKWARD_KINDS, ScheduleTables
 from layerwise_jax.stage_vjp import Pulled, Recomputing, StageVjp, Storing
-from layerwise_jax.stash import add_output, empty_buffers, load, start_output, store
+from layerwise_jax.stash import add_output, do_if, empty_buffers, load, start_output, store
 
 # Ticks of one kind (only forward, both, only backward) are a loop of their own, if that makes no more than this many.
 MOST_PHASES = 4
@@ -187,18 +187,19 @@ class _Actions:
     def forward(self, moment: Moment, now: dict[str, Any], arrived: list[Any], state: TrainingState) -> Any:
         """What goes over the lanes, new state, and what is stashed, all as they are held."""
         lanes = [wire_aval(lane.aval) for lane in self.loop.wiring.lanes]
-        held = [to_wire(state.slots[j]) for j in self.loop.state_slots]
 
-        def run(chunk: int) -> tuple[list[Any], list[Any], list[Any]]:
+        def run(chunk: int, carry: Any) -> tuple[list[Any], list[Any], list[Any]]:
+            del carry
             results, stashed = self._stage(chunk, moment, state.slots).forward(arrived)
             made = [to_wire(results.made(lane.source)) for lane in self.loop.wiring.lanes]
             return made, [to_wire(results.slots[j]) for j in self.loop.state_slots], stashed
 
-        def idle() -> tuple[list[Any], list[Any], list[Any]]:
-            stashed = [fill(jax.ShapeDtypeStruct(x.shape[1:], x.dtype), 0.0) for x in state.stash]
-            return [fill(aval, 0.0) for aval in lanes], held, stashed
-
-        return self._choose(moment, [partial(run, *key) for key in self.forwards], self._place(now, "forward"), idle)
+        idle = (
+            [fill(aval, 0.0) for aval in lanes],
+            [to_wire(state.slots[j]) for j in self.loop.state_slots],
+            [fill(jax.ShapeDtypeStruct(x.shape[1:], x.dtype), 0.0) for x in state.stash],
+        )
+        return self._do(moment, {key: partial(run, *key) for key in self.forwards}, (now["forward_chunk"],), idle)
 
     def backward(self, moment: Moment, now: dict[str, Any], state: TrainingState) -> Pulled:
         """Gradients of what arrived, accumulators and outputs, all as they are held."""
@@ -206,16 +207,15 @@ class _Actions:
         came = now["gradient_read"] >= 0  # the last stage's gradient is the loss's alone
         gradients = [jnp.where(came, g, jnp.zeros_like(g)) for g in load(state.gradients, now["gradient_read"])]
 
-        def run(chunk: int, kind: int) -> Pulled:
+        def run(chunk: int, kind: int, carry: Pulled) -> Pulled:
             stage = self._stage(chunk, moment, state.slots)
-            pulled = stage.backward(stashed, gradients, state.accumulators, BACKWARD_KINDS[kind])
+            pulled = stage.backward(stashed, gradients, carry.accumulators, BACKWARD_KINDS[kind])
             return pulled._replace(outputs=[to_wire(x) for x in pulled.outputs])
 
-        def idle() -> Pulled:
-            outputs = [fill(wire_aval(self.loop.output_aval(p)), 0.0) for p in range(len(state.outputs))]
-            return Pulled([jnp.zeros_like(g) for g in gradients], state.accumulators, outputs)
-
-        return self._choose(moment, [partial(run, *key) for key in self.backwards], self._place(now, "backward"), idle)
+        outputs = [fill(wire_aval(self.loop.output_aval(p)), 0.0) for p in range(len(state.outputs))]
+        idle = Pulled([jnp.zeros_like(g) for g in gradients], state.accumulators, outputs)
+        here = (now["backward_chunk"], now["backward_kind"])
+        return self._do(moment, {key: partial(run, *key) for key in self.backwards}, here, idle)
 
     def _stage(self, chunk: int, moment: Moment, slots: list[Any]) -> StageVjp:
         device = self.device.of_chunk(chunk)
@@ -223,19 +223,16 @@ class _Actions:
             return Recomputing(device, moment, slots, self.training.seed)
         return Storing(device, moment, slots, self.training.seed, self.layout)
 
-    def _place(self, now: dict[str, Any], direction: str) -> Any:
-        """Which of the things that a device may have to do is to be done now."""
-        if direction == "forward":
-            keys, here = self.forwards, [now["forward_chunk"]]
-        else:
-            keys, here = self.backwards, [now["backward_chunk"], now["backward_kind"]]
-        matches = [jnp.stack([x == y for x, y in zip(here, key, strict=True)]).all() for key in keys]
-        return jnp.argmax(jnp.stack(matches))
-
-    def _choose(self, moment: Moment, branches: list[Callable], place: Any, idle: Callable) -> Any:
-        if self.training.skips_bubbles:
-            return lax.switch(jnp.where(moment.is_active, place + 1, 0), [idle, *branches])
-        return branches[0]() if len(branches) == 1 else lax.switch(place, branches)
+    def _do(self, moment: Moment, runs: dict[tuple[int, ...], Callable], here: tuple[Any, ...], idle: Any) -> Any:
+        """What the one of `runs` whose key is `here` makes of `idle`; `idle` itself while the device has nothing."""
+        if len(runs) == 1 and not self.training.skips_bubbles:
+            (run,) = runs.values()
+            return run(idle)
+        done = idle
+        for key, run in runs.items():
+            matches = jnp.stack([x == y for x, y in zip(here, key, strict=True)]).all()
+            done = do_if(moment.is_active & matches, run, done)
+        return done
 
 
 def _occurring(*tables: np.ndarray) -> list[tuple[int, ...]]:

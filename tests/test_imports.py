@@ -16,9 +16,10 @@ FLOORS = {
     3: ["__init__"],
     2: [
         (
-            "measure microbatch loop on_device forward residuals linearize stage_vjp stash training interleaved "
-            "batch_roles batch_scale batch_single batch_pairs batch_derivatives batch_elementwise batch_shapes batch_products batch_indexing batch_draws "
-            "batch_control batch_walk batch_outputs batching compiling pipeline build detect entry"
+            "measure microbatch loop on_device forward residuals linearize stash stage_vjp training interleaved "
+            "batch_roles batch_scale batch_single batch_pairs batch_derivatives batch_elementwise batch_shapes "
+            "batch_products batch_indexing batch_draws batch_control batch_walk batch_outputs batching compiling "
+            "pipeline build detect entry"
         ),
     ],
     1: [
