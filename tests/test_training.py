@@ -75,24 +75,68 @@ def deep_mlp(width: int = 32, depth: int = 8) -> tuple[Callable, list[jax.Array]
     return loss, params
 
 
-def temporary_bytes(schedule: str, num_microbatches: int, mesh: Any) -> int:
-    """Workspace of one device's step; its arguments are not in it."""
+def temporary_bytes(schedule: Any, num_microbatches: int, mesh: Any, remat: Any = "stage", step: int = 2) -> int:
+    """Workspace of one device's step, `step` layers a stage; its arguments are not in it."""
     loss, params = deep_mlp()
     rows = 64
     layers = trace_layers(loss, params, jax.ShapeDtypeStruct((rows, 32), jnp.float32))
-    pipeline = build_pipeline(layers, range(0, 9, 2), mesh, num_microbatches, reduce="mean", schedule=schedule)
+    pipeline = build_pipeline(
+        layers, range(0, 9, step), mesh, num_microbatches, reduce="mean", schedule=schedule, remat=remat
+    )
     x = jax.ShapeDtypeStruct((rows * num_microbatches, 32), jnp.float32)
     compiled = jax.jit(pipeline.value_and_grad).lower(pipeline.place(params), x).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_memory_is_bounded_by_the_stash(stage_mesh: Callable) -> None:
-    """1F1B's does not grow with the microbatches; GPipe holds them all."""
-    mesh = stage_mesh(4)
-    few, many = temporary_bytes("1f1b", 8, mesh), temporary_bytes("1f1b", 64, mesh)
+@pytest.mark.parametrize(
+    ("schedule", "remat", "num_devices", "step"),
+    [("1f1b", "stage", 4, 2), ("1f1b", None, 4, 2), ("zero_bubble", None, 4, 2), ("interleaved_1f1b", "stage", 4, 1)],
+)
+def test_memory_is_bounded_by_the_stash(
+    schedule: str, remat: str | None, num_devices: int, step: int, stage_mesh: Callable
+) -> None:
+    """It does not grow with the microbatches."""
+    mesh = stage_mesh(num_devices)
+    few, many = (temporary_bytes(schedule, m, mesh, remat, step) for m in (8, 64))
     assert many <= 1.05 * few
-    activation = 64 * 32 * 4
-    assert temporary_bytes("gpipe", 64, mesh) - temporary_bytes("gpipe", 8, mesh) >= 0.9 * 56 * activation
+
+
+def test_gpipe_holds_all_microbatches(stage_mesh: Callable) -> None:
+    """What arrived, where stages are run again; what their layers made too, where residuals are stored."""
+    activation, mesh = 64 * 32 * 4, stage_mesh(4)
+    for remat, least in (("stage", 0.9), (None, 1.8)):
+        grown = temporary_bytes("gpipe", 64, mesh, remat) - temporary_bytes("gpipe", 8, mesh, remat)
+        assert grown >= least * 56 * activation
+
+
+def test_frozen_weights_have_no_gradient(stage_mesh: Callable) -> None:
+    """Nor an accumulator, where no trained weight stands at their place; the others' gradients are as ever."""
+    loss, params = deep_mlp()
+    x = jnp.asarray(np.random.default_rng(9).normal(size=(16, 32)), jnp.float32)
+    layers = trace_layers(loss, params, x[:4])
+    want = jax.grad(loss)(params, x)
+    for trained in ([i % 2 == 1 for i in range(8)], [i > 2 for i in range(8)]):
+        pipeline = build_pipeline(
+            layers, (0, 2, 4, 6, 8), stage_mesh(4), 4, reduce="mean", trainable=trained, bubble_fill=math.nan
+        )
+        assert pipeline.trainable == tuple(trained)
+        grads = pipeline.gather(compile_lightly(pipeline.value_and_grad)(pipeline.place(params), x)[1])
+        for is_trained, got, expected in zip(trained, grads, want, strict=True):
+            if is_trained:
+                assert_trees_close(got, expected, TOLERANCE)
+            else:
+                assert got.dtype == jax.dtypes.float0 or not np.any(got)
+    with pytest.raises(ValueError, match="trainable= has another tree"):
+        build_pipeline(layers, (0, 4, 8), stage_mesh(2), 4, reduce="mean", trainable=[True])
+    with pytest.raises(ValueError, match="1 among its leaves; True or False"):
+        build_pipeline(layers, (0, 4, 8), stage_mesh(2), 4, reduce="mean", trainable=lambda tree: [1 for _ in tree])
+
+
+def test_stages_go_round_the_devices_evenly(stage_mesh: Callable) -> None:
+    with pytest.raises(ValueError, match="3 stages do not go round 2 devices"):
+        check("jitted", stage_mesh(2), 2, lambda n, _: even_boundaries(n, 3), schedule="interleaved_1f1b")
+    with pytest.raises(ValueError, match="remat is 'layer'; 'stage' or None"):
+        check("jitted", stage_mesh(2), 2, remat="layer")
 
 
 def test_optimisers_that_work_leaf_by_leaf_follow_the_unstaged_run(stage_mesh: Callable) -> None:
