@@ -135,9 +135,9 @@ def test_keys_small_types_and_containers_survive(num_stages: int, stage_mesh: Ca
     )
     save_checkpoint(tmp_path, 0, save_on, save_on.place(params))
     restored = restore_checkpoint(tmp_path, restore_on).params
+    assert_same(restored, restore_on.place(params))
     assert_same(restore_on.gather(restored), params)
     assert_same(read_checkpoint(tmp_path, params).params, params)
-    np.testing.assert_array_equal(restore_on(restored, X), restore_on(restore_on.place(params), X))
 
 
 def test_a_model_of_one_array(stage_mesh: Callable, tmp_path: Path) -> None:
@@ -190,8 +190,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(stage_mesh: Callable
 
 
 def test_state_of_another_type_than_the_weights(stage_mesh: Callable, tmp_path: Path) -> None:
-    """Moments in bfloat16, a key, a hyperparameter that is a number of Python's, parts that hold nothing."""
-    four, two = stage(stage_mesh(4)), stage(stage_mesh(2))
+    """Moments in bfloat16, a key, a number of Python's, parts that hold nothing; replicas hold it all twice."""
+    four, two = stage(stage_mesh(4)), stage(stage_mesh(2, data=2), 2)
     optimizer = optax.chain(optax.adam(1e-2, mu_dtype=jnp.bfloat16), optax.add_noise(1e-3, 0.5, jax.random.key(3)))
     staged = four.place(draw())
     _, state = train(four.value_and_grad, optimizer, staged, optimizer.init(staged), 2)
@@ -225,7 +225,7 @@ def test_an_optimiser_that_moves_its_state_itself(stage_mesh: Callable, tmp_path
 def test_a_state_that_is_not_entry_by_entry_is_refused(saved: tuple[Path, Pipeline]) -> None:
     directory, pipeline = saved
     staged = pipeline.place(draw())
-    state = optax.scale_by_factored_rms(min_dim_size_to_factor=1).init(staged)
+    state = jax.eval_shape(optax.scale_by_factored_rms(min_dim_size_to_factor=1).init, staged)
     with pytest.raises(ValueError, match=r"\.v_row came with shape .* Pass the optimiser"):
         save_checkpoint(directory, 2, pipeline, staged, state)
     assert checkpoint_steps(directory) == (1,)
@@ -289,6 +289,8 @@ def test_killed_in_the_middle_of_a_save(stage_mesh: Callable, tmp_path: Path) ->
         assert_same(restore_checkpoint(directory, pipeline).params, restored.params)
 
 
+# A reader of orbax's that fails leaves tasks on a loop that has ended.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_file_that_is_gone_or_cut_off(saved: tuple[Path, Pipeline], tmp_path: Path) -> None:
     """Whichever file it is: an error that says so, or the right weights, but never others."""
     directory, pipeline = saved

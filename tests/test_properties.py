@@ -1,7 +1,7 @@
 """Whatever the program and wherever it is cut, the stages compute what the program computes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from random_programs import RandomProgram, programs
 from staging import compile_lightly
 
-from layerwise_jax.build import build_pipeline
+from layerwise_jax.build import ScheduleName, build_pipeline
 from layerwise_jax.layers import LayerSequence, trace_layers
 from layerwise_jax.stages import cut_stages, run_stage
 
@@ -78,7 +78,18 @@ def test_stages_of_many_programs_equal_them_bitwise(program: RandomProgram, data
     check_stages_equal_the_program(program, data)
 
 
-@settings(max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # to shrink takes minutes
+def draw_way(data: st.DataObject, num_stages: int, stage_mesh: Callable[..., Mesh]) -> tuple[Mesh, dict[str, Any]]:
+    """Devices for so many stages, and a way to train on them; bubbles compute on NaN unless they are skipped."""
+    schedule = data.draw(st.sampled_from(get_args(ScheduleName)), label="schedule")
+    chunks = [c for c in range(1, num_stages + 1) if num_stages % c == 0 and schedule == "interleaved_1f1b"]
+    num_devices = num_stages // data.draw(st.sampled_from(chunks or [1]), label="stages a device")
+    remat = data.draw(st.sampled_from(["stage", None]), label="remat")
+    skips = data.draw(st.booleans(), label="skips bubbles")
+    options = {"schedule": schedule, "remat": remat, "skip_bubbles": skips, "bubble_fill": float("nan")}
+    return stage_mesh(num_devices), options
+
+
+@settings(max_examples=16, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # to shrink takes minutes
 @given(programs(min_layers=3, max_layers=7), st.data())
 def test_a_compiled_pipeline_has_the_values_and_gradients_of_the_program(
     stage_mesh: Callable[..., Mesh], program: RandomProgram, data: st.DataObject
@@ -88,8 +99,8 @@ def test_a_compiled_pipeline_has_the_values_and_gradients_of_the_program(
         params, inputs = program.params(np.float64), program.inputs(EXAMPLES * count, np.float64)
         layers = trace_layers(program.loss_fn, params, *rows_of(program, inputs, 0))
         boundaries = draw_boundaries(data, len(layers), 4)
-        mesh = stage_mesh(len(boundaries) - 1)
-        pipeline = build_pipeline(layers, boundaries, mesh, count, in_axes=program.in_axes, reduce="mean")
+        mesh, options = draw_way(data, len(boundaries) - 1, stage_mesh)
+        pipeline = build_pipeline(layers, boundaries, mesh, count, in_axes=program.in_axes, reduce="mean", **options)
         value, grads = compile_lightly(pipeline.value_and_grad)(pipeline.place(params), *inputs)
         wanted = compile_lightly(jax.value_and_grad(program.loss_fn, has_aux=True))(params, *inputs)
         tolerance = 1e-4 if program.has_casts else 1e-9
