@@ -20,6 +20,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from layerwise_jax.batching import BatchError
     from layerwise_jax.build import build_pipeline
+    from layerwise_jax.checkpoint import (
+        Checkpoint,
+        checkpoint_steps,
+        read_checkpoint,
+        restore_checkpoint,
+        save_checkpoint,
+    )
+    from layerwise_jax.checkpoint_files import CheckpointError
     from layerwise_jax.cost import LayerCost
     from layerwise_jax.detect import detect_device
     from layerwise_jax.device_spec import DeviceSpec
@@ -46,6 +54,8 @@ _HOMES = {
     "detect": ("detect_device",),
     "batching": ("BatchError",),
     "stages": ("CutError",),
+    "checkpoint": ("save_checkpoint", "restore_checkpoint", "read_checkpoint", "checkpoint_steps", "Checkpoint"),
+    "checkpoint_files": ("CheckpointError",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -59,12 +69,17 @@ __all__ = [
     "solve_measured",
     "stage_mesh",
     "detect_device",
+    "save_checkpoint",
+    "restore_checkpoint",
+    "read_checkpoint",
+    "checkpoint_steps",
     "LayerSequence",
     "LayerCost",
     "Partition",
     "Pipeline",
     "Plan",
     "DeviceSpec",
+    "Checkpoint",
     "A100",
     "B200",
     "CPU",
@@ -74,6 +89,7 @@ __all__ = [
     "L40S",
     "BatchError",
     "CapacityError",
+    "CheckpointError",
     "CutError",
 ]
 

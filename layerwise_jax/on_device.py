@@ -147,10 +147,11 @@ class StageOnDevice:
                 return moment.input(j)
             case FromConstant(value):
                 return jnp.asarray(self.program.constants[value])
-            case FromLane(lane, first_input):
-                first = moment.input(first_input)
-                came = from_wire(arrived[lane], jax.typeof(first))
-                return choose(self.stage == 0, first, came) if 0 in self.stages else came
+            case FromLane(lane, first):
+                came = from_wire(arrived[lane], self.wiring.lanes[lane].aval)
+                if 0 not in self.stages:
+                    return came
+                return choose(self.stage == 0, self._body_read(first, moment, arrived, branch), came)
             case FromBranch(result):
                 return branch[result]
         raise AssertionError(f"a body cannot read {source}")

@@ -142,10 +142,13 @@ class StageVjp:
                 self._pull_read(self.wiring.body_reads[j - num_weights], gradient)
 
     def _pull_read(self, source: Source, gradient: Any) -> None:
+        """Hand a gradient on to where the body read the value; what stages do not use of it goes nowhere."""
+        if isinstance(source, FromLane):
+            if self.kind != "W":
+                self.of_lanes[source.lane] = self.of_lanes[source.lane] + gradient
+            source = source.first
         if isinstance(source, FromBranch):
             self._add(source, gradient)
-        elif isinstance(source, FromLane) and self.kind != "W":
-            self.of_lanes[source.lane] = self.of_lanes[source.lane] + gradient
 
     def _pull_after(self, results: StageResults | None) -> dict[int, Any]:
         """Outputs of what follows the last stage's body; gradients of what it reads, and of its weights."""

@@ -35,14 +35,6 @@ class FromConstant:
 
 
 @dataclass(frozen=True)
-class FromLane:
-    """What came over a lane; on the first stage an input."""
-
-    lane: int
-    first_input: int
-
-
-@dataclass(frozen=True)
 class FromBody:
     """A result of the body."""
 
@@ -54,6 +46,14 @@ class FromBranch:
     """A result of the stage's branch."""
 
     result: int
+
+
+@dataclass(frozen=True)
+class FromLane:
+    """What came over a lane; on the first stage something else."""
+
+    lane: int
+    first: FromInput | FromBranch
 
 
 Source = FromInput | FromConstant | FromLane | FromBody | FromBranch
@@ -184,9 +184,12 @@ class _Wirer:
         if all(x in self.program.constants for x in values) and self._same_constants(values):
             return FromConstant(first)
         lanes = {self._lane_into(s, x) for s, x in enumerate(rest, start=1)}
-        if first in self.inputs and len(lanes) == 1 and None not in lanes:
-            return FromLane(lanes.pop(), self.inputs[first])  # type: ignore[arg-type]
-        return self._branch_result(self.program.avals[first], list(values))
+        lane = lanes.pop() if len(lanes) == 1 else None
+        if lane is None:
+            return self._branch_result(self.program.avals[first], list(values))
+        if first in self.inputs:
+            return FromLane(lane, FromInput(self.inputs[first]))
+        return FromLane(lane, self._branch_result(self.program.avals[first], [first, *[None] * len(rest)]))
 
     def _same_constants(self, values: Sequence[Value]) -> bool:
         arrays = [self.program.constants[x] for x in values]

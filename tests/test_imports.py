@@ -19,11 +19,11 @@ FLOORS = {
             "measure microbatch loop on_device forward residuals linearize stash stage_vjp training interleaved "
             "batch_roles batch_scale batch_single batch_pairs batch_derivatives batch_elementwise batch_shapes "
             "batch_products batch_indexing batch_draws batch_control batch_walk batch_outputs batching compiling "
-            "pipeline build detect entry"
+            "pipeline checkpoint build detect entry"
         ),
     ],
     1: [
-        "modules program flatten structure layers inputs stages alignment wiring placement refusals",
+        "modules checkpoint_files program flatten structure layers inputs stages alignment wiring placement refusals",
         "report plan verdict",
         (
             "partition_checks partition_problem partition_result partition_stage partition_sweep partition_certificate "
