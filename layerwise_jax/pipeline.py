@@ -22,10 +22,12 @@ from layerwise_jax.interleaved import run_forward_in_rounds
 from layerwise_jax.layers import LayerSequence
 from layerwise_jax.loop import Loop
 from layerwise_jax.on_device import sum_dtype
+from layerwise_jax.optimizer import StagedOptimizer, stage_optimizer
 from layerwise_jax.placement import STAGE, Placement, Staged
 from layerwise_jax.plan import Plan
 from layerwise_jax.schedule import Schedule
 from layerwise_jax.schedule_tables import tables
+from layerwise_jax.train_step import TrainStep, train_step
 from layerwise_jax.training import TrainingLoop
 
 DATA = "data"
@@ -183,6 +185,14 @@ class Pipeline:
         """Outputs of all microbatches, from what was added up in the loop."""
         rows = [x if role == "rows" else x[None] for x, role in zip(outputs, self._roles, strict=True)]
         return [self._finish(position, x) for position, x in enumerate(rows)]
+
+    def optimizer(self, optimizer: Any, *, shard_over_data: bool = False) -> StagedOptimizer:
+        """An optax optimiser for placed parameters, equal to it on the user's tree: see `stage_optimizer`."""
+        return stage_optimizer(self.placement, self.trainable, self.mesh, optimizer, shard_over_data=shard_over_data)
+
+    def train_step(self, optimizer: Any, *, shard_over_data: bool = False) -> TrainStep:
+        """A jitted training step with an optax optimiser: see `TrainStep`."""
+        return train_step(self, optimizer, shard_over_data=shard_over_data)
 
     def compile(
         self, staged: Any, *inputs: Any, options: Literal["auto"] | Mapping[str, Any] | None = "auto"

@@ -16,14 +16,17 @@ FLOORS = {
     3: ["__init__"],
     2: [
         (
-            "measure microbatch loop on_device forward residuals linearize stash stage_vjp training interleaved "
-            "batch_roles batch_scale batch_single batch_pairs batch_derivatives batch_elementwise batch_shapes "
-            "batch_products batch_indexing batch_draws batch_control batch_walk batch_outputs batching compiling "
-            "pipeline checkpoint build detect entry"
+            "measure microbatch optimizer_trace optimizer_rows optimizer_run optimizer train_step loop on_device "
+            "forward residuals linearize stash stage_vjp training interleaved batch_roles batch_scale batch_single batch_pairs "
+            "batch_derivatives batch_elementwise batch_shapes batch_products batch_indexing batch_draws batch_control "
+            "batch_walk batch_outputs batching compiling pipeline checkpoint build detect entry"
         ),
     ],
     1: [
-        "modules checkpoint_files program flatten structure layers inputs stages alignment wiring placement refusals",
+        (
+            "modules checkpoint_files program flatten structure layers optimizer_program inputs stages alignment "
+            "wiring placement refusals"
+        ),
         "report plan verdict",
         (
             "partition_checks partition_problem partition_result partition_stage partition_sweep partition_certificate "
