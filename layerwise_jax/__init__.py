@@ -29,15 +29,19 @@ if TYPE_CHECKING:
     )
     from layerwise_jax.checkpoint_files import CheckpointError
     from layerwise_jax.cost import LayerCost
+    from layerwise_jax.decode import decode_ring
     from layerwise_jax.detect import detect_device
     from layerwise_jax.device_spec import DeviceSpec
     from layerwise_jax.devices import A100, B200, CPU, H100, H200, L4, L40S
     from layerwise_jax.entry import layerwise, stage_mesh
+    from layerwise_jax.generation import Generation
     from layerwise_jax.layers import LayerSequence, trace_layers
     from layerwise_jax.measure import measure_costs
     from layerwise_jax.partition import CapacityError, Partition, partition_layers, solve, solve_measured
     from layerwise_jax.pipeline import Pipeline
     from layerwise_jax.plan import Plan
+    from layerwise_jax.ring import DecodeRing
+    from layerwise_jax.sampling import Sampler
     from layerwise_jax.stages import CutError
 
 _HOMES = {
@@ -55,6 +59,10 @@ _HOMES = {
     "batching": ("BatchError",),
     "stages": ("CutError",),
     "checkpoint": ("save_checkpoint", "restore_checkpoint", "read_checkpoint", "checkpoint_steps", "Checkpoint"),
+    "decode": ("decode_ring",),
+    "ring": ("DecodeRing",),
+    "generation": ("Generation",),
+    "sampling": ("Sampler",),
     "checkpoint_files": ("CheckpointError",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -65,6 +73,7 @@ __all__ = [
     "measure_costs",
     "partition_layers",
     "build_pipeline",
+    "decode_ring",
     "solve",
     "solve_measured",
     "stage_mesh",
@@ -80,6 +89,9 @@ __all__ = [
     "Plan",
     "DeviceSpec",
     "Checkpoint",
+    "DecodeRing",
+    "Generation",
+    "Sampler",
     "A100",
     "B200",
     "CPU",

@@ -6,12 +6,13 @@ The package is written for jax 0.11.2 to 0.12.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 from jax._src import config as _config
 from jax._src import source_info_util as _source_info
+from jax._src.core import NamedAxisEffect as _NamedAxisEffect
 from jax._src.state.types import AbstractRef
 from jax.core import ShapedArray, Tracer
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
@@ -45,6 +46,11 @@ def bind(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     with _source_info.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
         out = eqn.primitive.bind(*operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def effects_but_axes(eqn: JaxprEqn, axes: Collection[str]) -> set[Any]:
+    """An equation's effects, but for that it communicates over one of these mesh axes."""
+    return {e for e in eqn.effects if not (isinstance(e, _NamedAxisEffect) and e.name in axes)}
 
 
 def avals_of(variables: Sequence[Any]) -> list[Any]:

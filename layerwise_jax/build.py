@@ -98,9 +98,8 @@ def build_pipeline(
     alignment = align_stages(layers, boundaries, stages, with_body=not new_state)
     frozen = find_frozen(layers, trainable)
     devices = order.num_devices
-    placement = assign_slots(
-        layers.program, stages, alignment, layers.signature, devices, state=new_state, frozen=frozen
-    )
+    kinds = dict.fromkeys(frozen, "frozen")
+    placement = assign_slots(layers.program, stages, alignment, layers.signature, devices, state=new_state, kinds=kinds)
     wiring = wire(layers.program, stages, alignment)
     loop = Loop(
         layers.program,

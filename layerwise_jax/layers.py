@@ -190,8 +190,8 @@ def live_bytes(program: Program, anchors: Sequence[int]) -> list[int]:
     return [int(width) for width in np.cumsum(change)]
 
 
-def find_layers(program: Program, modules: Sequence[Module]) -> tuple[Layer, ...]:
-    """The layers of a program, given the module of every parameter leaf."""
+def find_layers(program: Program, modules: Sequence[Module | None]) -> tuple[Layer, ...]:
+    """The layers of a program, given the module of every parameter leaf; None for state, which belongs to its user."""
     anchors = anchored_ops(program)
     runs = _runs_of_modules(program, anchors, modules)
     if not runs:
@@ -208,21 +208,26 @@ def find_layers(program: Program, modules: Sequence[Module]) -> tuple[Layer, ...
     )
 
 
-def _runs_of_modules(program: Program, anchors: Sequence[int], modules: Sequence[Module]) -> list[tuple[str, int, int]]:
+def _runs_of_modules(
+    program: Program, anchors: Sequence[int], modules: Sequence[Module | None]
+) -> list[tuple[str, int, int]]:
     """(module, first, last): maximal runs of anchored positions that read one module's parameters."""
     weights_of = _weights_behind(program)
     runs: list[tuple[str, int, int]] = []
     contracted: set[Weight] = set()
     for position, i in enumerate(anchors):
         op = program.ops[i]
-        weights = set().union(*(weights_of.get(x, frozenset()) for x in op.values))
+        behind = set().union(*(weights_of.get(x, frozenset()) for x in op.values))
+        weights = {weight for weight in behind if modules[weight.leaf] is not None}
         if not weights:
             continue
         contracts = op.name in CONTRACTIONS
         weight = min(weights, key=lambda w: (w.leaf, w.start or 0))
-        name = _module_name(weight, modules)
+        module = modules[weight.leaf]
+        assert module is not None
+        name = module.name if weight.start is None else f"{module.name}[{weight.start}]"
         again = contracts and bool(weights & contracted)
-        joins = modules[weight.leaf].is_bare and not contracts
+        joins = module.is_bare and not contracts
         if runs and (joins or (runs[-1][0] == name and not again)):
             runs[-1] = (runs[-1][0], runs[-1][1], position)
         else:
@@ -230,11 +235,6 @@ def _runs_of_modules(program: Program, anchors: Sequence[int], modules: Sequence
             contracted = set()
         contracted |= weights if contracts else set()
     return runs
-
-
-def _module_name(weight: Weight, modules: Sequence[Module]) -> str:
-    name = modules[weight.leaf].name
-    return name if weight.start is None else f"{name}[{weight.start}]"
 
 
 def _weights_behind(program: Program) -> dict[Value, frozenset[Weight]]:

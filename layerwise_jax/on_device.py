@@ -5,7 +5,7 @@ Random keys are held and sent as their data; `to_wire` and `from_wire` turn them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -129,13 +129,17 @@ class StageOnDevice:
         """The results of the branch alone, as they stand before the body; zeros for what `after` makes."""
         return self._run_branch(moment, arrived, slots, None)[0]
 
-    def run_body(self, moment: Moment, values: Sequence[Any]) -> dict[int, Any]:
-        """The results of the common body that anything uses, given its weights and then its reads."""
+    def run_body(self, moment: Moment, values: Sequence[Any], state: Collection[int] = ()) -> dict[int, Any]:
+        """The results of the common body that anything uses, given its weights and then its reads.
+
+        `state` are results besides, which are new state.
+        """
         shape, alignment = self.loop.alignment.parts[0].shape, self.loop.alignment
         env = moment.gate(dict(zip((*shape.weights, *shape.reads), values, strict=True)))
         env.update((value, jnp.asarray(table)[self.stage]) for value, table in alignment.varying)
-        wanted = [shape.made[j] for j in self.wiring.body_results]
-        return dict(zip(self.wiring.body_results, evaluate(alignment.body, env, wanted, moment.rows), strict=True))
+        results = sorted({*self.wiring.body_results, *state})
+        wanted = [shape.made[j] for j in results]
+        return dict(zip(results, evaluate(alignment.body, env, wanted, moment.rows), strict=True))
 
     def body_reads(self, moment: Moment, arrived: list[Any], branch: Sequence[Any]) -> list[Any]:
         """What the body reads, in the order in which it reads it."""

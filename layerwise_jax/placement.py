@@ -8,8 +8,9 @@ has nothing to put into a slot leaves zeros there, and that padding is counted. 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from layerwise_jax.program import Program, Value, Weight, nbytes
 from layerwise_jax.stages import Stage
 
 STAGE = "stage"
+DATA = "data"
+UNSHARDED = PartitionSpec()
 
 Staged = dict[str, Any]
 
@@ -96,8 +99,7 @@ class Placement:
           ValueError: the tree, or a leaf's shape or dtype, is not the traced one.
         """
         leaves = self.check(params)
-        sharding = NamedSharding(mesh, PartitionSpec(STAGE))
-        return {slot.name: self._fill(slot, leaves, sharding) for slot in self.slots}
+        return {slot.name: self.fill(slot, leaves, mesh) for slot in self.slots}
 
     def gather(self, staged: Staged) -> Any:
         """The exact inverse of `place`: the user's tree, from the first copy of every weight.
@@ -146,20 +148,43 @@ class Placement:
                     "Call pipeline.place(params) of this pipeline."
                 )
 
-    def _fill(self, slot: Slot, leaves: Sequence[Any], sharding: NamedSharding) -> Any:
-        shape = (self.num_devices, *slot.aval.shape)
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+    def fill(
+        self, slot: Slot, leaves: Sequence[Any] | Mapping[int, Any], mesh: Mesh, spec: PartitionSpec = UNSHARDED
+    ) -> Any:
+        """One slot, given all leaves of the parameters; abstract if any of its own is.
+
+        `spec` is how a row is sharded over other axes of the mesh than `stage`; the slot's type is that of a shard.
+        """
+        sharding = NamedSharding(mesh, PartitionSpec(STAGE, *spec))
+        shape = (self.num_devices, *whole_shape(slot.aval.shape, spec, mesh))
+        held = [leaves[weight.leaf] for weight in slot.weights if weight is not None]
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in held):
             return jax.ShapeDtypeStruct(shape, slot.aval.dtype, sharding=sharding)
-        empty = _zeros(slot.aval)
+        empty = np.zeros(shape[1:], slot.aval.dtype) if spec else _zeros(slot.aval)
         rows = [empty if weight is None else weight.of(leaves[weight.leaf]) for weight in slot.weights]
         if any(isinstance(row, Tracer) for row in rows):
             return jax.lax.with_sharding_constraint(jnp.stack(rows), sharding)
         shards = [
-            jax.device_put(rows[index[0].start or 0][None], device)
+            jax.device_put(_part(rows[index[0].start or 0], index[1:])[None], device)
             for device, index in sharding.addressable_devices_indices_map(shape).items()
             if index is not None
         ]
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def whole_shape(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> tuple[int, ...]:
+    """The shape of an array, given that of its shards."""
+    ways = [math.prod(mesh.shape[name] for name in _names(entry)) for entry in spec]
+    return tuple(size * way for size, way in zip(shape, [*ways, *[1] * (len(shape) - len(ways))], strict=True))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _part(array: Any, index: Sequence[slice]) -> Any:
+    """A shard of an array; the array itself where that is all of it."""
+    return array if all(i in (slice(None), slice(None, None, None)) for i in index) else array[tuple(index)]
 
 
 def _together(parts: Sequence[tuple[int, Any]]) -> Any:
@@ -201,12 +226,12 @@ def assign_slots(
     num_devices: int,
     *,
     state: Mapping[int, Weight],
-    frozen: Collection[Weight] = (),
+    kinds: Mapping[Weight, Hashable] | None = None,
 ) -> Placement:
     """Give every weight of every stage a slot.
 
-    Outside of the common body, state, what is frozen and what is trained share no slot: state changes with each
-    microbatch, and only what is trained has gradients.
+    Outside of the common body, weights share a slot with their own kind only; state, which changes with each
+    microbatch, is a kind of its own.
 
     Args:
       program: the program.
@@ -215,15 +240,14 @@ def assign_slots(
       signature: trees and types of the parameters.
       num_devices: devices of a replica.
       state: for outputs that are new values of weights, which weight.
-      frozen: the weights that are not trained.
+      kinds: the kinds of weights; those that are not in it are of one kind.
     """
-    kind_of = {**dict.fromkeys(frozen, "frozen"), **dict.fromkeys(state.values(), "state")}
+    kind_of = dict(kinds or {})
+    kind_of.update({weight: ("state", kind_of.get(weight)) for weight in state.values()})
     rows = _body_rows(program, alignment, num_devices)
     common = len(rows)
     for (value, weight), users in _odd_weights(program, stages, rows, num_devices, state).items():
-        shareable = [
-            j for j in range(common, len(rows)) if _kinds(rows[j][1], kind_of) == {kind_of.get(weight, "trained")}
-        ]
+        shareable = [j for j in range(common, len(rows)) if _kinds(rows[j][1], kind_of) == {kind_of.get(weight)}]
         slot = _free_slot(rows, shareable, program.avals[value], users, num_devices)
         for device in users:
             rows[slot][1][device] = weight
@@ -242,8 +266,8 @@ def _body_rows(program: Program, alignment: Alignment, num_devices: int) -> list
     ]
 
 
-def _kinds(weights: Sequence[Weight | None], kind_of: Mapping[Weight, str]) -> set[str]:
-    return {kind_of.get(weight, "trained") for weight in weights if weight is not None}
+def _kinds(weights: Sequence[Weight | None], kind_of: Mapping[Weight, Hashable]) -> set[Hashable]:
+    return {kind_of.get(weight) for weight in weights if weight is not None}
 
 
 def _odd_weights(

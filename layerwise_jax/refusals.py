@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from layerwise_jax._jax import AbstractRef, Literal, source_line
+from layerwise_jax._jax import AbstractRef, Literal, effects_but_axes, source_line
 from layerwise_jax.layers import LayerSequence
 from layerwise_jax.placement import STAGE
 from layerwise_jax.program import Program, Weight
@@ -35,14 +35,19 @@ def check_mesh(mesh: Mesh, num_devices: int | None) -> int:
     return mesh.shape.get("data", 1)
 
 
-def check_stageable(program: Program) -> None:
+def check_stageable(program: Program, axes: Collection[str] = ()) -> None:
     """Refuse operations that a loop over microbatches on other devices would run differently.
+
+    Args:
+      program: the program.
+      axes: mesh axes over which it may communicate: those inside a stage.
 
     Raises:
       CutError: an effect (a print, a callback) or a sharding that names devices.
     """
     for op in program.ops:
-        if op.eqn.effects and not any(isinstance(aval, AbstractRef) for aval in _avals(program, op)):
+        effects = effects_but_axes(op.eqn, axes)
+        if effects and not any(isinstance(aval, AbstractRef) for aval in _avals(program, op)):
             raise CutError(
                 f"{op.name} at {source_line(op.eqn)} has an effect; in a pipeline it would run once a tick and device, "
                 "idle ticks included. Remove it from the function that is staged."

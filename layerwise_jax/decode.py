@@ -1,0 +1,131 @@
+"""The decode ring: tokens are generated with every layer's cache on its own stage, in one `shard_map` program.
+
+    ring = lw.decode_ring(step_fn, params, cache, group_size=8)
+    staged = ring.place(params)
+    generation = ring.generate(staged, prompts, max_new_tokens=100)
+
+As many groups of sequences are in flight as there are stages, so that in every tick every stage works on another group;
+`ring_loop.py` draws it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from layerwise_jax._jax import is_key
+from layerwise_jax.entry import stage_mesh
+from layerwise_jax.inner_sharding import InnerSharding
+from layerwise_jax.layers import LayerSequence
+from layerwise_jax.measure import measured_by_shape
+from layerwise_jax.partition import partition_layers
+from layerwise_jax.placement import DATA, STAGE
+from layerwise_jax.plan import Plan, make_plan
+from layerwise_jax.program import nbytes
+from layerwise_jax.refusals import check_mesh
+from layerwise_jax.ring import DecodeRing
+from layerwise_jax.ring_loop import RingLoop
+from layerwise_jax.sampling import Sampler
+from layerwise_jax.step_program import StepFunction, check_rows, own_bytes, stage_step, trace_step
+
+# What stages have of their own is run by all and selected, rather than branched to, if its weights are no more bytes: a
+# branch takes some 15 us on a GPU, in which an H200 reads 60 MB.
+MOST_SELECTED_BYTES = 16 * 2**20
+
+
+def decode_ring(
+    step_fn: StepFunction,
+    params: Any,
+    cache: Any,
+    *,
+    group_size: int,
+    num_groups: int | None = None,
+    mesh: Mesh | None = None,
+    num_stages: int | None = None,
+    partition: Any = None,
+    sampler: Sampler | None = None,
+    stop_tokens: Sequence[int] = (),
+    pad_token: int = 0,
+    selects: bool | None = None,
+    param_specs: Any = None,
+    cache_specs: Any = None,
+) -> DecodeRing:
+    """Make a step of token generation run as a ring of stages.
+
+    Args:
+      step_fn: `step_fn(params, cache, tokens, positions) -> (logits, cache)` for int32[sequences] tokens at
+        int32[sequences] positions: logits are float[sequences, vocabulary], the cache comes back with the same types.
+      params: its parameters, arrays or `jax.ShapeDtypeStruct`.
+      cache: the cache of one group as it is before the first token, likewise; types alone stand for zeros. Every leaf
+        belongs to one layer.
+      group_size: sequences of a group, the rows of `tokens`.
+      num_groups: groups in flight; None for as many as there are stages, which keeps all of them busy.
+      mesh: a mesh with an axis `stage`; None for one of the first local devices.
+      num_stages: stages; None for as many as there are devices on the mesh, or as there are layers.
+      partition: a `Partition` of the step's layers, or its boundaries; None balances bytes of weights and cache.
+      sampler: how tokens are drawn from logits; None for the likeliest.
+      stop_tokens: tokens that end a sequence, themselves included in it.
+      pad_token: what an ended sequence is given from then on.
+      selects: whether what only some stages have (an embedding, a head) is run by all of them and selected. That takes
+        no branch, but reads its weights on every device. None decides by their size.
+      param_specs: where the mesh has more axes than `stage`, how parameters are sharded over them inside a stage: a
+        tree of `PartitionSpec`, or a prefix of one. The step is then written for shards, with collectives of its own
+        over these axes, and returns the same logits on all of them; `params` and `cache` are whole.
+      cache_specs: likewise for the cache.
+
+    Raises:
+      ValueError, CutError, BatchError: what came, what was wanted, and what to do.
+    """
+    _check(group_size, num_groups, mesh, cache)
+    sharding = InnerSharding.of(mesh, (params, cache), (param_specs, cache_specs))
+    layers, state = trace_step(step_fn, sampler or Sampler(), *sharding.shards, group_size, sharding.axes)
+    num_stages = _num_stages(mesh, num_stages, partition, len(layers))
+    mesh = mesh or stage_mesh(num_stages)
+    cut = partition_layers(measured_by_shape(layers).costs, num_stages) if partition is None else partition
+    if not sharding.axes:  # a step with collectives cannot be traced on the batch of all groups to compare
+        check_rows(step_fn, params, cache, group_size, num_groups or num_stages)
+    kinds = {weight: sharding.specs[weight.leaf] for weight in layers.program.weights.values()}
+    step = stage_step(layers, state, tuple(getattr(cut, "boundaries", cut)), kinds, sharding.axes)
+    selecting = own_bytes(step.loop) <= MOST_SELECTED_BYTES if selects is None else selects
+    specs = sharding.of_slots(step.loop.placement)
+    loop = RingLoop(step, num_groups or num_stages, selecting, specs, tuple(stop_tokens), pad_token)
+    return DecodeRing(layers, mesh, loop, _plan(layers, cut, loop), sharding, group_size, cache)
+
+
+def _check(group_size: int, num_groups: int | None, mesh: Mesh | None, cache: Any) -> None:
+    if group_size < 1 or (num_groups is not None and num_groups < 1):
+        raise ValueError(f"group_size is {group_size}, num_groups {num_groups}; at least one of each is wanted.")
+    if mesh is not None and mesh.shape.get(DATA, 1) > 1:
+        raise ValueError(
+            f"The mesh has {mesh.shape[DATA]} replicas on the axis 'data'. Sequences need nothing of each other: make "
+            "a ring for each replica, and give each its share of the prompts."
+        )
+    if any(is_key(leaf) for leaf in jax.tree.leaves(cache) if hasattr(leaf, "dtype")):
+        raise ValueError("The cache holds random keys; give them to generate(keys=...), a key a sequence, instead.")
+
+
+def _num_stages(mesh: Mesh | None, num_stages: int | None, partition: Any, num_layers: int) -> int:
+    boundaries = getattr(partition, "boundaries", partition)
+    wanted = len(boundaries) - 1 if boundaries is not None else num_stages
+    if mesh is not None:
+        check_mesh(mesh, wanted)
+        return mesh.shape[STAGE]
+    return wanted or min(jax.local_device_count(), num_layers)
+
+
+def _plan(layers: LayerSequence, cut: Any, ring: RingLoop) -> Plan:
+    loop = ring.loop
+    return make_plan(
+        cut,
+        measured_by_shape(layers),
+        send_bytes=[sum(nbytes(loop.program.avals[x]) for x in stage.sends) for stage in loop.stages],
+        num_devices=loop.num_devices,
+        num_microbatches=ring.num_groups,
+        num_ticks=ring.length,
+        padding_bytes=loop.placement.padding_bytes,
+        common_layers=loop.alignment.num_layers,
+        has_branch=loop.wiring.needs_branch and not ring.selects,
+    )

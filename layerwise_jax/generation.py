@@ -1,0 +1,209 @@
+"""Generating for any number of prompts: sequences take places in the ring, and leave them when they end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from rich.progress import Progress
+
+from layerwise_jax.placement import Staged
+
+class Ring(Protocol):
+    """What generating needs of a ring: see `DecodeRing`."""
+
+    @property
+    def num_groups(self) -> int: ...
+
+    @property
+    def num_sequences(self) -> int: ...
+
+    @property
+    def keeps_rows(self) -> bool: ...
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]: ...
+
+    group_size: int
+
+    def start(self, tokens: Any, positions: Any, keys: Any) -> Any: ...
+
+    def compiled(self, staged: Staged, places: Any, steps: int) -> Any: ...
+
+    def restart(self, places: Any, mask: Any, tokens: Any, positions: Any, keys: Any) -> Any: ...
+
+    def __call__(self, staged: Staged, places: Any, forced: Any) -> tuple[Any, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated, and how fast; compiling is not in the times.
+
+    Attributes:
+      tokens: for every prompt, the new tokens.
+      steps: steps of every group, those in which prompts were read included.
+      seconds: what the steps took.
+    """
+
+    tokens: tuple[np.ndarray, ...]
+    steps: int
+    seconds: float
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all sequences."""
+        return sum(len(tokens) for tokens in self.tokens)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """TPS: new tokens of all sequences, over the time of all steps."""
+        return self.num_tokens / self.seconds
+
+    @property
+    def seconds_per_token(self) -> float:
+        """1 / TPS. This is not the time that a reader waits for the next token: see `inter_token_latency`."""
+        return self.seconds / self.num_tokens
+
+    @property
+    def inter_token_latency(self) -> float:
+        """Seconds between two tokens of one sequence: the time of a step, in which every sequence gets one."""
+        return self.seconds / self.steps
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_tokens:,} tokens of {len(self.tokens)} sequences in {self.seconds:.3f} s: "
+            f"{self.tokens_per_second:,.1f} tokens/s (1/TPS {self.seconds_per_token * 1e3:.4f} ms), "
+            f"{self.inter_token_latency * 1e3:.3f} ms between two tokens of a sequence"
+        )
+
+
+@dataclass(eq=False)
+class _Running:
+    """A sequence in a place of the ring."""
+
+    index: int
+    prompt: np.ndarray
+    position: int = 0
+    new: list[int] = field(default_factory=list)
+    is_done: bool = False
+
+    def forced(self, steps: int) -> np.ndarray:
+        """What of the prompt stands at the next positions, -1 beyond it."""
+        ahead = self.prompt[self.position + 1 : self.position + 1 + steps]
+        return np.concatenate([ahead, np.full(steps - len(ahead), -1, np.int32)])
+
+    def take(self, tokens: np.ndarray, max_new_tokens: int, stop_tokens: Sequence[int]) -> None:
+        """Go on by these tokens, those of the prompt included."""
+        for token in tokens:
+            self.position += 1
+            if self.is_done or self.position < len(self.prompt):
+                continue
+            self.new.append(int(token))
+            self.is_done = len(self.new) >= max_new_tokens or int(token) in stop_tokens
+
+
+def generate(
+    ring: Ring,
+    staged: Staged,
+    prompts: Sequence[Any],
+    max_new_tokens: int,
+    keys: Any = None,
+    steps_per_call: int = 64,
+    progress: bool = False,
+) -> Generation:
+    """Generate `max_new_tokens` for every prompt, or fewer where a stop token comes.
+
+    Prompts are read a token a step. A sequence that has ended gives its place to the next prompt; if some of the cache
+    is not by sequences (a counter that all share), a group ends before another takes its place.
+
+    Args:
+      ring: the ring.
+      staged: its placed parameters.
+      prompts: int[length] each, of any lengths and number.
+      max_new_tokens: new tokens of a sequence.
+      keys: a random key a prompt; None where nothing is drawn.
+      steps_per_call: steps between two looks at which sequences have ended.
+      progress: whether to show a progress bar.
+
+    Raises:
+      ValueError: an empty prompt, no prompt, fewer than one new token, or keys missing or of another number.
+    """
+    waiting = [_Running(i, np.asarray(prompt, np.int32)) for i, prompt in enumerate(prompts)]
+    key_data = _check(ring, waiting, max_new_tokens, keys)
+    longest = max(len(sequence.prompt) for sequence in waiting) - 1 + max_new_tokens
+    steps = min(steps_per_call, longest)
+    queue = iter(waiting)
+    places: list[_Running | None] = [next(queue, None) for _ in range(ring.num_sequences)]
+    held = ring.start(*_first(ring, places, key_data))
+    ring.compiled(staged, held, steps)
+    calls, seconds = 0, 0.0
+    with Progress(disable=not progress) as bar:
+        task = bar.add_task("tokens", total=max_new_tokens * len(waiting))
+        while any(sequence and not sequence.is_done for sequence in places):
+            started = time.perf_counter()
+            held, tokens = ring(staged, held, _forced(ring, places, steps))
+            seconds += time.perf_counter() - started
+            calls += 1
+            for sequence, row in zip(places, np.moveaxis(tokens, 0, -1).reshape(len(places), steps), strict=True):
+                if sequence:
+                    sequence.take(row, max_new_tokens, ring.stop_tokens)
+            bar.update(task, completed=sum(len(sequence.new) for sequence in waiting))
+            mask = _replace(ring, places, queue)
+            if mask.any():
+                held = ring.restart(held, mask, *_first(ring, places, key_data))
+    return Generation(tuple(np.asarray(s.new, np.int32) for s in waiting), calls * steps, seconds)
+
+
+def _check(ring: Ring, waiting: Sequence[_Running], max_new_tokens: int, keys: Any) -> np.ndarray | None:
+    """The key data of every prompt, if all is as it should be."""
+    if not waiting or max_new_tokens < 1:
+        raise ValueError(
+            f"{len(waiting)} prompts and {max_new_tokens} new tokens came; at least one of each is wanted."
+        )
+    for sequence in waiting:
+        if sequence.prompt.ndim != 1 or not len(sequence.prompt):
+            raise ValueError(f"Prompt {sequence.index} has shape {sequence.prompt.shape}; int[1 or more] is wanted.")
+    if keys is None:
+        return None
+    data = np.asarray(jax.random.key_data(keys))
+    if len(data) != len(waiting):
+        raise ValueError(f"{len(data)} keys came for {len(waiting)} prompts; one each is wanted.")
+    return data
+
+
+def _first(ring: Ring, places: Sequence[_Running | None], key_data: np.ndarray | None) -> tuple[Any, Any, Any]:
+    """The next token, its position and the key of every place."""
+    shape = (ring.num_groups, ring.group_size)
+    positions = np.asarray([sequence.position if sequence else 0 for sequence in places], np.int32)
+    tokens = [s.prompt[s.position] if s and s.position < len(s.prompt) else 0 for s in places]
+    keys = None
+    if key_data is not None:
+        rows = np.stack([key_data[sequence.index if sequence else 0] for sequence in places])
+        keys = jax.random.wrap_key_data(rows.reshape(*shape, *rows.shape[1:]))
+    return np.asarray(tokens, np.int32).reshape(shape), positions.reshape(shape), keys
+
+
+def _forced(ring: Ring, places: Sequence[_Running | None], steps: int) -> np.ndarray:
+    nothing = np.full(steps, -1, np.int32)
+    rows = np.stack([sequence.forced(steps) if sequence else nothing for sequence in places])
+    return np.moveaxis(rows.reshape(ring.num_groups, ring.group_size, steps), -1, 0)
+
+
+def _replace(ring: Ring, places: list[_Running | None], queue: Iterator[_Running]) -> np.ndarray:
+    """Give places that are free to the next sequences; which ones, bool[groups, sequences]."""
+    free = np.asarray([sequence is None or sequence.is_done for sequence in places])
+    free = free.reshape(ring.num_groups, ring.group_size)
+    if not ring.keeps_rows:
+        free &= free.all(axis=1, keepdims=True)
+    taken = np.zeros(free.size, bool)
+    for place in np.flatnonzero(free):
+        sequence = next(queue, None)
+        if sequence is None:
+            break
+        places[place], taken[place] = sequence, True
+    taken = taken.reshape(free.shape)
+    return taken if ring.keeps_rows else free & taken.any(axis=1, keepdims=True)

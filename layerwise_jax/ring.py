@@ -1,0 +1,242 @@
+"""A ring of stages that generates tokens: its weights placed, its groups started, its program compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from layerwise_jax.generation import Generation, generate
+from layerwise_jax.inner_sharding import InnerSharding
+from layerwise_jax.layers import LayerSequence
+from layerwise_jax.placement import STAGE, Staged
+from layerwise_jax.plan import Plan
+from layerwise_jax.ring_loop import Places, RingLoop
+from layerwise_jax.ring_state import (
+    by_arrival,
+    from_arrival,
+    gather_cache,
+    place_caches,
+    restarted,
+    rotated,
+    start_places,
+)
+from layerwise_jax.step_program import KEYS
+
+
+@dataclass(eq=False)
+class DecodeRing:
+    """A step of token generation run as a ring.
+
+    Attributes:
+      layers: the layers of the step, the sampler in the last.
+      mesh: the mesh.
+      ring: the loop.
+      plan: its stages; a microbatch of the plan is a group.
+      sharding: how parameters and cache are sharded inside a stage.
+      group_size: sequences of a group.
+      cache: the first cache of a group.
+    """
+
+    layers: LayerSequence
+    mesh: Mesh
+    ring: RingLoop
+    plan: Plan
+    sharding: InnerSharding
+    group_size: int
+    cache: Any
+    _compiled: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_params(self) -> int:
+        """Leaves of the parameters; those of the cache are counted on from there."""
+        return self.sharding.num_params
+
+    @property
+    def num_groups(self) -> int:
+        """Groups in flight."""
+        return self.ring.num_groups
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in flight."""
+        return self.num_groups * self.group_size
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a sequence."""
+        return self.ring.stop_tokens
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether sequences can come and go one by one; else a group starts and ends together."""
+        return self.ring.step.keeps_rows
+
+    def place(self, params: Any) -> Staged:
+        """Every stage's weights on its own device: see `Placement.place`. The cache is not among them."""
+        placement, state = self.ring.loop.placement, set(self.ring.loop.state_slots)
+        leaves = self.sharding.check(params)
+        return {
+            slot.name: placement.fill(slot, leaves, self.mesh, self.ring.specs.get(j, PartitionSpec()))
+            for j, slot in enumerate(placement.slots)
+            if j not in state
+        }
+
+    def start(self, tokens: Any, positions: Any = 0, keys: Any = None, caches: Sequence[Any] | None = None) -> Places:
+        """All groups before their first step.
+
+        Args:
+          tokens: int[groups, sequences], the first token of every sequence.
+          positions: where they stand, likewise or one number.
+          keys: random keys [groups, sequences]; None where nothing is drawn.
+          caches: every group's cache, where there is something in it already; None for the first cache.
+        """
+        shape = (self.num_groups, self.group_size)
+        tokens = np.asarray(tokens, np.int32)
+        if tokens.shape != shape:
+            raise ValueError(f"tokens came as {list(tokens.shape)}; [groups, sequences] = {list(shape)} is wanted.")
+        held = [self.cache] * self.num_groups if caches is None else list(caches)
+        if len(held) != self.num_groups:
+            raise ValueError(f"{len(held)} caches came for {self.num_groups} groups; one each is wanted.")
+        return start_places(
+            self.ring,
+            self.mesh,
+            tokens,
+            np.broadcast_to(np.asarray(positions, np.int32), shape),
+            self._key_data(keys),
+            [self._by_leaf(cache) for cache in held],
+        )
+
+    def _key_data(self, keys: Any) -> np.ndarray:
+        aval = self.layers.signature.inputs_avals[KEYS]
+        if keys is None:
+            return np.zeros((self.num_groups, *aval.shape), aval.dtype)
+        return np.asarray(jax.random.key_data(keys)).reshape(self.num_groups, *aval.shape)
+
+    def _by_leaf(self, cache: Any) -> dict[int, Any]:
+        leaves, tree = jax.tree.flatten(cache)
+        if tree != jax.tree.structure(self.cache):
+            raise ValueError(f"A cache came as {tree}; {jax.tree.structure(self.cache)} is wanted.")
+        return {self.num_params + i: leaf for i, leaf in enumerate(leaves)}
+
+    def __call__(self, staged: Staged, places: Places, forced: Any) -> tuple[Places, np.ndarray]:
+        """Generate a token for every sequence, as often as `forced` has steps. The places are donated.
+
+        Args:
+          staged: what `place` returned.
+          places: what `start` or the last call returned.
+          forced: int32[steps, groups, sequences]: what stands there in a prompt, or -1.
+
+        Returns:
+          The places afterwards. Tokens int32[steps, groups, sequences], `forced` ones included.
+        """
+        wanted = np.asarray(forced, np.int32)
+        places, arrived = self.compiled(staged, places, wanted.shape[0])(
+            self._slots(staged), places, by_arrival(self.ring, wanted, -1)
+        )
+        return places, from_arrival(self.ring, np.asarray(arrived.addressable_shards[0].data)[0])
+
+    def compiled(self, staged: Staged, places: Places, steps: int) -> Any:
+        """The program of so many steps, compiled the first time that it is asked for."""
+        if steps not in self._compiled:
+            forced = jax.ShapeDtypeStruct((steps + 1, self.ring.length, self.group_size), jnp.int32)
+            self._compiled[steps] = self._program.lower(self._slots(staged), places, forced).compile()
+        return self._compiled[steps]
+
+    def _slots(self, staged: Staged) -> list[Any]:
+        names = [
+            slot.name for j, slot in enumerate(self.ring.loop.placement.slots) if j not in self.ring.loop.state_slots
+        ]
+        if not isinstance(staged, dict) or set(staged) != set(names):
+            raise ValueError("These are not this ring's placed parameters. Call ring.place(params) first.")
+        return [staged[name] for name in names]
+
+    @cached_property
+    def _program(self) -> Any:
+        """(weights, places, forced) to (places, tokens by arrival), jitted over the mesh."""
+        by_stage = PartitionSpec(STAGE)
+        specs = [PartitionSpec(STAGE, *self.ring.specs.get(j, ())) for j in range(len(self.ring.loop.placement.slots))]
+        state = set(self.ring.loop.state_slots)
+        rows: list[Any] = [by_stage] * self.ring.length
+        places = Places([{j: specs[j] for j in state}] * self.ring.length, rows, rows, rows, rows)
+        mapped = jax.shard_map(
+            self._on_device,
+            mesh=self.mesh,
+            in_specs=([spec for j, spec in enumerate(specs) if j not in state], places, PartitionSpec()),
+            out_specs=(places, by_stage),
+            check_vma=False,
+        )
+        return jax.jit(mapped, donate_argnums=1)
+
+    def _on_device(self, weights: list[Any], places: Places, forced: Any) -> tuple[Places, Any]:
+        rows = iter(weights)
+        state = set(self.ring.loop.state_slots)
+        slots = [
+            None if j in state else lax.squeeze(next(rows), (0,)) for j in range(len(self.ring.loop.placement.slots))
+        ]
+        local = jax.tree.map(lambda x: lax.squeeze(x, (0,)), places)
+        after, tokens = self.ring.run(slots, local, forced)
+        return jax.tree.map(lambda x: lax.expand_dims(x, (0,)), after), tokens[None]
+
+    def restart(self, places: Places, mask: Any, tokens: Any, positions: Any, keys: Any = None) -> Places:
+        """The places with new sequences where `mask` is true. The places are donated.
+
+        Args:
+          places: the places.
+          mask: bool[groups, sequences]; whole groups unless the ring keeps rows.
+          tokens: int32[groups, sequences], the first tokens of the new sequences.
+          positions: where they stand, likewise.
+          keys: random keys [groups, sequences].
+        """
+        fresh = Places(
+            caches=[],
+            tokens=rotated(self.ring, self.mesh, np.asarray(tokens, np.int32)),
+            positions=rotated(self.ring, self.mesh, np.asarray(positions, np.int32)),
+            keys=rotated(self.ring, self.mesh, self._key_data(keys)),
+            done=rotated(self.ring, self.mesh, np.zeros((self.num_groups, self.group_size), bool)),
+        )
+        return self._restart(rotated(self.ring, self.mesh, np.asarray(mask, bool)), places, fresh, self._first_cache)
+
+    @cached_property
+    def _first_cache(self) -> dict[int, Any] | None:
+        """The first cache, a row a stage; None if it is all zeros."""
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.cache)):
+            return None
+        everywhere = [self._by_leaf(self.cache)] * self.num_groups
+        return place_caches(self.ring, self.mesh, self.ring.loop.num_stages - 1, everywhere)
+
+    @cached_property
+    def _restart(self) -> Any:
+        def restart(mask: Any, places: Places, fresh: Places, first: Any) -> Places:
+            def initial(slot: int) -> Any:
+                return jnp.zeros_like(places.caches[0][slot]) if first is None else first[slot]
+
+            return restarted(self.ring, initial, mask, places, fresh)
+
+        return jax.jit(restart, donate_argnums=1)
+
+    def gather_cache(self, places: Places, group: int) -> Any:
+        """One group's cache as the user's tree."""
+        found = gather_cache(self.ring, places, group)
+        leaves, tree = jax.tree.flatten(self.cache)
+        return jax.tree.unflatten(tree, [found[self.num_params + i] for i in range(len(leaves))])
+
+    def generate(
+        self,
+        staged: Staged,
+        prompts: Sequence[Any],
+        max_new_tokens: int,
+        *,
+        keys: Any = None,
+        steps_per_call: int = 64,
+        progress: bool = False,
+    ) -> Generation:
+        """Generate for any number of prompts: see `generate`."""
+        return generate(self, staged, prompts, max_new_tokens, keys, steps_per_call, progress)

@@ -1,0 +1,233 @@
+"""A step of token generation as a program whose cache is state: traced, cut into stages, placed and wired.
+
+    step_fn(params, cache, tokens, positions) -> (logits, cache)
+
+The cache is placed with the stage that reads it, as weights are, and each stage's part of it is replaced in every
+tick. What the sampler makes of the logits belongs to the last layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layerwise_jax import _jax
+from layerwise_jax.alignment import align_stages
+from layerwise_jax.batching import BatchError, analyse_batching
+from layerwise_jax.flatten import flatten
+from layerwise_jax.layers import LayerSequence, Signature, find_layers, trace_layers
+from layerwise_jax.loop import Loop
+from layerwise_jax.modules import modules_of, path_names
+from layerwise_jax.placement import assign_slots
+from layerwise_jax.program import Operand, Weight, nbytes
+from layerwise_jax.refusals import check_stageable, check_state
+from layerwise_jax.sampling import Sampler
+from layerwise_jax.stages import CutError, Stage, cut_stages
+from layerwise_jax.wiring import wire
+
+StepFunction = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+
+# What goes into a step besides parameters and cache, in this order.
+TOKENS, POSITIONS, KEYS = range(3)
+
+
+@dataclass(frozen=True, eq=False)
+class StepProgram:
+    """A step, cut into stages.
+
+    Attributes:
+      loop: its stages, wiring and placement; the cache is among the weights, as state.
+      body_state: for slots of the common body that hold cache, which result of the body replaces it.
+      own_state: for every stage, the slots of cache that its own operations replace, and by which values.
+      keeps_rows: whether every leaf of the cache has a row a sequence, so that sequences can come and go one by one.
+    """
+
+    loop: Loop
+    body_state: Mapping[int, int]
+    own_state: Sequence[Mapping[int, Operand]]
+    keeps_rows: bool
+
+
+def trace_step(
+    step_fn: StepFunction,
+    sampler: Sampler,
+    params: Any,
+    cache: Any,
+    num_sequences: int,
+    axes: Mapping[str, int] | None = None,
+) -> tuple[LayerSequence, dict[int, Weight]]:
+    """The layers of a step followed by the sampler, and which outputs are new values of the cache.
+
+    Args:
+      step_fn: the step.
+      sampler: draws the next tokens.
+      params, cache: trees of arrays or `jax.ShapeDtypeStruct`; the cache of one group of sequences.
+      num_sequences: sequences of a group.
+      axes: the mesh axes, with their sizes, over which the step has collectives of its own.
+
+    Raises:
+      ValueError: the step does not return logits float[sequences, vocabulary] and a cache like the one that it got.
+    """
+
+    def step(both: Any, tokens: Any, positions: Any, keys: Any) -> tuple[Any, Any]:
+        logits, new = step_fn(*both, tokens, positions)
+        _check_step(logits, new, both[1], num_sequences)
+        return sampler(logits, keys, positions), new
+
+    both = (params, cache)
+    inputs = step_inputs(num_sequences)
+    paths, leaves, tree = _jax.key_paths(both)
+    traced = jax.make_jaxpr(step, axis_env=list((axes or {}).items()), return_shape=True)
+    jaxpr, outputs = traced(both, *inputs)
+    program = flatten(jaxpr, len(leaves))
+    output_leaves, outputs_tree = jax.tree.flatten(outputs)
+    avals = [var.aval for var in jaxpr.invars]
+    signature = Signature(
+        params_tree=tree,
+        params_avals=tuple(avals[: len(leaves)]),
+        params_paths=tuple(paths),
+        inputs_tree=jax.tree.structure(inputs),
+        inputs_avals=tuple(avals[len(leaves) :]),
+        outputs_tree=outputs_tree,
+        outputs_avals=tuple(output_leaves),
+    )
+    num_params = len(jax.tree.leaves(params))
+    modules = modules_of([path_names(path[1:]) for path in paths[:num_params]])
+    layers = find_layers(program, [*modules, *[None] * (len(leaves) - num_params)])
+    sequence = LayerSequence(step, program, layers, signature)
+    return sequence, _find_cache(sequence, num_params)
+
+
+def step_inputs(num_sequences: int) -> tuple[Any, Any, Any]:
+    """Types of tokens, positions and key data."""
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    ints = jax.ShapeDtypeStruct((num_sequences,), jnp.int32)
+    return ints, ints, jax.ShapeDtypeStruct((num_sequences, *key.shape), key.dtype)
+
+
+def _check_step(logits: Any, new: Any, cache: Any, num_sequences: int) -> None:
+    if getattr(logits, "ndim", None) != 2 or logits.shape[0] != num_sequences:
+        came = f"{logits.dtype}{list(logits.shape)}" if hasattr(logits, "shape") else type(logits).__name__
+        raise ValueError(
+            f"The step returned {came} for logits; float[{num_sequences}, vocabulary] is wanted: one row a sequence, "
+            "for the one token that it was given."
+        )
+    came, wanted = (jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree) for tree in (new, cache))
+    if jax.tree.structure(new) != jax.tree.structure(cache) or came != wanted:
+        raise ValueError(f"The step returned another cache than it got.\n  came:   {came}\n  wanted: {wanted}")
+
+
+def _find_cache(layers: LayerSequence, num_params: int) -> dict[int, Weight]:
+    """Outputs that replace a leaf of the cache; leaves that come back as they were are no state."""
+    program = layers.program
+    held = {weight.leaf: (value, weight) for value, weight in program.weights.items() if weight.start is None}
+    found = {}
+    for position in range(1, len(program.outputs)):
+        leaf = num_params + position - 1
+        if leaf not in held:
+            raise CutError(
+                f"The cache{layers.signature.params_names[leaf][3:]} is stacked over layers, which live on several "
+                "stages. Give every layer a leaf of its own."
+            )
+        value, weight = held[leaf]
+        if program.outputs[position] != value:
+            found[position] = weight
+    return found
+
+
+def stage_step(
+    layers: LayerSequence,
+    cache: Mapping[int, Weight],
+    boundaries: Sequence[int],
+    kinds: Mapping[Weight, Hashable] | None = None,
+    axes: Collection[str] = (),
+) -> StepProgram:
+    """The step cut at `boundaries`, its stages aligned, placed and wired.
+
+    Weights of different kinds share no slot; the step may communicate over `axes`.
+
+    Raises:
+      CutError: a later stage reads the tokens again, or a part of the cache is used on two stages.
+    """
+    check_stageable(layers.program, axes)
+    stages = cut_stages(layers, boundaries)
+    check_state(dict(cache), stages)
+    _check_tokens(layers, stages)
+    alignment = align_stages(layers, boundaries, stages)
+    num_stages = len(stages)
+    placement = assign_slots(layers.program, stages, alignment, layers.signature, num_stages, state=cache, kinds=kinds)
+    shown = [replace(stage, outputs={p: x for p, x in stage.outputs.items() if p == 0}) for stage in stages]
+    wiring = wire(replace(layers.program, outputs=layers.program.outputs[:1]), shown, alignment)
+    loop = Loop(
+        layers.program, stages, alignment, wiring, placement, num_stages, 1, (None,) * 3, dict(cache), frozenset()
+    )
+    body, own = _split_state(loop)
+    avals = [
+        layers.program.avals[value] for value, weight in layers.program.weights.items() if weight in cache.values()
+    ]
+    num_sequences = layers.signature.inputs_avals[TOKENS].shape[0]
+    return StepProgram(loop, body, own, all(aval.shape[:1] == (num_sequences,) for aval in avals))
+
+
+def _check_tokens(layers: LayerSequence, stages: Sequence[Stage]) -> None:
+    tokens = layers.program.inputs[TOKENS]
+    for s, stage in enumerate(stages[1:], start=1):
+        if tokens in stage.inputs:
+            raise CutError(
+                f"Stage {s} ({stage.layers[0]} to {stage.layers[-1]}) reads the tokens, which only the first stage "
+                "has. Choose boundaries that keep every use of them in the first stage."
+            )
+
+
+def _split_state(loop: Loop) -> tuple[dict[int, int], list[dict[int, Operand]]]:
+    """What replaces the cache: results of the common body by slot, and for every stage the values of its own."""
+    body: dict[int, int] = {}
+    own: list[dict[int, Operand]] = []
+    for s, stage in enumerate(loop.stages):
+        made = {x: j for j, x in enumerate(loop.alignment.parts[s].shape.made)}
+        slot_of = loop.placement.slot_of(s)
+        new = {slot_of[loop.state[p]]: x for p, x in stage.outputs.items() if p in loop.state}
+        in_body = {j: made[x] for j, x in new.items() if j < loop.num_body_weights}  # type: ignore[index]
+        assert s == 0 or in_body == body, "equal bodies replace their caches alike"
+        body = in_body
+        own.append({j: x for j, x in new.items() if j not in in_body})
+    return body, own
+
+
+def check_rows(step_fn: StepFunction, params: Any, cache: Any, num_sequences: int, num_groups: int) -> None:
+    """Refuse a step that mixes the sequences of a batch, since groups of them are run apart.
+
+    Raises:
+      BatchError: naming the operation.
+    """
+    if num_groups == 1:
+        return
+
+    def step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
+        return step_fn(params, cache, tokens, positions)
+
+    ints = jax.ShapeDtypeStruct((num_sequences,), jnp.int32)
+    layers = trace_layers(step, params, cache, ints, ints)
+    axes = [0 if aval.shape[:1] == (num_sequences,) else None for aval in layers.signature.inputs_avals]
+    scalars = tuple(p for p, aval in enumerate(layers.signature.outputs_avals) if aval.shape[:1] != (num_sequences,))
+    try:
+        analyse_batching(layers, axes, num_groups, state=scalars)
+    except BatchError as error:
+        raise BatchError(f"The sequences of a batch are generated in {num_groups} groups. {error}") from error
+
+
+def own_bytes(loop: Loop) -> int:
+    """Bytes of the weights that stages use outside of the common body."""
+    avals = loop.program.avals
+    body = set(range(loop.num_chunks * loop.num_body_weights))
+    held = {x for s, stage in enumerate(loop.stages) for x, w in stage.weights.items()}
+    slots = [loop.placement.slot_of(s) for s in range(loop.num_stages)]
+    return sum(
+        nbytes(avals[x])
+        for x in held
+        if any(slot.get(loop.program.weights[x], -1) not in body | {-1} for slot in slots)
+    )
