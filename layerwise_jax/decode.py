@@ -84,7 +84,7 @@ def decode_ring(
     layers, state = trace_step(step_fn, sampler or Sampler(), *sharding.shards, group_size, sharding.axes)
     num_stages = _num_stages(mesh, num_stages, partition, len(layers))
     mesh = mesh or stage_mesh(num_stages)
-    cut = partition_layers(measured_by_shape(layers).costs, num_stages) if partition is None else partition
+    cut: Any = partition_layers(measured_by_shape(layers).costs, num_stages) if partition is None else partition
     if not sharding.axes:  # a step with collectives cannot be traced on the batch of all groups to compare
         check_rows(step_fn, params, cache, group_size, num_groups or num_stages)
     kinds = {weight: sharding.specs[weight.leaf] for weight in layers.program.weights.values()}
