@@ -1,0 +1,79 @@
+"""The same model layer-wise: two stages, or as many as there are devices, by the schedule 1F1B."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import layerwise_jax as lw
+from experiments.training.gpu_model import Model
+from experiments.training.gpu_strategies import Strategy
+
+
+def layer_wise(
+    model: Model,
+    devices: Sequence[Any],
+    examples: int,
+    microbatches: int,
+    remat: Literal["stage"] | None,
+    options: dict[str, Any],
+) -> Strategy:
+    """Contiguous layers on each device, balanced by their arithmetic; backward recomputes a stage or has residuals."""
+    tokens = jax.ShapeDtypeStruct((examples // microbatches, model.sequence + 1), jnp.int32)
+    layers = lw.trace_layers(model.loss, model.shapes(), tokens)
+    seconds = [_load(model, layer.name) for layer in layers.layers]
+    partition = lw.solve(seconds, None, max_stages=len(devices), exactly=True)
+    mesh = Mesh(np.array(devices), ("stage",), axis_types=(AxisType.Auto,))
+    pipeline = lw.build_pipeline(
+        layers,
+        partition,
+        mesh,
+        microbatches,
+        reduce="mean",
+        schedule="1f1b",
+        remat=remat,
+        # The analysis of microbatching cannot look into cuDNN's kernel, which treats each example alone.
+        batch_statistics="per_microbatch" if model.attention == "cudnn" else None,
+    )
+    shapes = pipeline.place(model.shapes())
+    whole = NamedSharding(mesh, PartitionSpec())
+    bubble = (len(devices) - 1) / (microbatches + len(devices) - 1)
+    backward = "backward recomputes its stage" if remat == "stage" else "residuals stored for backward"
+    return Strategy(
+        name=f"layer-wise, M = {microbatches}, {'recomputed' if remat == 'stage' else 'stored'}",
+        how=f"{len(devices)} stages, 1F1B, {microbatches} microbatches, bubble {bubble:.1%}, {backward}",
+        devices=len(devices),
+        shapes=shapes,
+        place=pipeline.place,
+        value_and_grad=pipeline.value_and_grad,
+        shardings=jax.tree.map(lambda shape: shape.sharding, shapes),
+        whole=whole,
+        tokens=whole,
+        options=options,
+        figures={
+            "microbatches": microbatches,
+            "boundaries": list(partition.boundaries),
+            "layers": [layer.name for layer in layers.layers],
+            "stage_loads": _stage_loads(seconds, partition.boundaries),
+            "body_layers": pipeline.loop.alignment.num_layers,
+            "bubble": bubble,
+            "padding_bytes": pipeline.placement.padding_bytes,
+        },
+    )
+
+
+def _load(model: Model, name: str) -> float:
+    """A layer's arithmetic, in operations a token; lookups and norms have next to none."""
+    if name.startswith("block"):
+        return model.block_flops
+    return model.logits_flops if name == "embed (use 2)" else 0.0
+
+
+def _stage_loads(loads: Sequence[float], boundaries: Sequence[int]) -> list[float]:
+    """Every stage's share of all the arithmetic."""
+    total = sum(loads)
+    return [sum(loads[start:stop]) / total for start, stop in pairwise(boundaries)]
