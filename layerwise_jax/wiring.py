@@ -16,7 +16,7 @@ import numpy as np
 
 from layerwise_jax._jax import Literal
 from layerwise_jax.alignment import Alignment
-from layerwise_jax.program import Op, Operand, Program, Value, nbytes
+from layerwise_jax.program import Op, Operand, Program, Value
 from layerwise_jax.stages import Stage
 
 
@@ -126,12 +126,6 @@ class Wiring:
     def lag(self) -> int:
         """Ticks by which the last output comes after its microbatch has left the last stage's body."""
         return max((output.lag for output in self.outputs), default=0)
-
-    def bytes_per_tick(self) -> int:
-        """Bytes that the busiest stage sends in a tick."""
-        senders = len(self.lanes[0].values) if self.lanes else 0
-        sent = [sum(nbytes(lane.aval) for lane in self.lanes if lane.values[s] is not None) for s in range(senders)]
-        return max(sent, default=0)
 
 
 def wire(program: Program, stages: Sequence[Stage], alignment: Alignment) -> Wiring:

@@ -49,8 +49,15 @@ def test_nothing_leaks_out_of_bubbles(name: str, stage_mesh: Callable) -> None:
     check(name, stage_mesh(4), 4, uneven_boundaries, bubble_fill=math.nan)
 
 
-def test_replicas_add_their_gradients(stage_mesh: Callable) -> None:
-    check("indexed", stage_mesh(4, data=2), 2)
+@pytest.mark.parametrize(
+    ("num_stages", "options"),
+    [(4, {}), (4, {"remat": None}), (8, {"schedule": "interleaved_1f1b", "remat": None})],
+)
+def test_replicas_add_their_gradients(num_stages: int, options: dict[str, Any], stage_mesh: Callable) -> None:
+    def cut(num_layers: int, _: int) -> tuple[int, ...]:
+        return even_boundaries(num_layers, num_stages)
+
+    check("indexed", stage_mesh(4, data=2), 2, cut, **options)
 
 
 def test_a_table_of_the_users_own(stage_mesh: Callable) -> None:
