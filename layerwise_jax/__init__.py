@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         save_checkpoint,
     )
     from layerwise_jax.checkpoint_files import CheckpointError
+    from layerwise_jax.comparison import Comparison, compare_dense, compare_work
+    from layerwise_jax.comparison_trace import compare, compare_decode
     from layerwise_jax.cost import LayerCost
     from layerwise_jax.decode import decode_ring
     from layerwise_jax.detect import detect_device
@@ -42,6 +44,12 @@ if TYPE_CHECKING:
     from layerwise_jax.plan import Plan
     from layerwise_jax.ring import DecodeRing
     from layerwise_jax.sampling import Sampler
+    from layerwise_jax.simulate import predict
+    from layerwise_jax.simulate_calibration import Calibration
+    from layerwise_jax.simulate_fit import fit_calibration
+    from layerwise_jax.simulate_prediction import Prediction
+    from layerwise_jax.simulate_strategy import Strategy
+    from layerwise_jax.simulate_work import StepWork, dense_decode, dense_prefill
     from layerwise_jax.stages import CutError
 
 _HOMES = {
@@ -59,6 +67,14 @@ _HOMES = {
     "batching": ("BatchError",),
     "stages": ("CutError",),
     "checkpoint": ("save_checkpoint", "restore_checkpoint", "read_checkpoint", "checkpoint_steps", "Checkpoint"),
+    "comparison_trace": ("compare", "compare_decode"),
+    "comparison": ("Comparison", "compare_work", "compare_dense"),
+    "simulate": ("predict",),
+    "simulate_work": ("StepWork", "dense_decode", "dense_prefill"),
+    "simulate_strategy": ("Strategy",),
+    "simulate_prediction": ("Prediction",),
+    "simulate_calibration": ("Calibration",),
+    "simulate_fit": ("fit_calibration",),
     "decode": ("decode_ring",),
     "ring": ("DecodeRing",),
     "generation": ("Generation",),
@@ -74,6 +90,14 @@ __all__ = [
     "partition_layers",
     "build_pipeline",
     "decode_ring",
+    "compare",
+    "compare_decode",
+    "compare_work",
+    "compare_dense",
+    "predict",
+    "dense_decode",
+    "dense_prefill",
+    "fit_calibration",
     "solve",
     "solve_measured",
     "stage_mesh",
@@ -90,6 +114,11 @@ __all__ = [
     "DeviceSpec",
     "Checkpoint",
     "DecodeRing",
+    "Comparison",
+    "Prediction",
+    "Strategy",
+    "StepWork",
+    "Calibration",
     "Generation",
     "Sampler",
     "A100",

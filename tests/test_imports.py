@@ -20,7 +20,8 @@ FLOORS = {
             "forward residuals linearize stash stage_vjp training interleaved sampling batch_roles batch_scale "
             "batch_single batch_pairs batch_derivatives batch_elementwise batch_shapes batch_products batch_indexing "
             "batch_draws batch_control batch_walk batch_outputs batching inner_sharding step_program ring_message "
-            "ring_loop ring_state generation ring compiling pipeline checkpoint build detect entry decode"
+            "ring_loop ring_state generation ring compiling pipeline checkpoint build detect entry decode "
+            "comparison_advice comparison comparison_trace"
         ),
     ],
     1: [
@@ -32,7 +33,8 @@ FLOORS = {
         (
             "partition_checks partition_problem partition_result partition_stage partition_sweep partition_certificate "
             "partition_even partition_search partition_plan partition_bottleneck partition_greedy partition_objective "
-            "partition_measured partition"
+            "partition_measured partition simulate_work simulate_calibration simulate_stage simulate_strategy "
+            "simulate_training simulate_prediction simulate simulate_records simulate_fit"
         ),
         "timeline",
     ],
