@@ -24,6 +24,7 @@ from layerwise_jax.measure import measured_by_shape
 from layerwise_jax.partition import partition_layers
 from layerwise_jax.placement import DATA, STAGE
 from layerwise_jax.plan import Plan, make_plan
+from layerwise_jax.prefill import Prefill, check_prefill
 from layerwise_jax.program import nbytes
 from layerwise_jax.refusals import check_mesh
 from layerwise_jax.ring import DecodeRing
@@ -52,6 +53,8 @@ def decode_ring(
     selects: bool | None = None,
     param_specs: Any = None,
     cache_specs: Any = None,
+    prefill_fn: StepFunction | None = None,
+    prefill_length: int | None = None,
 ) -> DecodeRing:
     """Make a step of token generation run as a ring of stages.
 
@@ -75,11 +78,20 @@ def decode_ring(
         tree of `PartitionSpec`, or a prefix of one. The step is then written for shards, with collectives of its own
         over these axes, and returns the same logits on all of them; `params` and `cache` are whole.
       cache_specs: likewise for the cache.
+      prefill_fn: reads prompts at once, `prefill_fn(params, cache, tokens, lengths) -> (logits, cache)` for
+        int32[sequences, prefill_length] tokens of which int32[sequences] lengths count: logits are those of every
+        prompt's last token, float[sequences, vocabulary]. It has the layers of the step, and runs in stages with the
+        groups as microbatches. What it leaves in the cache beyond a prompt's length must not matter, as where attention
+        is masked by position. None reads prompts a token a step.
+      prefill_length: tokens that it reads: a shorter prompt is padded with zeros on the right, what a longer one has
+        beyond is read a token a step. Where sequences share a part of the cache (a counter), only groups are read at
+        once of which all prompts are at least so long.
 
     Raises:
       ValueError, CutError, BatchError: what came, what was wanted, and what to do.
     """
     _check(group_size, num_groups, mesh, cache)
+    check_prefill(prefill_fn, prefill_length)
     sharding = InnerSharding.of(mesh, (params, cache), (param_specs, cache_specs))
     layers, state = trace_step(step_fn, sampler or Sampler(), *sharding.shards, group_size, sharding.axes)
     num_stages = _num_stages(mesh, num_stages, partition, len(layers))
@@ -92,7 +104,18 @@ def decode_ring(
     selecting = own_bytes(step.loop) <= MOST_SELECTED_BYTES if selects is None else selects
     specs = sharding.of_slots(step.loop.placement)
     loop = RingLoop(step, num_groups or num_stages, selecting, specs, tuple(stop_tokens), pad_token)
-    return DecodeRing(layers, mesh, loop, _plan(layers, cut, loop), sharding, group_size, cache)
+    prefill = None
+    if prefill_fn is not None and prefill_length is not None:
+        prefill = Prefill.of(
+            layers,
+            loop,
+            *trace_step(prefill_fn, sampler or Sampler(), *sharding.shards, group_size, sharding.axes, prefill_length),
+            prefill_length,
+            sharding.axes,
+        )
+        if not sharding.axes:
+            check_rows(prefill_fn, params, cache, group_size, loop.num_groups, prefill_length)
+    return DecodeRing(layers, mesh, loop, _plan(layers, cut, loop), sharding, group_size, cache, prefill)
 
 
 def _check(group_size: int, num_groups: int | None, mesh: Mesh | None, cache: Any) -> None:

@@ -196,16 +196,27 @@ def find_layers(program: Program, modules: Sequence[Module | None]) -> tuple[Lay
     runs = _runs_of_modules(program, anchors, modules)
     if not runs:
         return ()
-    widths = live_bytes(program, anchors)
+    widths, parted = live_bytes(program, anchors), _positions_that_part_state(program, anchors, modules)
     starts = [0]
     for (_, _, last), (_, first, _) in pairwise(runs):
         candidates = range(last + 1, first + 1)
-        starts.append(min(candidates, key=lambda position: (widths[position], -position)))
+        starts.append(min(candidates, key=lambda position: (position in parted, widths[position], -position)))
     stops = [*starts[1:], len(anchors)]
     names = _unique([name for name, _, _ in runs])
     return tuple(
         Layer(name, tuple(anchors[start:stop])) for name, start, stop in zip(names, starts, stops, strict=True)
     )
+
+
+def _positions_that_part_state(program: Program, anchors: Sequence[int], modules: Sequence[Module | None]) -> set[int]:
+    """The positions at which a cut would leave uses of one leaf of state on both sides."""
+    weights_of = _weights_behind(program)
+    uses: dict[Weight, list[int]] = {}
+    for position, i in enumerate(anchors):
+        for weight in set().union(*(weights_of.get(x, frozenset()) for x in program.ops[i].values)):
+            if modules[weight.leaf] is None:
+                uses.setdefault(weight, []).append(position)
+    return {position for used in uses.values() for position in range(used[0] + 1, used[-1] + 1)}
 
 
 def _runs_of_modules(

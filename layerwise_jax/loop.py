@@ -31,6 +31,8 @@ class Loop:
       state: for outputs that are new values of weights, which weight.
       frozen: the weights that are not trained.
       bubble_fill: what bubbles compute on; 0, or NaN to prove that nothing leaks out of them.
+      body_slots: the slots of the common body's weights where the placement was made for another program; else they
+        stand first, those of the first chunk before those of the second.
     """
 
     program: Program
@@ -44,6 +46,7 @@ class Loop:
     state: Mapping[int, Weight]
     frozen: frozenset[Weight] = frozenset()
     bubble_fill: float = 0.0
+    body_slots: tuple[int, ...] | None = None
 
     @property
     def num_stages(self) -> int:
@@ -68,7 +71,7 @@ class Loop:
 
     @property
     def num_body_weights(self) -> int:
-        """The common body has as many weights; those of the first chunk stand in the first slots, and so on."""
+        """The common body has as many weights."""
         return len(self.alignment.parts[0].shape.weights)
 
     @cached_property

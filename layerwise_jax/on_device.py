@@ -98,8 +98,10 @@ class StageOnDevice:
         return range(first, first + self.loop.num_devices)
 
     @property
-    def body_slots(self) -> range:
+    def body_slots(self) -> Sequence[int]:
         """The slots of the common body's weights."""
+        if self.loop.body_slots is not None:
+            return self.loop.body_slots
         first = self.chunk * self.loop.num_body_weights
         return range(first, first + self.loop.num_body_weights)
 

@@ -22,15 +22,11 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerwise_jax.optimizer_program import LeafProgram
-from layerwise_jax.optimizer_rows import Component
+from layerwise_jax.optimizer_rows import GRADIENT, PARAMETER, Classifier, Component
 from layerwise_jax.optimizer_run import Run
 from layerwise_jax.optimizer_trace import TracedOptimizer, trace_optimizer
-from layerwise_jax.placement import STAGE, Placement, Slot, Staged
+from layerwise_jax.placement import DATA, STAGE, Placement, Slot, Staged
 from layerwise_jax.program import Operand, Value, Weight
-
-DATA = "data"
-GRADIENT: Component = ("gradient",)
-PARAMETER: Component = ("parameter",)
 
 ComponentOf = Callable[[Value, Weight], Component | None]
 
@@ -135,8 +131,7 @@ class StagedOptimizer:
 
     def _filled(self, slot: Slot, component: Component, leaves: Sequence[Any]) -> Any:
         """An array of a slot's state from the leaves of the user's state, put together on the host."""
-        _, shape, dtype, _ = component
-        array = np.zeros((len(slot.weights), *shape), dtype)
+        array = np.zeros((len(slot.weights), *component.shape), component.dtype)
         for row, weight in enumerate(slot.weights):
             for position in self._positions.get(weight.leaf, ()) if weight else ():
                 if weight and self._state_component(position, weight) == component:
@@ -179,8 +174,8 @@ class StagedOptimizer:
         self, program: LeafProgram, component_of: ComponentOf, arrays: Sequence[Mapping], known: Mapping[Value, Any]
     ) -> Run:
         """A run of a traced function, with all that is shared already computed."""
-        known = {**program.trace.constants, **known}
-        run = Run(program, self.placement, self.mesh, component_of, PARAMETER, arrays, known)
+        classifier = Classifier(program, self.placement.signature.params_names, component_of)
+        run = Run(program, self.placement, self.mesh, classifier, arrays, {**program.trace.constants, **known})
         run.exports()
         return run
 
@@ -261,7 +256,7 @@ class StagedOptimizer:
         shape = aval.shape
         if weight.start is not None and weight.stop is not None and shape:
             shape = (weight.stop - weight.start, *shape[1:])
-        return "state", shape, aval.dtype, self._ordinals[position]
+        return Component("state", self._ordinals[position], shape, aval.dtype)
 
     @cached_property
     def _layout(self) -> list[list[Component]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -64,11 +65,13 @@ class LeafProgram:
     def owner(self, operand: Operand) -> int | None:
         return None if isinstance(operand, Literal) else self.owners[operand]
 
-    def is_shared(self, op: Op) -> bool:
-        """Whether an operation is run once for all leaves; others that no leaf owns are run by each that needs them."""
-        return all(
-            self.owners[x] is None and x not in self.exported and _is_scalar(self.trace.avals[x]) for x in op.results
-        )
+    @cached_property
+    def is_shared(self) -> tuple[bool, ...]:
+        """Whether each operation is run once for all; others that no leaf owns are run by each leaf that needs them."""
+        return tuple(all(self._is_shared(x) for x in op.results) for op in self.trace.ops)
+
+    def _is_shared(self, value: Value) -> bool:
+        return self.owners[value] is None and value not in self.exported and _is_scalar(self.trace.avals[value])
 
     def ops_for(self, leaf: int, wanted: Iterable[Operand]) -> list[Op]:
         """What a leaf runs for the `wanted` values: back to its own inputs and to what is shared."""
@@ -76,7 +79,7 @@ class LeafProgram:
         stack = [x for x in wanted if not isinstance(x, Literal)]
         while stack:
             i = self.producers.get(stack.pop())
-            if i is None or i in found or self.is_shared(self.trace.ops[i]):
+            if i is None or i in found or self.is_shared[i]:
                 continue
             found.add(i)
             stack.extend(x for x in self.trace.ops[i].values if not self._is_read(x, leaf))
@@ -112,7 +115,7 @@ def find_owners(trace: FlatTrace, owned: Sequence[int | None], sliced: Collectio
     exported: dict[Value, int] = {}
     levels = [0] * len(trace.avals)
     for op in trace.ops:
-        owner = _owner_of(op, trace, owners)
+        owner = _owner_of(op, trace, owners, levels)
         foreign = [x for x in op.values if owners[x] not in (None, owner)]
         exported.update({x: leaf for x in foreign if (leaf := owners[x]) is not None})
         level = max((levels[x] + _comes_from_outside(x, owner, owners, exported) for x in op.values), default=0)
@@ -129,8 +132,13 @@ def _comes_from_outside(x: Value, owner: int | None, owners: Sequence[int | None
     return x in exported and (owners[x] is None or owners[x] != owner)
 
 
-def _owner_of(op: Op, trace: FlatTrace, owners: Sequence[int | None]) -> int | None:
+def _owner_of(op: Op, trace: FlatTrace, owners: Sequence[int | None], levels: Sequence[int]) -> int | None:
     leaves = {owners[x] for x in op.values} - {None}
+    # A sum over leaves takes one leaf's scalar after the other: were a partial sum owned by the leaf that was added
+    # last, every other leaf would be a round of its own.
+    scalar = all(_is_scalar(trace.avals[x]) for x in (*op.values, *op.results))
+    if scalar and any(owners[x] is None and levels[x] for x in op.values):
+        return None
     if len(leaves) > 1:
         large = [x for x in op.values if owners[x] is not None and _entries(trace.avals[x]) > MAX_EXPORTED_ENTRIES]
         leaves = {owners[x] for x in large}

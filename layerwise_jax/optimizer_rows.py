@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,24 @@ from layerwise_jax.placement import Slot
 from layerwise_jax.program import Op, Operand, Program, Value, Weight
 from layerwise_jax.structure import shape_of
 
-Component = tuple[Any, ...]
+
+class Component(NamedTuple):
+    """Which of a slot's arrays: its gradients, its parameters, one of its state, or one that is made to be exported.
+
+    Attributes:
+      kind: "gradient", "parameter", "state" or "exported".
+      ordinal: which of several of a kind, and of state which of those of one type.
+      shape, dtype: the type of a row of state.
+    """
+
+    kind: str
+    ordinal: int = 0
+    shape: tuple[int, ...] = ()
+    dtype: Any = None
+
+
+GRADIENT = Component("gradient")
+PARAMETER = Component("parameter")
 
 
 @dataclass(frozen=True)
@@ -30,7 +47,6 @@ class Task:
     """What the weight of one row computes: the wanted values of its leaf, each with the component it becomes."""
 
     weight: Weight
-    name: str
     wanted: tuple[tuple[Component, Operand], ...]
 
     @property
@@ -46,27 +62,28 @@ class RowClass:
       ops: the operations of the first of the rows.
       placed: the values that the operations read from the slot, with their components.
       wanted: the components to make, and their values.
+      is_slice: whether the rows' weights are slices of their leaves.
       rows: the rows.
       reads: for every row, the shared values that it reads, in one order.
-      sliced_as: where weights are slices of their leaves, a component of their own shape.
     """
 
     ops: Sequence[Op]
     placed: Mapping[Value, Component]
     wanted: tuple[tuple[Component, Operand], ...]
-    sliced_as: Component | None
+    is_slice: bool
     rows: list[int] = field(default_factory=list)
     reads: list[tuple[Value, ...]] = field(default_factory=list)
 
     def run(self, arrays: Mapping[Component, Any], shared: Mapping[Value, Any], num_rows: int) -> list[Any]:
         """The wanted values for all rows of the slot; those of rows of other classes mean nothing."""
         placed = [arrays[component] for component in self.placed.values()]
-        same = [len(set(column)) == 1 for column in zip(*self.reads, strict=True)]
+        columns = list(zip(*self.reads, strict=True))
+        same = [len(set(column)) == 1 for column in columns]
         reads = [
             shared[column[0]] if alike else self._by_row([shared[x] for x in column], num_rows)
-            for alike, column in zip(same, zip(*self.reads, strict=True), strict=True)
+            for alike, column in zip(same, columns, strict=True)
         ]
-        length = None if self.sliced_as is None else arrays[self.sliced_as].shape[1]
+        length = arrays[PARAMETER].shape[1] if self.is_slice else None
         axes = ([0] * len(placed), [None if alike else 0 for alike in same])
         return jax.vmap(partial(self._run_row, length), in_axes=axes, axis_size=num_rows)(placed, reads)
 
@@ -87,67 +104,56 @@ class RowClass:
         return [jnp.asarray(read(x)) for _, x in self.wanted]
 
 
-def classes_of(
-    program: LeafProgram,
-    tasks: Sequence[Task | None],
-    component_of: Callable[[Value, Weight], Component | None],
-    whole: Component,
-    fingerprints: dict[int, Hashable],
-) -> tuple[RowClass, ...]:
-    """The rows of one slot, by what they run.
+@dataclass
+class Classifier:
+    """Sorts the rows of slots by what they run.
 
-    Args:
+    Attributes:
       program: the traced optimiser.
-      tasks: what each row computes; None for rows that compute nothing.
+      names: the names of all leaves.
       component_of: the component of an input that a weight's leaf owns; None for other values.
-      whole: a component of the weight's own shape, by which slices know how long they are.
-      fingerprints: a memory of equations' fingerprints, shared between calls.
+      fingerprints: a memory of equations' fingerprints.
     """
-    classes: dict[Hashable, RowClass] = {}
-    for row, task in enumerate(tasks):
-        if task is None:
-            continue
-        ops = program.ops_for(task.weight.leaf, [x for _, x in task.wanted])
-        if task.is_slice:
-            check_sliced(ops, task.name)
-        key, placed, reads = _describe(program, task, ops, component_of, fingerprints)
-        if key not in classes:
-            classes[key] = RowClass(ops, placed, task.wanted, whole if task.is_slice else None)
-        classes[key].rows.append(row)
-        classes[key].reads.append(reads)
-    return tuple(classes.values())
 
+    program: LeafProgram
+    names: Sequence[str]
+    component_of: Callable[[Value, Weight], Component | None]
+    fingerprints: dict[int, Hashable] = field(default_factory=dict)
 
-def _describe(
-    program: LeafProgram,
-    task: Task,
-    ops: Sequence[Op],
-    component_of: Callable[[Value, Weight], Component | None],
-    fingerprints: dict[int, Hashable],
-) -> tuple[Hashable, dict[Value, Component], tuple[Value, ...]]:
-    """(what equal rows share, the components that the row reads, the shared values that it reads)."""
-    mine = {x for op in ops for x in op.values} | {x for _, x in task.wanted if not isinstance(x, Literal)}
-    own = [x for x in sorted(mine) if program.owners[x] == task.weight.leaf]
-    placed = {x: component for x in own if (component := component_of(x, task.weight)) is not None}
-    shape = shape_of(_as_program(program, placed), ops, fingerprints)
-    reads = dict.fromkeys(shape.reads)
-    made = {x: i for i, x in enumerate(shape.made)}
+    def classes(self, tasks: Sequence[Task | None]) -> list[RowClass]:
+        """The rows of one slot, given what each computes; None for rows that compute nothing."""
+        classes: dict[Hashable, RowClass] = {}
+        for row, task in enumerate(tasks):
+            if task is None:
+                continue
+            ops = self.program.ops_for(task.weight.leaf, [x for _, x in task.wanted])
+            if task.is_slice:
+                check_sliced(ops, self.names[task.weight.leaf])
+            key, placed, reads = self._describe(task, ops)
+            rows = classes.setdefault(key, RowClass(ops, placed, task.wanted, task.is_slice))
+            rows.rows.append(row)
+            rows.reads.append(reads)
+        return list(classes.values())
 
-    def result(x: Operand) -> Hashable:
-        if isinstance(x, Literal):
-            return "literal", _plain(x.val)
-        if x in made:
-            return "made", made[x]
-        if x in placed:
-            return "placed", placed[x]
-        reads.setdefault(x)
-        return "read", list(reads).index(x)
+    def _describe(self, task: Task, ops: Sequence[Op]) -> tuple[Hashable, dict[Value, Component], tuple[Value, ...]]:
+        """(what equal rows share, the components that the row reads, the shared values that it reads)."""
+        placed = self._placed(task, ops)
+        shape = shape_of(_as_program(self.program, placed), ops, self.fingerprints)
+        wanted = [x for _, x in task.wanted if not isinstance(x, Literal)]
+        inside = {*shape.made, *placed}
+        reads = tuple(dict.fromkeys((*shape.reads, *(x for x in wanted if x not in inside))))
+        own = tuple(dict.fromkeys((*shape.weights, *placed)))
+        numbers = {x: n for n, x in enumerate((*own, *reads, *shape.made))}
+        results = tuple((c, _plain(x.val) if isinstance(x, Literal) else numbers[x]) for c, x in task.wanted)
+        literals = tuple(_plain(x) for x in shape.literals)
+        key = shape.key, literals, tuple(placed[x] for x in own), len(reads), results, task.is_slice
+        return key, {x: placed[x] for x in own}, reads
 
-    wanted = tuple((component, result(x)) for component, x in task.wanted)
-    literals = tuple(_plain(x) for x in shape.literals)
-    key = shape.key, literals, tuple(placed[x] for x in shape.weights), wanted, task.is_slice
-    ordered = {x: placed[x] for x in (*shape.weights, *(x for x in placed if x not in shape.weights))}
-    return key, ordered, tuple(reads)
+    def _placed(self, task: Task, ops: Sequence[Op]) -> dict[Value, Component]:
+        """The values that a row reads from its slot, with their components."""
+        mine = {x for op in ops for x in op.values} | {x for _, x in task.wanted if not isinstance(x, Literal)}
+        own = [x for x in sorted(mine) if self.program.owners[x] == task.weight.leaf]
+        return {x: component for x in own if (component := self.component_of(x, task.weight)) is not None}
 
 
 def _as_program(program: LeafProgram, placed: Mapping[Value, Component]) -> Program:
@@ -173,7 +179,7 @@ def run_slot(
             if len(rows.rows) == num_rows:
                 results[component] = array
                 continue
-            rest = results.get(component, arrays.get(component) if component[0] == "state" else None)
+            rest = results.get(component, arrays.get(component) if component.kind == "state" else None)
             rest = jnp.zeros_like(array) if rest is None else rest
             mine = np.isin(np.arange(num_rows), rows.rows).reshape(-1, *[1] * (array.ndim - 1))
             results[component] = jnp.where(mine, array, rest)

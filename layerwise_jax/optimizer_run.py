@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from layerwise_jax import _jax
 from layerwise_jax._jax import Literal
 from layerwise_jax.optimizer_program import REDUCTIONS, LeafProgram
-from layerwise_jax.optimizer_rows import Component, Task, classes_of, run_slot
+from layerwise_jax.optimizer_rows import Classifier, Component, Task, run_slot
 from layerwise_jax.placement import Placement
 from layerwise_jax.program import Operand, Value, Weight
 
@@ -27,6 +30,7 @@ COMBINE = {
 assert set(COMBINE) == REDUCTIONS
 
 Wanted = Sequence[tuple[Component, Operand]]
+Place = tuple[int, Component]
 
 
 @dataclass
@@ -37,8 +41,7 @@ class Run:
       program: the traced optimiser.
       placement: where the weights live.
       mesh: the mesh.
-      component_of: the array of a weight's slot that holds an input which the weight's leaf owns.
-      whole: a component of the weight's own shape.
+      classifier: tells which rows of a slot run the same.
       arrays: for every slot, its arrays.
       known: shared values, filled as the run goes.
     """
@@ -46,26 +49,24 @@ class Run:
     program: LeafProgram
     placement: Placement
     mesh: Mesh
-    component_of: Callable[[Value, Weight], Component | None]
-    whole: Component
+    classifier: Classifier
     arrays: Sequence[Mapping[Component, Any]]
     known: dict[Value, Any]
-    fingerprints: dict[int, Hashable] = field(default_factory=dict)
 
     def exports(self) -> None:
         """Compute all that is shared, in the order of the trace."""
-        ops, levels = self.program.trace.ops, self.program.levels
+        levels = self.program.levels
         rounds = max(levels, default=0) + 1
         exported: list[list[Value]] = [[] for _ in range(rounds)]
-        shared: list[list[int]] = [[] for _ in range(rounds)]
+        shared: list[list[Value]] = [[] for _ in range(rounds)]
         for x in self.program.exported:
             exported[levels[x]].append(x)
-        for i, op in enumerate(ops):
-            if op.results and self.program.is_shared(op):
-                shared[levels[op.results[0]]].append(i)
+        for op, is_shared in zip(self.program.trace.ops, self.program.is_shared, strict=True):
+            if op.results and is_shared:
+                shared[levels[op.results[0]]].append(op.results[0])
         for ready, leaving in zip(shared, exported, strict=True):
-            for i in ready:
-                self.shared(ops[i].results[0])
+            for x in ready:
+                self.shared(x)
             self._export(leaving)
 
     def shared(self, operand: Operand) -> Any:
@@ -80,26 +81,22 @@ class Run:
 
     def placed(self, wanted: Callable[[Weight], Wanted], *, copies: bool = True) -> list[dict[Component, Any]]:
         """For every slot the wanted components, for every copy of a weight or for the first alone."""
-        first = {places[0] for places in self.placement.copies().values()}
+        first = set(self._first_copies.values())
         results = []
         for j, slot in enumerate(self.placement.slots):
             tasks = [
-                self._task(weight, wanted(weight)) if weight and (copies or (j, row) in first) else None
+                _task(weight, wanted(weight)) if weight and (copies or (j, row) in first) else None
                 for row, weight in enumerate(slot.weights)
             ]
-            classes = classes_of(self.program, tasks, self.component_of, self.whole, self.fingerprints)
-            self._make_reads(reads for rows in classes for reads in rows.reads)
+            classes = self.classifier.classes(tasks)
+            for x in dict.fromkeys(x for rows in classes for reads in rows.reads for x in reads):
+                self.shared(x)
             results.append(run_slot(slot, classes, self.arrays[j], self.known))
         return results
 
-    def _task(self, weight: Weight, wanted: Wanted) -> Task | None:
-        name = self.placement.signature.params_names[weight.leaf]
-        return Task(weight, name, tuple(wanted)) if wanted else None
-
-    def _make_reads(self, reads: Iterable[Sequence[Value]]) -> None:
-        for row in reads:
-            for x in row:
-                self.shared(x)
+    @cached_property
+    def _first_copies(self) -> dict[Weight, tuple[int, int]]:
+        return {weight: places[0] for weight, places in self.placement.copies().items()}
 
     def _export(self, values: Sequence[Value]) -> None:
         """Make values of leaves known to all, each from the first copy of its weight, or of all its slices."""
@@ -108,15 +105,15 @@ class Run:
             by_leaf.setdefault(self.program.exported[x], []).append(x)
         if not by_leaf:
             return
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
         made = self.placed(
-            lambda weight: [(("exported", n), x) for n, x in enumerate(by_leaf.get(weight.leaf, ()))], copies=False
+            lambda weight: [(Component("exported", n), x) for n, x in enumerate(by_leaf.get(weight.leaf, ()))],
+            copies=False,
         )
-        made = [{c: lax.with_sharding_constraint(x, everywhere) for c, x in slot.items()} for slot in made]
+        row_of = gather_rows({(j, c): x for j, slot in enumerate(made) for c, x in slot.items()}, self.mesh)
         parts: dict[Value, list[Any]] = {}
-        for weight, ((j, row), *_) in self.placement.copies().items():
+        for weight, (j, row) in self._first_copies.items():
             for n, x in enumerate(by_leaf.get(weight.leaf, ())):
-                parts.setdefault(x, []).append(made[j]["exported", n][row])
+                parts.setdefault(x, []).append(row_of[j, Component("exported", n)](row))
         self.known.update({x: self._combined(x, rows) for x, rows in parts.items()})
 
     def _combined(self, value: Value, parts: Sequence[Any]) -> Any:
@@ -132,3 +129,27 @@ class Run:
                 f"{leaf} are stacked and live on several stages. Keep layers apart instead of stacking them."
             )
         return COMBINE[name](jnp.stack(parts), axis=0).astype(parts[0].dtype)
+
+
+def _task(weight: Weight, wanted: Wanted) -> Task | None:
+    return Task(weight, tuple(wanted)) if wanted else None
+
+
+def gather_rows(arrays: Mapping[Place, Any], mesh: Mesh) -> dict[Place, Callable[[int], Any]]:
+    """For small arrays (rows, ...), what reads a row of them on every device: all of one dtype travel as one array."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    by_dtype: dict[Any, dict[Place, Any]] = {}
+    for place, array in arrays.items():
+        by_dtype.setdefault(array.dtype, {})[place] = array
+    readers: dict[Place, Callable[[int], Any]] = {}
+    for group in by_dtype.values():
+        flat = [array.reshape(array.shape[0], -1) for array in group.values()]
+        joined = lax.with_sharding_constraint(lax.concatenate(flat, dimension=1), everywhere)
+        ends = accumulate(array.shape[1] for array in flat)
+        for (place, array), end in zip(group.items(), ends, strict=True):
+            readers[place] = partial(_read_row, joined, end, array.shape[1:])
+    return readers
+
+
+def _read_row(joined: Any, end: int, shape: tuple[int, ...], row: int) -> Any:
+    return lax.slice(joined, (row, end - math.prod(shape)), (row + 1, end)).reshape(shape)

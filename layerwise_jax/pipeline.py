@@ -23,14 +23,12 @@ from layerwise_jax.layers import LayerSequence
 from layerwise_jax.loop import Loop
 from layerwise_jax.on_device import sum_dtype
 from layerwise_jax.optimizer import StagedOptimizer, stage_optimizer
-from layerwise_jax.placement import STAGE, Placement, Staged
+from layerwise_jax.placement import DATA, STAGE, Placement, Staged
 from layerwise_jax.plan import Plan
 from layerwise_jax.schedule import Schedule
 from layerwise_jax.schedule_tables import tables
 from layerwise_jax.train_step import TrainStep, train_step
 from layerwise_jax.training import TrainingLoop
-
-DATA = "data"
 
 Reduce = Literal["mean", "sum"]
 Remat = Literal["stage"]
@@ -57,7 +55,7 @@ class Pipeline:
     def placement(self) -> Placement:
         return self.loop.placement
 
-    @cached_property
+    @property
     def trainable(self) -> tuple[bool, ...]:
         """For every leaf of the parameters, whether it is trained: integers, state and what is frozen are not."""
         held_back = {weight.leaf for weight in (*self.loop.frozen, *self.loop.state.values())}

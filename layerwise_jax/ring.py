@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -18,7 +18,8 @@ from layerwise_jax.inner_sharding import InnerSharding
 from layerwise_jax.layers import LayerSequence
 from layerwise_jax.placement import STAGE, Staged
 from layerwise_jax.plan import Plan
-from layerwise_jax.ring_loop import Places, RingLoop
+from layerwise_jax.prefill import Prefill
+from layerwise_jax.ring_loop import Places, Prompts, RingLoop
 from layerwise_jax.ring_state import (
     by_arrival,
     from_arrival,
@@ -43,6 +44,7 @@ class DecodeRing:
       sharding: how parameters and cache are sharded inside a stage.
       group_size: sequences of a group.
       cache: the first cache of a group.
+      reader: the pass that reads prompts at once; None if they are read a token a step.
     """
 
     layers: LayerSequence
@@ -52,6 +54,7 @@ class DecodeRing:
     sharding: InnerSharding
     group_size: int
     cache: Any
+    reader: Prefill | None = None
     _compiled: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -73,6 +76,11 @@ class DecodeRing:
     def stop_tokens(self) -> tuple[int, ...]:
         """Tokens that end a sequence."""
         return self.ring.stop_tokens
+
+    @property
+    def prefill_length(self) -> int:
+        """Tokens of a prompt that are read at once; 0 if they are read a token a step."""
+        return 0 if self.reader is None else self.reader.length
 
     @property
     def keeps_rows(self) -> bool:
@@ -139,16 +147,60 @@ class DecodeRing:
         """
         wanted = np.asarray(forced, np.int32)
         places, arrived = self.compiled(staged, places, wanted.shape[0])(
-            self._slots(staged), places, by_arrival(self.ring, wanted, -1)
+            self._slots(staged), places, by_arrival(self.ring, wanted, -1), None
         )
-        return places, from_arrival(self.ring, np.asarray(arrived.addressable_shards[0].data)[0])
+        return places, self._tokens(arrived)
+
+    def _tokens(self, arrived: jax.Array) -> np.ndarray:
+        """Tokens [step, group, sequence], which the first stage has."""
+        return from_arrival(self.ring, np.asarray(arrived.addressable_shards[0].data)[0])
 
     def compiled(self, staged: Staged, places: Places, steps: int) -> Any:
         """The program of so many steps, compiled the first time that it is asked for."""
         if steps not in self._compiled:
             forced = jax.ShapeDtypeStruct((steps + 1, self.ring.length, self.group_size), jnp.int32)
-            self._compiled[steps] = self._program.lower(self._slots(staged), places, forced).compile()
+            program = self._program_of(self.ring, None)
+            self._compiled[steps] = program.lower(self._slots(staged), places, forced, None).compile()
         return self._compiled[steps]
+
+    def prefill(
+        self, staged: Staged, places: Places, prompts: Any, lengths: Any, following: Any = -1
+    ) -> tuple[Places, np.ndarray]:
+        """Read prompts at once, in one pass of all groups through the stages. The places are donated.
+
+        Args:
+          staged: what `place` returned.
+          places: those of sequences at their start: what `start` or `restart` returned.
+          prompts: int[groups, sequences, prefill_length], padded on the right.
+          lengths: int[groups, sequences], how many of a prompt's tokens count; 0 for all sequences of a group that
+            stays as it is.
+          following: what stands behind the tokens in a longer prompt, likewise, or -1.
+
+        Returns:
+          The places afterwards, every sequence at the position of its length. Tokens int32[groups, sequences], the
+          first new ones; `following` where that is not -1; those of groups that read nothing are what they were.
+
+        Raises:
+          ValueError: the ring has no prefill_fn, or shapes or lengths are wrong.
+        """
+        if self.reader is None:
+            raise ValueError("This ring has no prefill_fn; give one to decode_ring, with prefill_length.")
+        held = self.reader.prompts(self.mesh, prompts, lengths, self.group_size)
+        forced = np.broadcast_to(np.asarray(following, np.int32), (1, self.num_groups, self.group_size))
+        inputs = (self._slots(staged), places, by_arrival(self.ring, forced, -1), held)
+        places, arrived = self.compiled_prefill(staged, places)(*inputs)
+        return places, self._tokens(arrived)[0]
+
+    def compiled_prefill(self, staged: Staged, places: Places) -> Any:
+        """The program that reads prompts, compiled the first time that it is asked for."""
+        assert self.reader is not None
+        if "prefill" not in self._compiled:
+            forced = jax.ShapeDtypeStruct((2, self.ring.length, self.group_size), jnp.int32)
+            shape = (self.num_groups, self.group_size, self.reader.length)
+            prompts = self.reader.prompts(self.mesh, np.zeros(shape), np.zeros(shape[:2]), self.group_size)
+            program = self._program_of(self.reader.ring, prompts)
+            self._compiled["prefill"] = program.lower(self._slots(staged), places, forced, prompts).compile()
+        return self._compiled["prefill"]
 
     def _slots(self, staged: Staged) -> list[Any]:
         names = [
@@ -158,31 +210,37 @@ class DecodeRing:
             raise ValueError("These are not this ring's placed parameters. Call ring.place(params) first.")
         return [staged[name] for name in names]
 
-    @cached_property
-    def _program(self) -> Any:
-        """(weights, places, forced) to (places, tokens by arrival), jitted over the mesh."""
+    def _program_of(self, loop: RingLoop, prompts: Prompts | None) -> Any:
+        """(weights, places, forced, prompts) to (places, tokens by arrival), jitted over the mesh."""
         by_stage = PartitionSpec(STAGE)
         specs = [PartitionSpec(STAGE, *self.ring.specs.get(j, ())) for j in range(len(self.ring.loop.placement.slots))]
         state = set(self.ring.loop.state_slots)
         rows: list[Any] = [by_stage] * self.ring.length
         places = Places([{j: specs[j] for j in state}] * self.ring.length, rows, rows, rows, rows)
         mapped = jax.shard_map(
-            self._on_device,
+            partial(self._on_device, loop),
             mesh=self.mesh,
-            in_specs=([spec for j, spec in enumerate(specs) if j not in state], places, PartitionSpec()),
+            in_specs=(
+                [spec for j, spec in enumerate(specs) if j not in state],
+                places,
+                PartitionSpec(),
+                jax.tree.map(lambda _: by_stage, prompts),
+            ),
             out_specs=(places, by_stage),
             check_vma=False,
         )
         return jax.jit(mapped, donate_argnums=1)
 
-    def _on_device(self, weights: list[Any], places: Places, forced: Any) -> tuple[Places, Any]:
+    def _on_device(
+        self, loop: RingLoop, weights: list[Any], places: Places, forced: Any, prompts: Prompts | None
+    ) -> tuple[Places, Any]:
         rows = iter(weights)
         state = set(self.ring.loop.state_slots)
         slots = [
             None if j in state else lax.squeeze(next(rows), (0,)) for j in range(len(self.ring.loop.placement.slots))
         ]
-        local = jax.tree.map(lambda x: lax.squeeze(x, (0,)), places)
-        after, tokens = self.ring.run(slots, local, forced)
+        local, read = jax.tree.map(lambda x: lax.squeeze(x, (0,)), (places, prompts))
+        after, tokens = loop.run(slots, local, forced, read)
         return jax.tree.map(lambda x: lax.expand_dims(x, (0,)), after), tokens[None]
 
     def restart(self, places: Places, mask: Any, tokens: Any, positions: Any, keys: Any = None) -> Places:

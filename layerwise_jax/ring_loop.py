@@ -55,6 +55,18 @@ class Places(NamedTuple):
     done: list[Any]
 
 
+class Prompts(NamedTuple):
+    """Prompts that are read at once, for each of a device's places.
+
+    Attributes:
+      tokens: int32[sequences, length].
+      lengths: int32[sequences], how many of them count; all 0 in a group that reads nothing.
+    """
+
+    tokens: list[Any]
+    lengths: list[Any]
+
+
 class Carry(NamedTuple):
     """What goes from tick to tick: the places, and what has just arrived."""
 
@@ -104,7 +116,9 @@ class RingLoop:
         """Ticks of a round, and places of a stage."""
         return max(self.loop.num_stages, self.num_groups)
 
-    def run(self, weights: Sequence[Any], places: Places, forced: Any) -> tuple[Places, Any]:
+    def run(
+        self, weights: Sequence[Any], places: Places, forced: Any, prompts: Prompts | None = None
+    ) -> tuple[Places, Any]:
         """Rounds of the ring: every group gets as many tokens as there are rounds.
 
         Args:
@@ -112,6 +126,7 @@ class RingLoop:
           places: this device's.
           forced: int32[rounds + 1, length, sequences], by the tick in which a token arrives at the first stage: what
             stands there in a prompt, or -1.
+          prompts: this device's, in a round in which these are read in place of the next token.
 
         Returns:
           The places afterwards. Tokens int32[rounds + 1, length, sequences] in the order of their arrival at the first
@@ -119,12 +134,13 @@ class RingLoop:
         """
         device = StageOnDevice(self.loop, [], jnp.int32(0), gates=False)
         carry = Carry(places, [fill(wire_aval(x), 0.0) for x in self._message.avals])
-        ring = _Round(self, device, list(weights))
-        fills, drains = forced[:1], forced[-1:]
-        carry, first = lax.scan(partial(ring.run, "fill"), carry, fills)
-        carry, steady = lax.scan(partial(ring.run, "steady"), carry, forced[1:-1])
-        carry, last = lax.scan(partial(ring.run, "drain"), carry, drains)
-        return carry.places, jnp.concatenate([first, steady, last])
+        ring = _Round(self, device, list(weights), prompts)
+        arrived = []
+        for phase, rounds in (("fill", forced[:1]), ("steady", forced[1:-1]), ("drain", forced[-1:])):
+            if rounds.shape[0]:
+                carry, tokens = lax.scan(partial(ring.run, phase), carry, rounds)
+                arrived.append(tokens)
+        return carry.places, jnp.concatenate(arrived)
 
     @property
     def _message(self) -> Message:
@@ -134,8 +150,8 @@ class RingLoop:
 class _Round:
     """The ticks of a round on one device."""
 
-    def __init__(self, ring: RingLoop, device: StageOnDevice, weights: list[Any]):
-        self.ring, self.device, self.weights = ring, device, weights
+    def __init__(self, ring: RingLoop, device: StageOnDevice, weights: list[Any], prompts: Prompts | None):
+        self.ring, self.device, self.weights, self.prompts = ring, device, weights, prompts
         self.loop, self.length = ring.loop, ring.length
         self.message = Message.of(ring.loop)
 
@@ -154,6 +170,8 @@ class _Round:
         places, sender = carry.places, (j - self.loop.num_stages) % self.length
         if (phase == "fill") == (j < self.loop.num_stages) and phase != "steady":
             return places.tokens[sender], carry  # nothing was sent yet, or any more
+        if self.prompts is not None:  # a group that read nothing stays as it is
+            forced = jnp.where(self.prompts.lengths[sender].any(), forced, places.tokens[sender])
         done = places.done[sender]
         tokens = jnp.where(done, self.ring.pad_token, self.message.tokens(carry.arrived))
         is_stop = jnp.zeros_like(done)
@@ -168,7 +186,10 @@ class _Round:
 
     def _tick(self, phase: str, j: int, carry: Carry) -> Carry:
         places, active = carry.places, self._is_active(phase, j)
-        moment = Step([places.tokens[j], places.positions[j], places.keys[j]])
+        tokens, positions, after = places.tokens[j], places.positions[j], places.positions[j] + 1
+        if self.prompts is not None:
+            tokens, positions, after = self.prompts.tokens[j], self.prompts.lengths[j], self.prompts.lengths[j]
+        moment = Step([tokens, positions, places.keys[j]])
 
         def run(state: Any) -> Any:
             _, caches = state
@@ -176,7 +197,7 @@ class _Round:
 
         idle = ([fill(wire_aval(x), 0.0) for x in self.message.avals], places.caches[j])
         made, caches = run(idle) if active is None else do_if(active, run, idle)
-        positions = places.positions[j] + (1 if active is None else active.astype(jnp.int32))
+        positions = after if active is None else jnp.where(active, after, places.positions[j])
         places = places._replace(
             caches=_with(places.caches, j, caches), positions=_with(places.positions, j, positions)
         )
@@ -190,6 +211,8 @@ class _Round:
             masks.append(s <= j)
         if phase == "drain":
             masks.append(s > j)
+        if self.prompts is not None:
+            masks.append(self.prompts.lengths[j].any())
         if self.ring.num_groups < self.length:
             masks.append((j - s) % self.length < self.ring.num_groups)
         return jnp.stack(masks).all() if masks else None

@@ -42,7 +42,8 @@ def start_places(
     Args:
       ring: the ring.
       mesh: its mesh.
-      tokens, positions: int32[groups, sequences].
+      tokens: int32[groups, sequences], what goes in first.
+      positions: int32[groups, sequences], where those tokens stand.
       keys: key data of shape (groups, sequences, ...).
       caches: the leaves of every group's cache, counted as those of the parameters and the cache together: by leaf.
     """

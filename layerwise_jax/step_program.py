@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from layerwise_jax import _jax
-from layerwise_jax.alignment import align_stages
+from layerwise_jax.alignment import Alignment, align_stages
 from layerwise_jax.batching import BatchError, analyse_batching
 from layerwise_jax.flatten import flatten
 from layerwise_jax.layers import LayerSequence, Signature, find_layers, trace_layers
 from layerwise_jax.loop import Loop
 from layerwise_jax.modules import modules_of, path_names
-from layerwise_jax.placement import assign_slots
+from layerwise_jax.placement import Placement, assign_slots
 from layerwise_jax.program import Operand, Weight, nbytes
 from layerwise_jax.refusals import check_stageable, check_state
 from layerwise_jax.sampling import Sampler
@@ -59,27 +59,32 @@ def trace_step(
     cache: Any,
     num_sequences: int,
     axes: Mapping[str, int] | None = None,
+    prompt_length: int | None = None,
 ) -> tuple[LayerSequence, dict[int, Weight]]:
     """The layers of a step followed by the sampler, and which outputs are new values of the cache.
 
     Args:
       step_fn: the step.
       sampler: draws the next tokens.
-      params, cache: trees of arrays or `jax.ShapeDtypeStruct`; the cache of one group of sequences.
+      params: the parameters, arrays or `jax.ShapeDtypeStruct`.
+      cache: the cache of one group of sequences, likewise.
       num_sequences: sequences of a group.
       axes: the mesh axes, with their sizes, over which the step has collectives of its own.
+      prompt_length: None for a step of one token. Otherwise the step reads so many tokens of every sequence at once,
+        int32[sequences, prompt_length], is given how many of them count instead of a position, and returns the logits
+        of the last that does.
 
     Raises:
       ValueError: the step does not return logits float[sequences, vocabulary] and a cache like the one that it got.
     """
 
     def step(both: Any, tokens: Any, positions: Any, keys: Any) -> tuple[Any, Any]:
-        logits, new = step_fn(*both, tokens, positions)
-        _check_step(logits, new, both[1], num_sequences)
-        return sampler(logits, keys, positions), new
+        logits, new = step_fn(both[0], both[1], tokens, positions)
+        _check_step("The step" if prompt_length is None else "prefill_fn", logits, new, both[1], num_sequences)
+        return sampler(logits, keys, positions if prompt_length is None else positions - 1), new
 
     both = (params, cache)
-    inputs = step_inputs(num_sequences)
+    inputs = step_inputs(num_sequences, prompt_length)
     paths, leaves, tree = _jax.key_paths(both)
     traced = jax.make_jaxpr(step, axis_env=list((axes or {}).items()), return_shape=True)
     jaxpr, outputs = traced(both, *inputs)
@@ -102,23 +107,24 @@ def trace_step(
     return sequence, _find_cache(sequence, num_params)
 
 
-def step_inputs(num_sequences: int) -> tuple[Any, Any, Any]:
-    """Types of tokens, positions and key data."""
+def step_inputs(num_sequences: int, prompt_length: int | None = None) -> tuple[Any, Any, Any]:
+    """Types of tokens, of positions (or of lengths, where prompts are read at once) and of key data."""
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     ints = jax.ShapeDtypeStruct((num_sequences,), jnp.int32)
-    return ints, ints, jax.ShapeDtypeStruct((num_sequences, *key.shape), key.dtype)
+    tokens = ints if prompt_length is None else jax.ShapeDtypeStruct((num_sequences, prompt_length), jnp.int32)
+    return tokens, ints, jax.ShapeDtypeStruct((num_sequences, *key.shape), key.dtype)
 
 
-def _check_step(logits: Any, new: Any, cache: Any, num_sequences: int) -> None:
+def _check_step(name: str, logits: Any, new: Any, cache: Any, num_sequences: int) -> None:
     if getattr(logits, "ndim", None) != 2 or logits.shape[0] != num_sequences:
         came = f"{logits.dtype}{list(logits.shape)}" if hasattr(logits, "shape") else type(logits).__name__
         raise ValueError(
-            f"The step returned {came} for logits; float[{num_sequences}, vocabulary] is wanted: one row a sequence, "
-            "for the one token that it was given."
+            f"{name} returned {came} for logits; float[{num_sequences}, vocabulary] is wanted: one row a sequence, "
+            "for the last token that it was given."
         )
     came, wanted = (jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree) for tree in (new, cache))
     if jax.tree.structure(new) != jax.tree.structure(cache) or came != wanted:
-        raise ValueError(f"The step returned another cache than it got.\n  came:   {came}\n  wanted: {wanted}")
+        raise ValueError(f"{name} returned another cache than it got.\n  came:   {came}\n  wanted: {wanted}")
 
 
 def _find_cache(layers: LayerSequence, num_params: int) -> dict[int, Weight]:
@@ -153,17 +159,45 @@ def stage_step(
     Raises:
       CutError: a later stage reads the tokens again, or a part of the cache is used on two stages.
     """
+    stages = cut_step(layers, cache, boundaries, axes)
+    alignment = align_stages(layers, boundaries, stages)
+    placement = assign_slots(layers.program, stages, alignment, layers.signature, len(stages), state=cache, kinds=kinds)
+    return assemble(layers, stages, alignment, placement, cache)
+
+
+def cut_step(
+    layers: LayerSequence, cache: Mapping[int, Weight], boundaries: Sequence[int], axes: Collection[str]
+) -> tuple[Stage, ...]:
+    """The stages between `boundaries`, if a ring can run them: see `stage_step`."""
     check_stageable(layers.program, axes)
     stages = cut_stages(layers, boundaries)
     check_state(dict(cache), stages)
     _check_tokens(layers, stages)
-    alignment = align_stages(layers, boundaries, stages)
-    num_stages = len(stages)
-    placement = assign_slots(layers.program, stages, alignment, layers.signature, num_stages, state=cache, kinds=kinds)
+    return stages
+
+
+def assemble(
+    layers: LayerSequence,
+    stages: tuple[Stage, ...],
+    alignment: Alignment,
+    placement: Placement,
+    cache: Mapping[int, Weight],
+    body_slots: tuple[int, ...] | None = None,
+) -> StepProgram:
+    """The stages wired; `body_slots` as in `Loop`."""
     shown = [replace(stage, outputs={p: x for p, x in stage.outputs.items() if p == 0}) for stage in stages]
     wiring = wire(replace(layers.program, outputs=layers.program.outputs[:1]), shown, alignment)
     loop = Loop(
-        layers.program, stages, alignment, wiring, placement, num_stages, 1, (None,) * 3, dict(cache), frozenset()
+        program=layers.program,
+        stages=stages,
+        alignment=alignment,
+        wiring=wiring,
+        placement=placement,
+        num_devices=len(stages),
+        num_microbatches=1,
+        in_axes=(None,) * 3,
+        state=dict(cache),
+        body_slots=body_slots,
     )
     body, own = _split_state(loop)
     avals = [
@@ -191,14 +225,21 @@ def _split_state(loop: Loop) -> tuple[dict[int, int], list[dict[int, Operand]]]:
         made = {x: j for j, x in enumerate(loop.alignment.parts[s].shape.made)}
         slot_of = loop.placement.slot_of(s)
         new = {slot_of[loop.state[p]]: x for p, x in stage.outputs.items() if p in loop.state}
-        in_body = {j: made[x] for j, x in new.items() if j < loop.num_body_weights}  # type: ignore[index]
+        in_body = {j: made[x] for j, x in new.items() if isinstance(x, int) and x in made}
         assert s == 0 or in_body == body, "equal bodies replace their caches alike"
         body = in_body
         own.append({j: x for j, x in new.items() if j not in in_body})
     return body, own
 
 
-def check_rows(step_fn: StepFunction, params: Any, cache: Any, num_sequences: int, num_groups: int) -> None:
+def check_rows(
+    step_fn: StepFunction,
+    params: Any,
+    cache: Any,
+    num_sequences: int,
+    num_groups: int,
+    prompt_length: int | None = None,
+) -> None:
     """Refuse a step that mixes the sequences of a batch, since groups of them are run apart.
 
     Raises:
@@ -210,8 +251,8 @@ def check_rows(step_fn: StepFunction, params: Any, cache: Any, num_sequences: in
     def step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
         return step_fn(params, cache, tokens, positions)
 
-    ints = jax.ShapeDtypeStruct((num_sequences,), jnp.int32)
-    layers = trace_layers(step, params, cache, ints, ints)
+    tokens, positions, _ = step_inputs(num_sequences, prompt_length)
+    layers = trace_layers(step, params, cache, tokens, positions)
     axes = [0 if aval.shape[:1] == (num_sequences,) else None for aval in layers.signature.inputs_avals]
     scalars = tuple(p for p, aval in enumerate(layers.signature.outputs_avals) if aval.shape[:1] != (num_sequences,))
     try:

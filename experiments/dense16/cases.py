@@ -1,0 +1,99 @@
+"""The sizes that are measured: on GPUs, and the same at toy size for machines without."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from experiments.dense16.model import PRESETS, Dense
+
+Scale = Literal["gpu", "toy"]
+Part = Literal["l2", "decode", "stage", "sizes", "residency", "counters"]
+# What matters most first.
+PARTS: dict[Scale, tuple[Part, ...]] = {
+    "gpu": ("l2", "decode", "stage", "residency", "counters", "sizes"),
+    "toy": ("decode", "stage", "residency"),
+}
+
+MIB = 2**20
+# Distinct weights that are streamed: several times the largest cache.
+STREAMED_BYTES = 256 * MIB
+# Layers by the MiB of their weights in 16 bits: (heads, width of the feed-forward).
+LAYER_SIZES = {8: (4, 3072), 16: (8, 2048), 24: (8, 4096), 32: (8, 6144), 48: (8, 10_240)}
+RESIDENT_MIB = (8, 16, 32, 48)
+CACHE_BYTES = 45 * 10**9  # the most that the caches of one stage's loop may take
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """A model that all strategies decode with, and the steps of a short and a long program."""
+
+    model: Dense
+    counts: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class StageCase:
+    """A stage by itself.
+
+    Attributes:
+      model: the stage; its batch is the sequences of a group.
+      groups: groups that take turns.
+      copies: sets of weights that take turns.
+      ticks: of a round.
+      rounds: of a program.
+    """
+
+    model: Dense
+    groups: int
+    copies: int
+    ticks: int
+    rounds: int
+
+
+def decode_cases(scale: Scale, part: Part, num_devices: int) -> list[DecodeCase]:
+    """What all strategies are run with, in the parts `l2`, `decode` and `sizes`."""
+    if scale == "toy":
+        return [DecodeCase(toy_model(num_devices), (0, 6))]
+    if part == "decode":
+        return [DecodeCase(PRESETS["exact"], (4, 20))]
+    if part == "l2":
+        return [DecodeCase(replace(PRESETS["l2"], batch=batch), (16, 144)) for batch in (32, 128)]
+    layers = [replace(PRESETS["l2"], layers=2, heads=heads, mlp=mlp) for heads, mlp in LAYER_SIZES.values()]
+    return [DecodeCase(replace(layer, batch=batch), (16, 144)) for batch in (32, 8, 128) for layer in layers]
+
+
+def stage_cases(scale: Scale) -> list[StageCase]:
+    """One layer of the exact size, or a toy, at several sizes of a group."""
+    if scale == "toy":
+        return [StageCase(replace(toy_model(1), layers=1, batch=4), groups=2, copies=1, ticks=4, rounds=2)]
+    found = []
+    for microbatch in (8, 16, 32, 128):
+        model = replace(PRESETS["exact"], layers=1, batch=microbatch)
+        groups = min(8, CACHE_BYTES // (microbatch * model.sequence_bytes))
+        found.append(StageCase(model, groups, copies=1, ticks=groups, rounds=max(2, 512 // (groups * microbatch))))
+    return found
+
+
+def residency_cases(scale: Scale) -> list[tuple[StageCase, StageCase]]:
+    """Pairs of stages that differ only in whether every tick reads the same weights, or others in turn."""
+    if scale == "toy":
+        model = replace(toy_model(1), layers=1, batch=2)
+        return [(StageCase(model, 2, 1, 4, 2), StageCase(model, 2, 4, 4, 2))]
+    found = []
+    for microbatch in (8, 32):
+        for heads, mlp in (LAYER_SIZES[mib] for mib in RESIDENT_MIB):
+            model = replace(PRESETS["l2"], layers=1, heads=heads, mlp=mlp, batch=microbatch)
+            copies = 2 * -(-STREAMED_BYTES // (2 * model.layer_bytes))
+            cases = [StageCase(model, 2, sets, copies, rounds=128 // copies) for sets in (1, copies)]
+            found.append((cases[0], cases[1]))
+    return found
+
+
+def counter_cases() -> list[tuple[int, bool]]:
+    """(MiB of a layer's weights, whether they are streamed)."""
+    return [*((mib, False) for mib in RESIDENT_MIB), (32, True)]
+
+
+def toy_model(num_devices: int) -> Dense:
+    """A model small enough for emulated devices, with a layer and a head for each."""
+    many = max(4, num_devices)
+    return replace(PRESETS["tiny"], layers=many, heads=many, batch=max(16, many))

@@ -1,0 +1,33 @@
+"""The two rows of the paper's table, and the devices they are for. The network is `model.PRESETS["paper"]`."""
+
+from dataclasses import dataclass
+
+DEVICES = 16
+BATCH = 128
+# The baseline: two stages of eight devices that share each layer.
+BASELINE_TENSOR, BASELINE_STAGES = 8, 2
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row of the paper's table.
+
+    Attributes:
+      strategy: what it is called here.
+      tokens_per_second: TPS as printed.
+      seconds_per_token: TPOT as printed. It is 1 / TPS, not the time between two tokens of a sequence.
+    """
+
+    strategy: str
+    tokens_per_second: float
+    seconds_per_token: float
+
+    def inter_token_latency(self, batch: int = BATCH) -> float:
+        """Seconds between two tokens of one sequence, if all of the batch is in flight: batch / TPS."""
+        return batch / self.tokens_per_second
+
+
+BASELINE = Claim("tensor x pipeline", 12_800, 0.078e-3)
+LAYER_WISE = Claim("layer-wise", 15_360, 0.065e-3)
+CLAIMS = {claim.strategy: claim for claim in (BASELINE, LAYER_WISE)}
+CLAIMED_RATIO = LAYER_WISE.tokens_per_second / BASELINE.tokens_per_second

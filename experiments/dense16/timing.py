@@ -1,0 +1,210 @@
+"""Steady-state times: programs compiled ahead, warmed up, and run in turns, so that slow drifts reach all alike."""
+
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from experiments.dense16.stage import Groups, StageLoop
+from experiments.dense16.strategy import Strategy
+
+
+class Run(Protocol):
+    """What is timed, in units of its own: steps, or calls of a program."""
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Two numbers of units; the time of one is the difference of their times by the difference of the numbers."""
+        ...
+
+    @property
+    def steps_a_unit(self) -> int:
+        """Steps, or ticks, that a unit stands for."""
+        ...
+
+    def compile(self) -> Any:
+        """Compile all that will run; the longest program, as `jax.stages.Compiled`."""
+        ...
+
+    def prepare(self) -> None:
+        """Put weights and state on the devices."""
+        ...
+
+    def seconds(self, count: int) -> float:
+        """Run so many units, from dispatch to completion."""
+        ...
+
+
+@dataclass
+class DecodeRun:
+    """A strategy from a common start: the same parameters, cache, tokens and positions each time.
+
+    Attributes:
+      strategy: what runs.
+      params, cache: whole; they can be dropped once all runs are prepared.
+      counts: steps of the short program, or 0 for none, and of the long one.
+      tokens: what the long program generated last, int32[steps, batch].
+    """
+
+    strategy: Strategy
+    params: Any
+    cache: Any
+    counts: tuple[int, int]
+    tokens: np.ndarray | None = None
+    steps_a_unit: int = 1
+
+    def compile(self) -> Any:
+        return [self.strategy.compile(steps) for steps in self.counts if steps][-1]
+
+    def prepare(self) -> None:
+        self._weights = self.strategy.place(self.params)
+        self._state = self.strategy.start(self.cache, *self._inputs())
+        jax.block_until_ready((self._weights, self._state))
+        self.params = self.cache = None
+
+    def seconds(self, count: int) -> float:
+        if not count:
+            return 0.0
+        self._state = jax.block_until_ready(self.strategy.rewind(self._state, *self._inputs()))
+        started = time.perf_counter()
+        self._state, tokens = self.strategy.run(self._weights, self._state, count)
+        jax.block_until_ready(self._state)
+        seconds = time.perf_counter() - started
+        if count == self.counts[-1]:
+            self.tokens = tokens
+        return seconds
+
+    def _inputs(self) -> tuple[np.ndarray, np.ndarray]:
+        """First tokens, and positions near the end of the context, so that all steps read about as much of it."""
+        model = self.strategy.model
+        tokens = np.arange(model.batch, dtype=np.int32) % model.vocabulary
+        return tokens, np.full(model.batch, model.context - min(max(self.counts), model.context // 8), np.int32)
+
+
+@dataclass
+class StageRun:
+    """A stage's loop, its program called several times without waiting in between."""
+
+    loop: StageLoop
+    counts: tuple[int, int]
+
+    @property
+    def steps_a_unit(self) -> int:
+        return self.loop.ticks_of_program
+
+    def compile(self) -> Any:
+        return self.loop.program
+
+    def prepare(self) -> None:
+        self._weights = self.loop.weights()
+        self._state: Groups = self.loop.start()
+        jax.block_until_ready((self._weights, self._state))
+
+    def seconds(self, count: int) -> float:
+        starts = jax.block_until_ready([self.loop.positions() for _ in range(count)])
+        started = time.perf_counter()
+        for positions in starts:
+            self._state = self.loop.program(self._weights, self._state._replace(positions=positions))
+        jax.block_until_ready(self._state)
+        return time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one step, or tick.
+
+    Attributes:
+      repeats: of every repetition, by the difference of a long and a short run.
+      plain: the median of the long run by its steps, dispatch and the pipeline's filling included.
+    """
+
+    repeats: tuple[float, ...]
+    plain: float
+
+    @property
+    def seconds(self) -> float:
+        """The median."""
+        return statistics.median(self.repeats)
+
+    def record(self) -> dict[str, Any]:
+        """What results say of it."""
+        return {
+            "seconds_per_step": self.seconds,
+            "spread": [min(self.repeats), max(self.repeats)],
+            "plain_seconds_per_step": self.plain,
+            "repeats": list(self.repeats),
+        }
+
+
+@dataclass(frozen=True)
+class Program:
+    """What compiling told: seconds, and bytes that one device holds."""
+
+    seconds: float
+    device_bytes: int
+
+
+Failed = Callable[[str, Exception], None]
+
+
+def compile_all(runs: Mapping[str, Run], failed: Failed, threads: int) -> dict[str, Program]:
+    """Compile several at a time; those that fail are told and left out."""
+
+    def compile_one(run: Run) -> Program | Exception:
+        started = time.perf_counter()
+        try:
+            sizes = run.compile().memory_analysis()
+        except Exception as error:
+            return error
+        held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+        return Program(time.perf_counter() - started, held + sizes.temp_size_in_bytes)
+
+    # The compiler times kernels under a lock on the GPU, so that programs compiled at once do not disturb each other.
+    with ThreadPoolExecutor(threads) as pool:
+        found = dict(zip(runs, pool.map(compile_one, runs.values()), strict=True))
+    for name, each in found.items():
+        if isinstance(each, Exception):
+            failed(name, each)
+    return {name: each for name, each in found.items() if isinstance(each, Program)}
+
+
+def time_in_turns(runs: Mapping[str, Run], repeats: int, failed: Failed) -> dict[str, Timing]:
+    """Prepare and warm up all, then time all, `repeats` times over; those that fail are told and left out."""
+    alive = dict(runs)
+
+    def guarded(name: str, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except Exception as error:
+            del alive[name]
+            failed(name, error)
+            return None
+
+    for name, run in runs.items():
+        guarded(name, run.prepare)
+    for name, run in list(alive.items()):
+        guarded(name, lambda run=run: [run.seconds(count) for count in run.counts])
+    found: dict[str, list[list[float]]] = {name: [] for name in alive}
+    for _ in range(repeats):
+        for name, run in list(alive.items()):
+            found[name].append(guarded(name, lambda run=run: [run.seconds(count) for count in run.counts]))
+    return {name: _timing(run, found[name]) for name, run in alive.items()}
+
+
+def _timing(run: Run, pairs: Sequence[Sequence[float]]) -> Timing:
+    short, long = (count * run.steps_a_unit for count in run.counts)
+    return Timing(
+        tuple((second - first) / (long - short) for first, second in pairs),
+        statistics.median(second / long for _, second in pairs),
+    )
+
+
+def digest(tokens: np.ndarray | None) -> str | None:
+    """What tells two arrays of tokens apart."""
+    return None if tokens is None else hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes()).hexdigest()[:16]
