@@ -49,8 +49,8 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 
 @functools.cache
-def gpt_pipeline(mesh: Any) -> tuple[Case, Pipeline]:
-    case = CASES["gpt"]()
+def pipeline_of(name: str, mesh: Any) -> tuple[Case, Pipeline]:
+    case = CASES[name]()
     return case, stage_case(case, case.loss_fn, mesh, 2)
 
 
@@ -61,15 +61,23 @@ def draw_gradients(params: Any, seed: int = 0) -> list[Any]:
 
 def check(case: Case, pipeline: Pipeline, tx: optax.GradientTransformation, **options: Any) -> Any:
     """The same gradients, staged and not: equal parameters and equal state. Returns the placed state."""
-    staged_tx = stage_optimizer(pipeline.placement, pipeline.trainable, pipeline.mesh, tx, **options)
+    staged_tx = pipeline.optimizer(tx, **options)
+
+    @compile_lightly
+    def unstaged(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    @compile_lightly
+    def staged(grads: Any, state: Any, placed: Any) -> tuple[Any, Any]:
+        updates, state = staged_tx.update(pipeline.place(grads), state, placed)
+        return optax.apply_updates(placed, updates), state
+
     params, placed = case.params, pipeline.place(case.params)
-    state, placed_state = tx.init(params), staged_tx.init(placed)
-    update = compile_lightly(tx.update)
-    for grad in draw_gradients(params):
-        updates, state = update(grad, state, params)
-        params = optax.apply_updates(params, updates)
-        placed_updates, placed_state = staged_tx.update(pipeline.place(grad), placed_state, placed)
-        placed = optax.apply_updates(placed, placed_updates)
+    state, placed_state = compile_lightly(tx.init)(params), compile_lightly(staged_tx.init)(placed)
+    for grads in draw_gradients(params):
+        params, state = unstaged(grads, state, params)
+        placed, placed_state = staged(grads, placed_state, placed)
     assert_trees_close(pipeline.gather(placed), params, 1e-5)
     gathered = staged_tx.gather_state(placed_state)
     assert jax.tree.structure(gathered) == jax.tree.structure(state)
@@ -79,20 +87,19 @@ def check(case: Case, pipeline: Pipeline, tx: optax.GradientTransformation, **op
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equal_with_tied_weights(name: str, stage_mesh: Callable) -> None:
-    case, pipeline = gpt_pipeline(stage_mesh(2))
+    case, pipeline = pipeline_of("gpt", stage_mesh(2))
     check(case, pipeline, OPTIMIZERS[name]())
 
 
 @pytest.mark.parametrize("name", ["clipped", "decay_by_ndim", "lamb"])
 def test_equal_on_stacked_layers(name: str, stage_mesh: Callable) -> None:
     """Leaves whose slices live on several stages: elementwise operations and norms."""
-    case = CASES["gpt_scan"]()
-    check(case, stage_case(case, case.loss_fn, stage_mesh(2), 2), OPTIMIZERS[name]())
+    case, pipeline = pipeline_of("gpt_scan", stage_mesh(2))
+    check(case, pipeline, OPTIMIZERS[name]())
 
 
 def test_refuses_what_needs_a_stacked_leaf_whole(stage_mesh: Callable) -> None:
-    case = CASES["gpt_scan"]()
-    pipeline = stage_case(case, case.loss_fn, stage_mesh(2), 2)
+    case, pipeline = pipeline_of("gpt_scan", stage_mesh(2))
     tx = stage_optimizer(pipeline.placement, pipeline.trainable, pipeline.mesh, OPTIMIZERS["adafactor"]())
     placed = pipeline.place(case.params)
     state = tx.init(placed)
@@ -105,14 +112,14 @@ def test_refuses_large_values_of_several_parameters(stage_mesh: Callable) -> Non
         total = sum(x for x in jax.tree.leaves(grads) if x.shape == (16, 32))
         return jax.tree.map(lambda x: x * jnp.sum(total), grads), state
 
-    _, pipeline = gpt_pipeline(stage_mesh(2))
+    _, pipeline = pipeline_of("gpt", stage_mesh(2))
     tx = optax.GradientTransformation(lambda params: (), mix)
     with pytest.raises(ValueError, match="several parameters at once"):
         stage_optimizer(pipeline.placement, pipeline.trainable, pipeline.mesh, tx)
 
 
 def test_state_moves_between_numbers_of_stages(stage_mesh: Callable) -> None:
-    case, two = gpt_pipeline(stage_mesh(2))
+    case, two = pipeline_of("gpt", stage_mesh(2))
     four = stage_case(case, case.loss_fn, stage_mesh(4), 2)
     tx = OPTIMIZERS["adafactor"]()
     first, second = (stage_optimizer(p.placement, p.trainable, p.mesh, tx) for p in (two, four))
@@ -140,7 +147,7 @@ def held_bytes(state: Any) -> int:
 
 def test_a_step_trains_as_the_unstaged_function(stage_mesh: Callable) -> None:
     """Real gradients, clipped, with the tied embedding; donated buffers."""
-    case, pipeline = gpt_pipeline(stage_mesh(2))
+    case, pipeline = pipeline_of("gpt", stage_mesh(2))
     tx = OPTIMIZERS["clipped"]()
     step = train_step(pipeline, tx)
     staged = pipeline.place(case.params)
@@ -161,7 +168,7 @@ def test_a_step_trains_as_the_unstaged_function(stage_mesh: Callable) -> None:
 
 
 def test_flax_train_state(stage_mesh: Callable) -> None:
-    case, pipeline = gpt_pipeline(stage_mesh(2))
+    case, pipeline = pipeline_of("gpt", stage_mesh(2))
     tx = stage_optimizer(pipeline.placement, pipeline.trainable, pipeline.mesh, optax.sgd(0.5))
     placed = pipeline.place(case.params)
     state = TrainState.create(apply_fn=pipeline, params=placed, tx=tx)
