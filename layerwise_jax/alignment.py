@@ -68,24 +68,34 @@ def align_stages(
 
 
 class _Aligner:
+    """Tries bodies out. Ranges of layers and of anchored operations both count from the program's start."""
+
     def __init__(self, layers: LayerSequence, boundaries: Sequence[int], stages: Sequence[Stage]):
-        self.layers, self.program, self.stages = layers, layers.program, stages
+        self.program, self.stages = layers.program, stages
         self.ranges = list(pairwise(boundaries))
+        self.anchors = [i for layer in layers.layers for i in layer.anchors]
+        self.ends = np.cumsum([0, *(len(layer.anchors) for layer in layers.layers)]).tolist()
         self.free = free_producers(self.program, anchored_ops(self.program))
         self.fingerprints: dict[int, Any] = {}
-        self.keys = [self._shape(self._ops(i, i + 1)).key for i in range(len(layers))]
+        self.keys = [self._shape(self._ops(*self._anchors(i, i + 1))).key for i in range(len(layers))]
 
     def split(self, count: int) -> list[StageParts] | None:
         """The stages with bodies of `count` layers each, if those are equal."""
         *firsts, (start, stop) = self.ranges
         bodies = [(b - count, b) for _, b in firsts]
         for last in range(start, stop - count + 1):
+            # What comes after the last block, such as a norm, may stand in its layer: that is left to the last stage.
             candidate = [*bodies, (last, last + count)]
-            if len({tuple(self.keys[a:b]) for a, b in candidate}) > 1:
+            if len({tuple(self.keys[a : b - 1]) for a, b in candidate}) > 1:
                 continue
-            shapes = [self._shape(self._ops(a, b)) for a, b in candidate]
+            if len({self.keys[b - 1] for _, b in bodies}) > 1:
+                continue
+            anchors = [self._anchors(a, b) for a, b in candidate]
+            tail_start, length = self.ends[last + count - 1], self.ends[bodies[0][1]] - self.ends[bodies[0][1] - 1]
+            anchors[-1] = (anchors[-1][0], min(tail_start + length, anchors[-1][1]))
+            shapes = [self._shape(self._ops(a, b)) for a, b in anchors]
             if len({shape.key for shape in shapes}) == 1:
-                return [self._parts(s, body, shapes[s]) for s, body in enumerate(candidate)]
+                return [self._parts(s, body, shapes[s]) for s, body in enumerate(anchors)]
         return None
 
     def split_without_body(self) -> list[StageParts]:
@@ -93,7 +103,7 @@ class _Aligner:
         return [StageParts(stage.ops, (), (), empty) for stage in self.stages]
 
     def _parts(self, s: int, body: tuple[int, int], shape: Shape) -> StageParts:
-        start, stop = self.ranges[s]
+        start, stop = self._anchors(*self.ranges[s])
         made = {x for op in self.stages[s].ops for x in op.results}
         outputs = [x for x in self.stages[s].outputs.values() if isinstance(x, int) and x in self.free]
         assert all(x in made for x in outputs)
@@ -101,9 +111,13 @@ class _Aligner:
         after = self._ops(body[1], stop, outputs) if body[1] < stop else ()
         return StageParts(before, self._ops(*body), after, shape)
 
+    def _anchors(self, start: int, stop: int) -> tuple[int, int]:
+        """The anchored operations of layers start to stop."""
+        return self.ends[start], self.ends[stop]
+
     def _ops(self, start: int, stop: int, outputs: Sequence[Operand] = ()) -> tuple[Op, ...]:
-        """The operations of layers start to stop, with the unanchored ones that they (or `outputs`) need."""
-        anchors = [i for layer in self.layers.layers[start:stop] for i in layer.anchors]
+        """Anchored operations start to stop, with the unanchored ones that they (or `outputs`) need."""
+        anchors = self.anchors[start:stop]
         reads = [x for i in anchors for x in self.program.ops[i].values]
         positions = {*anchors, *free_ops_behind(self.program, [*reads, *outputs], self.free)}
         return tuple(self.program.ops[i] for i in sorted(positions))

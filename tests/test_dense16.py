@@ -183,7 +183,7 @@ def test_a_steps_time_is_a_difference_and_failures_are_told_apart() -> None:
 def test_a_run_starts_over_each_time() -> None:
     model = replace(TINY, layers=2)
     params, cache, *_ = start(model)
-    each = DecodeRun(make_strategy("one device", model, jax.devices()), params, cache, (0, STEPS))
+    each = DecodeRun(make_strategy("one device", model, jax.devices()), lambda: params, lambda: cache, (0, STEPS))
     each.compile()
     each.prepare()
     found = set()

@@ -54,9 +54,13 @@ def decode_cases(scale: Scale, part: Part, num_devices: int) -> list[DecodeCase]
     if scale == "toy":
         return [DecodeCase(toy_model(num_devices), (0, 6))]
     if part == "decode":
-        return [DecodeCase(PRESETS["exact"], (4, 20))]
+        exact = PRESETS["exact"]
+        return [DecodeCase(each, (4, 20)) for each in (exact, replace(exact, layers=2, batch=128))]
     if part == "l2":
-        return [DecodeCase(replace(PRESETS["l2"], batch=batch), (16, 144)) for batch in (32, 128)]
+        heads, mlp = LAYER_SIZES[8]
+        deep = replace(PRESETS["l2"], layers=8, heads=heads, mlp=mlp)
+        models = [replace(model, batch=batch) for model in (PRESETS["l2"], deep) for batch in (32, 128)]
+        return [DecodeCase(model, (16, 112)) for model in (*models, replace(deep, batch=8))]
     layers = [replace(PRESETS["l2"], layers=2, heads=heads, mlp=mlp) for heads, mlp in LAYER_SIZES.values()]
     return [DecodeCase(replace(layer, batch=batch), (16, 144)) for batch in (32, 8, 128) for layer in layers]
 

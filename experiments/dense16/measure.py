@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,7 @@ class Session:
         model, runs = case.model, self._decode_runs(case)
         stages = runs["layer-wise"].strategy.shape["stage"] if "layer-wise" in runs else 0
         alone = self._stages_alone(model, stages, case.counts[1]) if stages else {}
-        # One device alone holds most, so that it comes last of those for which the common start is kept.
-        programs, timings = self._timed(part, {**dict(reversed(runs.items())), **alone})
+        programs, timings = self._timed(part, {**runs, **alone})
         first = runs["one device"].tokens
         for name, each in runs.items():
             if name in timings:
@@ -162,9 +162,10 @@ class Session:
             self._overhead(part, model, stages, programs, timings)
 
     def _decode_runs(self, case: DecodeCase) -> dict[str, DecodeRun]:
-        model, here = case.model, SingleDeviceSharding(self.devices[0])
-        params = model.params(random_array(model, 0, here))
-        cache = model.cache(model.batch, random_array(model, 1, here))
+        # One device alone holds most, and it is the first.
+        model, there = case.model, SingleDeviceSharding(self.devices[-1])
+        params = partial(model.params, random_array(model, 0, there))
+        cache = partial(model.cache, model.batch, random_array(model, 1, there))
         runs = {}
         for name, shape in fitting(model, len(self.devices)):
             strategy = make_strategy(name, model, self.devices, **shape)

@@ -4,6 +4,7 @@ import dataclasses
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -55,12 +56,11 @@ class EmptyRun(DecodeRun):
     """A strategy that starts with a cache of zeros, made where it lies: no device ever holds all of it."""
 
     def prepare(self) -> None:
-        self._weights = self.strategy.place(self.params)
+        self._weights = self.strategy.place(self.params())
         program = self.strategy.compile(self.counts[-1])
         types, shardings = program.args_info[0][1], program.input_shardings[0][1]
         self._state = jax.tree.map(lambda x, where: jnp.zeros(x.shape, x.dtype, device=where), types, shardings)
         jax.block_until_ready((self._weights, self._state))
-        self.params = None
 
 
 def shapes(model: Dense, count: int) -> list[Shape]:
@@ -144,7 +144,7 @@ def _measure_case(
     """One model: a record a shape."""
     devices = jax.local_devices()[: scaling.devices]
     progress(f"compiling {len(wanted)} strategies: {model}")
-    params = model.params(random_array(model, 0, SingleDeviceSharding(devices[0])))
+    params = partial(model.params, random_array(model, 0, SingleDeviceSharding(devices[0])))
     shaped = {f"{shape.name}, {shape.mesh}": shape for shape in wanted}
     runs: dict[str, EmptyRun] = {}
     for label, shape in shaped.items():
@@ -153,9 +153,8 @@ def _measure_case(
         except Exception as error:
             failed(label, error)
             continue
-        runs[label] = EmptyRun(strategy, params, None, step_counts(model))
+        runs[label] = EmptyRun(strategy, params, dict, step_counts(model))
     programs = compile_all(runs, failed, scaling.threads)
-    del params
     for label, program in programs.items():
         progress(label)
         run = runs.pop(label)

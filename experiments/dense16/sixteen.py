@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -75,7 +76,8 @@ def emulate(model: Dense, count: int, threads: int, progress: Progress) -> list[
     """
     devices = jax.local_devices()[:count]
     here = SingleDeviceSharding(devices[0])
-    params, cache = model.params(random_array(model, 0, here)), model.cache(model.batch, random_array(model, 1, here))
+    params = partial(model.params, random_array(model, 0, here))
+    cache = partial(model.cache, model.batch, random_array(model, 1, here))
     runs = {}
     for name, ways in fitting(model, count):
         strategy = make_strategy(name, model, devices, **ways)

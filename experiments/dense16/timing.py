@@ -47,14 +47,14 @@ class DecodeRun:
 
     Attributes:
       strategy: what runs.
-      params, cache: whole; they can be dropped once all runs are prepared.
+      params, cache: make them whole, where there is room for them besides what the runs hold.
       counts: steps of the short program, or 0 for none, and of the long one.
       tokens: what the long program generated last, int32[steps, batch].
     """
 
     strategy: Strategy
-    params: Any
-    cache: Any
+    params: Callable[[], Any]
+    cache: Callable[[], Any]
     counts: tuple[int, int]
     tokens: np.ndarray | None = None
     steps_a_unit: int = 1
@@ -63,10 +63,9 @@ class DecodeRun:
         return [self.strategy.compile(steps) for steps in self.counts if steps][-1]
 
     def prepare(self) -> None:
-        self._weights = self.strategy.place(self.params)
-        self._state = self.strategy.start(self.cache, *self._inputs())
+        self._weights = self.strategy.place(self.params())
+        self._state = self.strategy.start(self.cache(), *self._inputs())
         jax.block_until_ready((self._weights, self._state))
-        self.params = self.cache = None
 
     def seconds(self, count: int) -> float:
         if not count:
