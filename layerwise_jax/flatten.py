@@ -1,8 +1,8 @@
 """Open a jaxpr into a flat `Program`.
 
 Opened: `jit` and closed calls; `jax.checkpoint` (its operations keep the mark, and are wrapped again when they run);
-a `scan` over layers, that is a scan whose scanned inputs are parameters, one iteration a time. Never opened:
-`custom_jvp`, `custom_vjp` (that would change gradients), `cond`, `while`, and scans over data.
+a `scan` over layers, that is a scan whose scanned inputs are parameters, one iteration a time. Never opened: `cond`,
+`while`, scans over data, and, where gradients may be taken, `custom_jvp` and `custom_vjp` (that would change them).
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from layerwise_jax.program import Op, Operand, Program, Remat, Value, Weight
 FROM_WEIGHTS, FROM_INPUTS = 1, 2
 
 
-def flatten(jaxpr: Jaxpr, num_weight_leaves: int) -> Program:
+def flatten(jaxpr: Jaxpr, num_weight_leaves: int, *, is_differentiable: bool = True) -> Program:
     """The flat program of a jaxpr whose first `num_weight_leaves` inputs are parameters.
 
     A leaf that is used only in slices along its first axis becomes one weight a slice, so that a stage need not hold
-    the others; a leaf that is used whole anywhere stays whole.
+    the others; a leaf that is used whole anywhere stays whole. Without `is_differentiable` the derivative rules of
+    custom functions are dropped, and these opened too.
     """
     sliceable = frozenset(range(num_weight_leaves))
     while True:
-        flattener = _Flattener(sliceable)
+        flattener = _Flattener(sliceable, is_differentiable)
         program = flattener.flatten(jaxpr, num_weight_leaves)
         held: dict[int, list[Weight]] = {}
         for weight in program.weights.values():
@@ -66,8 +67,9 @@ def _are_disjoint(weights: Sequence[Weight]) -> bool:
 class _Flattener:
     """Walks a jaxpr once: env, read, write, one loop."""
 
-    def __init__(self, sliceable: frozenset[int]):
+    def __init__(self, sliceable: frozenset[int], is_differentiable: bool):
         self.sliceable = sliceable
+        self.opened = _jax.CALL_PRIMITIVES | (frozenset() if is_differentiable else _jax.CUSTOM_RULE_PRIMITIVES)
         self.ops: list[Op] = []
         self.avals: list[Any] = []
         self.flags: list[int] = []
@@ -148,7 +150,7 @@ class _Flattener:
     def open(self, eqn: JaxprEqn, operands: list[Operand], remats: tuple[Remat, ...]) -> Sequence[Operand]:
         """The values of an equation's results: by opening it, or by one operation of the program."""
         name = eqn.primitive.name
-        if name in _jax.CALL_PRIMITIVES and not _names_devices(eqn):
+        if name in self.opened and not _names_devices(eqn):
             return self.run(_jax.inner_jaxpr(eqn), operands, remats)
         if name in _jax.REMAT_PRIMITIVES and not eqn.params["differentiated"]:
             remat = Remat(eqn.params["policy"], eqn.params["prevent_cse"])

@@ -88,7 +88,8 @@ def trace_step(
     paths, leaves, tree = _jax.key_paths(both)
     traced = jax.make_jaxpr(step, axis_env=list((axes or {}).items()), return_shape=True)
     jaxpr, outputs = traced(both, *inputs)
-    program = flatten(jaxpr, len(leaves))
+    # No gradient is taken; a derivative's rule could only keep equal layers apart.
+    program = flatten(jaxpr, len(leaves), is_differentiable=False)
     output_leaves, outputs_tree = jax.tree.flatten(outputs)
     avals = [var.aval for var in jaxpr.invars]
     signature = Signature(

@@ -62,7 +62,7 @@ def decode_cases(scale: Scale, part: Part, num_devices: int) -> list[DecodeCase]
         models = [replace(model, batch=batch) for model in (PRESETS["l2"], deep) for batch in (32, 128)]
         return [DecodeCase(model, (16, 112)) for model in (*models, replace(deep, batch=8))]
     layers = [replace(PRESETS["l2"], layers=2, heads=heads, mlp=mlp) for heads, mlp in LAYER_SIZES.values()]
-    return [DecodeCase(replace(layer, batch=batch), (16, 144)) for batch in (32, 8, 128) for layer in layers]
+    return [DecodeCase(replace(layer, batch=batch), (16, 112)) for batch in (8, 32, 128) for layer in layers[::2]]
 
 
 def stage_cases(scale: Scale) -> list[StageCase]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from experiments.dense16.stage import Groups, StageLoop
+from experiments.dense16.stage import StageLoop
 from experiments.dense16.strategy import Strategy
 
 
@@ -38,6 +38,10 @@ class Run(Protocol):
 
     def seconds(self, count: int) -> float:
         """Run so many units, from dispatch to completion."""
+        ...
+
+    def release(self) -> None:
+        """Let go of weights and state."""
         ...
 
 
@@ -79,6 +83,9 @@ class DecodeRun:
             self.tokens = tokens
         return seconds
 
+    def release(self) -> None:
+        self._weights = self._state = None
+
     def _inputs(self) -> tuple[np.ndarray, np.ndarray]:
         """First tokens, and positions near the end of the context, so that all steps read about as much of it."""
         model = self.strategy.model
@@ -102,7 +109,7 @@ class StageRun:
 
     def prepare(self) -> None:
         self._weights = self.loop.weights()
-        self._state: Groups = self.loop.start()
+        self._state: Any = self.loop.start()
         jax.block_until_ready((self._weights, self._state))
 
     def seconds(self, count: int) -> float:
@@ -112,6 +119,9 @@ class StageRun:
             self._state = self.loop.program(self._weights, self._state._replace(positions=positions))
         jax.block_until_ready(self._state)
         return time.perf_counter() - started
+
+    def release(self) -> None:
+        self._weights = self._state = None
 
 
 @dataclass(frozen=True)
@@ -149,10 +159,7 @@ class Program:
     device_bytes: int
 
 
-Failed = Callable[[str, Exception], None]
-
-
-def compile_all(runs: Mapping[str, Run], failed: Failed, threads: int) -> dict[str, Program]:
+def compile_all[K](runs: Mapping[K, Run], failed: Callable[[K, Exception], None], threads: int) -> dict[K, Program]:
     """Compile several at a time; those that fail are told and left out."""
 
     def compile_one(run: Run) -> Program | Exception:
@@ -173,7 +180,7 @@ def compile_all(runs: Mapping[str, Run], failed: Failed, threads: int) -> dict[s
     return {name: each for name, each in found.items() if isinstance(each, Program)}
 
 
-def time_in_turns(runs: Mapping[str, Run], repeats: int, failed: Failed) -> dict[str, Timing]:
+def time_in_turns(runs: Mapping[str, Run], repeats: int, failed: Callable[[str, Exception], None]) -> dict[str, Timing]:
     """Prepare and warm up all, then time all, `repeats` times over; those that fail are told and left out."""
     alive = dict(runs)
 

@@ -1,0 +1,210 @@
+"""What is measured, as jobs: programs that are timed beside each other, and the records that come of it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from jax.sharding import SingleDeviceSharding
+
+from experiments.dense16 import resident
+from experiments.dense16.cases import (
+    DecodeCase,
+    Part,
+    Scale,
+    StageCase,
+    counter_cases,
+    decode_cases,
+    residency_cases,
+    stage_cases,
+)
+from experiments.dense16.model import Dense, random_array
+from experiments.dense16.stage import StageLoop
+from experiments.dense16.strategies import fitting, make_strategy
+from experiments.dense16.timing import DecodeRun, Program, Run, StageRun, Timing, digest
+
+Record = dict[str, Any]
+Programs = Mapping[str, Program]
+Timings = Mapping[str, Timing]
+
+# The fastest at which an H200's memory was read, bytes a second: the floor of what must read its weights and its cache.
+READ_BANDWIDTH = 4.6e12
+# Calls of a stage's program in a short and a long run; a toy's take too little time to be told apart.
+CALLS: dict[Scale, tuple[int, int]] = {"gpu": (1, 5), "toy": (0, 5)}
+PROFILE_SECONDS = 90.0
+STAGE, STAGE_WITH_ENDS = "stage", "stage with ends"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Runs, and what is told of them.
+
+    Attributes:
+      what: which case it is.
+      groups: runs by name. Those of a group are timed in turns; before the next group they leave the memory.
+      records: makes the records of all that were compiled and timed.
+    """
+
+    what: str
+    groups: Sequence[Mapping[str, Run]]
+    records: Callable[[Programs, Timings], Iterator[Record]]
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        """All runs."""
+        return {name: run for group in self.groups for name, run in group.items()}
+
+
+def jobs_of(part: Part, scale: Scale, devices: Sequence[Any]) -> list[Job]:
+    """The jobs of a part of the measurements."""
+    if part == "stage":
+        return [_stage_job(scale, case, devices[0]) for case in stage_cases(scale)]
+    if part == "residency":
+        return [_residency_job(scale, *pair, devices[0]) for pair in residency_cases(scale)]
+    if part == "counters":
+        return [
+            Job(
+                f"{mib} MiB, {_weights(is_streamed)}", (), lambda programs, timings, c=(mib, is_streamed): _counters(*c)
+            )
+            for mib, is_streamed in counter_cases()
+        ]
+    return [_decode_job(scale, part, case, devices) for case in decode_cases(scale, part, len(devices))]
+
+
+def _decode_job(scale: Scale, part: Part, case: DecodeCase, devices: Sequence[Any]) -> Job:
+    """All strategies, and after them the layer-wise stage by itself."""
+    model = case.model
+    runs = _decode_runs(case, devices)
+    stages = runs["layer-wise"].strategy.shape["stage"] if "layer-wise" in runs else 0
+    alone = _stages_alone(scale, model, stages, case.counts[1], devices[0]) if stages else {}
+
+    def records(programs: Programs, timings: Timings) -> Iterator[Record]:
+        first = runs["one device"].tokens
+        for name, each in runs.items():
+            if name in timings:
+                about = _record("decode", part, model, name, each.strategy.shape, programs[name], timings[name])
+                yield about | _speed(model, timings[name].seconds) | {"steps": case.counts[1]} | _tokens(each, first)
+        if "layer-wise" in timings and STAGE in timings:
+            mesh = {"data": 1, "stage": stages, "tensor": 1}
+            about = _record("overhead", part, model, "layer-wise", mesh, programs[STAGE], timings[STAGE])
+            yield about | _overhead(timings["layer-wise"].seconds / stages, timings)
+
+    return Job(str(case), (runs, alone), records)
+
+
+def _decode_runs(case: DecodeCase, devices: Sequence[Any]) -> dict[str, DecodeRun]:
+    """All strategies that fit. Those with stages come first: their start takes the most room besides what they hold."""
+    # The last device has the most room left: one device alone holds most, and it is the first.
+    model, there = case.model, SingleDeviceSharding(devices[-1])
+    params = partial(model.params, random_array(model, 0, there))
+    cache = partial(model.cache, model.batch, random_array(model, 1, there))
+    return {
+        name: DecodeRun(make_strategy(name, model, devices, **shape), params, cache, case.counts)
+        for name, shape in reversed(fitting(model, len(devices)))
+    }
+
+
+def _stages_alone(scale: Scale, model: Dense, stages: int, ticks: int, device: Any) -> dict[str, StageRun]:
+    """The layer-wise stage in a loop on one device, without and with what first and last stage do besides."""
+    stage = replace(model, layers=model.layers // stages, batch=model.batch // stages)
+    rounds = max(1, min(ticks, model.context // 2) // 2)
+    return {
+        name: StageRun(StageLoop(stage, device, stages, 1, stages, rounds, has_ends), CALLS[scale])
+        for name, has_ends in ((STAGE, False), (STAGE_WITH_ENDS, True))
+    }
+
+
+def _speed(model: Dense, step: float) -> Record:
+    return {
+        "tokens_per_second": model.batch / step,
+        "seconds_per_token": step / model.batch,
+        "inter_token_latency": step,
+    }
+
+
+def _tokens(run: DecodeRun, first: Any) -> Record:
+    """The tokens' digest, and how many are those of one device: of the first step, and of all."""
+    found: Record = {"tokens_digest": digest(run.tokens)}
+    if first is not None and run.tokens is not None:
+        found |= {"same_first_tokens": float((first[0] == run.tokens[0]).mean())}
+        found |= {"same_tokens": float((first == run.tokens).mean())}
+    return found
+
+
+def _overhead(tick: float, timings: Timings) -> Record:
+    """What a tick of the ring takes besides its stage."""
+    found = {"tick_seconds": tick, "stage_seconds": timings[STAGE].seconds}
+    found |= {"overhead_seconds": tick - timings[STAGE].seconds}
+    if STAGE_WITH_ENDS in timings:
+        ends = timings[STAGE_WITH_ENDS].seconds
+        found |= {"stage_with_ends_seconds": ends, "overhead_over_ends_seconds": tick - ends}
+    return found
+
+
+def _stage_job(scale: Scale, case: StageCase, device: Any) -> Job:
+    """A stage against the time that its memory takes."""
+    model = case.model
+    floor = (model.layers * (model.layer_bytes + model.batch * model.sequence_bytes)) / READ_BANDWIDTH
+
+    def records(programs: Programs, timings: Timings) -> Iterator[Record]:
+        for name, timing in timings.items():
+            record = _record("stage", "stage", model, "one device", {}, programs[name], timing)
+            record |= {"tokens_per_second": model.batch / timing.seconds, "memory_bandwidth": READ_BANDWIDTH}
+            yield record | {"floor_seconds": floor, "floor_share": floor / timing.seconds}
+
+    return Job(str(case), ({STAGE: _stage_run(scale, case, device)},), records)
+
+
+def _residency_job(scale: Scale, stays: StageCase, streams: StageCase, device: Any) -> Job:
+    """The same stage with weights that stay and with weights that are streamed."""
+    cases = {_weights(False): stays, _weights(True): streams}
+
+    def records(programs: Programs, timings: Timings) -> Iterator[Record]:
+        for name, timing in timings.items():
+            model = cases[name].model
+            record = _record("residency", "residency", model, "one device", {}, programs[name], timing)
+            record |= {"weights": name, "stage_weight_bytes": model.layers * model.layer_bytes}
+            yield record | {"groups": cases[name].groups, "copies": cases[name].copies}
+
+    return Job(str(stays), ({name: _stage_run(scale, case, device) for name, case in cases.items()},), records)
+
+
+def _weights(is_streamed: bool) -> str:
+    return "streaming" if is_streamed else "resident"
+
+
+def _stage_run(scale: Scale, case: StageCase, device: Any) -> StageRun:
+    return StageRun(StageLoop(case.model, device, case.groups, case.copies, case.ticks, case.rounds), CALLS[scale])
+
+
+def _counters(layer_mib: int, is_streamed: bool) -> Iterator[Record]:
+    """Bytes read from DRAM in a tick."""
+    microbatch, copies = 8, resident.TICKS if is_streamed else 1
+    size, kernels = resident.dram_bytes(layer_mib, copies, microbatch, PROFILE_SECONDS)
+    model = resident.profiled_model(layer_mib, microbatch)
+    yield _described("residency", "counters", model, "one device", {}) | {
+        "weights": _weights(is_streamed),
+        "stage_weight_bytes": model.layer_bytes,
+        "cache_bytes_per_tick": model.batch * model.sequence_bytes,
+        "dram_bytes_per_tick": size,
+        "dram_bytes_per_tick_by_kernel": kernels,
+    }
+
+
+def _record(
+    kind: str, part: Part, model: Dense, strategy: str, mesh: Mapping[str, int], program: Program, timing: Timing
+) -> Record:
+    about = {"bytes_per_device": program.device_bytes, "compile_seconds": program.seconds}
+    return {**_described(kind, part, model, strategy, mesh), **timing.record(), **about}
+
+
+def _described(kind: str, part: Part, model: Dense, strategy: str, mesh: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "part": part,
+        "strategy": strategy,
+        "mesh": {"data": 1, "stage": 1, "tensor": 1, **mesh},
+        "model": model.record(),
+        "batch": model.batch,
+        "context": model.context,
+    }
