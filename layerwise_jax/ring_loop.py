@@ -276,17 +276,24 @@ class _Round:
         last = piece.stage
         new = {j: x for j, x in self.ring.step.own_state[last].items() if x in _made_by(piece, last)}
         run = partial(self._run_piece, piece, [0], new, moment, kept)
-        (tokens,), caches = self._on_stage(last, run, ([fill(self.loop.output_aval(0), 0.0)], caches))
+        idle = ([fill(self.loop.output_aval(0), 0.0)], caches)
+        if self.ring.selects:  # the caches; of tokens, only the last stage's are sent
+            (tokens,), held = run(idle)
+            return tokens, self._selected(last, held, caches)
+        (tokens,), caches = self._on_stage(last, run, idle)
         return tokens, caches
 
     def _on_stage(self, s: int, run: Callable, carry: tuple[list[Any], Slots]) -> tuple[list[Any], Slots]:
         """`run(carry)` on stage s, the carry elsewhere."""
         if self.loop.num_stages == 1:
             return run(carry)
-        is_here = self.device.stage == s
         if self.ring.selects:
-            return jax.tree.map(lambda new, old: jnp.where(is_here, new, old), run(carry), carry)
-        return do_if(is_here, run, carry)
+            return self._selected(s, run(carry), carry)
+        return do_if(self.device.stage == s, run, carry)
+
+    def _selected(self, s: int, new: Any, old: Any) -> Any:
+        """`new` on stage s, `old` elsewhere."""
+        return jax.tree.map(lambda x, held: x if x is held else jnp.where(self.device.stage == s, x, held), new, old)
 
 
 def _made_by(piece: Piece, stage: int) -> set[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import jax
@@ -86,10 +87,10 @@ class Message:
         if self.carrier is None:
             return arrived[-1]
         bits = arrived[self.carrier].reshape(self.num_sequences, -1)
-        parts = bits[:, : TOKEN_BYTES // bits.dtype.itemsize]
-        if bits.dtype.itemsize == TOKEN_BYTES:
-            return lax.bitcast_convert_type(parts[:, 0], jnp.int32)
-        return lax.bitcast_convert_type(parts, jnp.int32)
+        parts = [bits[:, i].astype(jnp.uint32) for i in range(_parts_of(bits.dtype))]
+        # Shifted and joined, not cast as an array, which would be a kernel of its own on a GPU.
+        joined = reduce(jnp.bitwise_or, [part << (8 * bits.dtype.itemsize * i) for i, part in enumerate(parts)])
+        return joined.astype(jnp.int32)
 
 
 def _carries(aval: Any, num_sequences: int) -> bool:
@@ -104,10 +105,15 @@ def _bits(dtype: Any) -> Any:
 
 
 def _spread(tokens: Any, like: Any) -> Any:
-    """Tokens in the first elements of every row, zeros behind them."""
-    if like.dtype.itemsize == TOKEN_BYTES:
-        parts = lax.bitcast_convert_type(tokens, like.dtype)[:, None]
-    else:
-        parts = lax.bitcast_convert_type(tokens, like.dtype)
-    width = int(np.prod(like.shape[1:]))
-    return jnp.pad(parts, ((0, 0), (0, width - parts.shape[1]))).reshape(like.shape)
+    """Tokens in the first elements of every row, the lowest bits first; behind them what stands in `like`."""
+    rows = like.reshape(like.shape[0], -1)
+    column = lax.broadcasted_iota(jnp.int32, rows.shape, 1)
+    for i in range(_parts_of(like.dtype)):
+        part = (tokens.astype(jnp.uint32) >> (8 * like.dtype.itemsize * i)).astype(like.dtype)
+        rows = jnp.where(column == i, part[:, None], rows)
+    return rows.reshape(like.shape)
+
+
+def _parts_of(dtype: Any) -> int:
+    """Elements that a token takes."""
+    return TOKEN_BYTES // dtype.itemsize

@@ -219,11 +219,12 @@ def test_records_have_what_reports_read(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_time_is_too_short_for_and_what_fails_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     late = run(Settings("toy", ("stage",), seconds=0), tmp_path / "late.json")
     assert "the time was up" in late["failures"][0]["error"]
+    assert not late["records"]
 
     def broken(*_: Any) -> None:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(Session, "measure", broken)
+    monkeypatch.setattr(Session, "_timed", broken)
     document = run(Settings("toy", ("stage", "residency")), tmp_path / "broken.json")
     assert [(f["part"], f["error"]) for f in document["failures"]] == [
         ("stage", "RuntimeError: no such luck"),

@@ -62,12 +62,7 @@ def jobs_of(part: Part, scale: Scale, devices: Sequence[Any]) -> list[Job]:
     if part == "residency":
         return [_residency_job(scale, *pair, devices[0]) for pair in residency_cases(scale)]
     if part == "counters":
-        return [
-            Job(
-                f"{mib} MiB, {_weights(is_streamed)}", (), lambda programs, timings, c=(mib, is_streamed): _counters(*c)
-            )
-            for mib, is_streamed in counter_cases()
-        ]
+        return [_counters_job(*case) for case in counter_cases()]
     return [_decode_job(scale, part, case, devices) for case in decode_cases(scale, part, len(devices))]
 
 
@@ -80,7 +75,7 @@ def _decode_job(scale: Scale, part: Part, case: DecodeCase, devices: Sequence[An
 
     def records(programs: Programs, timings: Timings) -> Iterator[Record]:
         first = runs["one device"].tokens
-        for name, each in runs.items():
+        for name, each in reversed(runs.items()):
             if name in timings:
                 about = _record("decode", part, model, name, each.strategy.shape, programs[name], timings[name])
                 yield about | _speed(model, timings[name].seconds) | {"steps": case.counts[1]} | _tokens(each, first)
@@ -177,8 +172,13 @@ def _stage_run(scale: Scale, case: StageCase, device: Any) -> StageRun:
     return StageRun(StageLoop(case.model, device, case.groups, case.copies, case.ticks, case.rounds), CALLS[scale])
 
 
+def _counters_job(layer_mib: int, is_streamed: bool) -> Job:
+    """Bytes read from DRAM in a tick, by a program of its own under the profiler."""
+    what = f"{layer_mib} MiB, {_weights(is_streamed)}"
+    return Job(what, (), lambda programs, timings: _counters(layer_mib, is_streamed))
+
+
 def _counters(layer_mib: int, is_streamed: bool) -> Iterator[Record]:
-    """Bytes read from DRAM in a tick."""
     microbatch, copies = 8, resident.TICKS if is_streamed else 1
     size, kernels = resident.dram_bytes(layer_mib, copies, microbatch, PROFILE_SECONDS)
     model = resident.profiled_model(layer_mib, microbatch)

@@ -83,23 +83,21 @@ class Session:
         runs = {(i, name): run for i, job in enumerate(jobs) for name, run in job.runs.items()}
         if runs:
             self.progress(f"{part}: compiling {len(runs)} programs")
-        failed = self._failed(part)
-        return compile_all(
-            runs, lambda key, error: failed(f"{key[1]}: {jobs[key[0]].what}", error), self.settings.threads
-        )
+
+        def failed(key: tuple[int, str], error: Exception) -> None:
+            self.fail(part, f"{key[1]}: {jobs[key[0]].what}", error)
+
+        return compile_all(runs, failed, self.settings.threads)
 
     def _timed(self, part: Part, job: Job, compiled: dict[str, Program]) -> dict[str, Timing]:
         """What was compiled, timed; what fails is put into the document."""
         found = {}
         for group in job.groups:
             alive = {name: run for name, run in group.items() if name in compiled}
-            found |= time_in_turns(alive, self.settings.repeats, self._failed(part))
+            found |= time_in_turns(alive, self.settings.repeats, lambda what, error: self.fail(part, what, error))
             for run in group.values():
                 run.release()
         return found
-
-    def _failed(self, part: Part) -> Callable[[str, Exception], None]:
-        return lambda what, error: self.fail(part, what, error)
 
     def is_late(self) -> bool:
         return time.perf_counter() - self.started > self.settings.seconds
