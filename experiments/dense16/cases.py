@@ -62,7 +62,7 @@ def decode_cases(scale: Scale, part: Part, num_devices: int) -> list[DecodeCase]
         models = [replace(model, batch=batch) for model in (PRESETS["l2"], deep) for batch in (32, 128)]
         return [DecodeCase(model, (16, 112)) for model in (*models, replace(deep, batch=8))]
     layers = [replace(PRESETS["l2"], layers=2, heads=heads, mlp=mlp) for heads, mlp in LAYER_SIZES.values()]
-    return [DecodeCase(replace(layer, batch=batch), (16, 112)) for batch in (8, 32, 128) for layer in layers[::2]]
+    return [DecodeCase(replace(layer, batch=batch), (16, 112)) for batch in (8, 128, 32) for layer in layers[:3]]
 
 
 def stage_cases(scale: Scale) -> list[StageCase]:
@@ -92,9 +92,9 @@ def residency_cases(scale: Scale) -> list[tuple[StageCase, StageCase]]:
     return found
 
 
-def counter_cases() -> list[tuple[int, bool]]:
-    """(MiB of a layer's weights, whether they are streamed)."""
-    return [*((mib, False) for mib in RESIDENT_MIB), (32, True)]
+def counter_cases() -> list[tuple[int, int]]:
+    """(MiB of a layer's weights, sets of weights that take turns)."""
+    return [(32, 1), (32, 16), (8, 1), (48, 1), (16, 1)]
 
 
 def toy_model(num_devices: int) -> Dense:

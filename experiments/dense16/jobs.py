@@ -31,8 +31,8 @@ Timings = Mapping[str, Timing]
 READ_BANDWIDTH = 4.6e12
 # Calls of a stage's program in a short and a long run; a toy's take too little time to be told apart.
 CALLS: dict[Scale, tuple[int, int]] = {"gpu": (1, 5), "toy": (0, 5)}
-PROFILE_SECONDS = 90.0
-STAGE, STAGE_WITH_ENDS = "stage", "stage with ends"
+PROFILE_SECONDS = 60.0
+STAGE, STAGE_WITH_ENDS, LAST_WITH_ENDS = "stage", "stage with ends", "stage with ends, last device"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def jobs_of(part: Part, scale: Scale, devices: Sequence[Any]) -> list[Job]:
     if part == "residency":
         return [_residency_job(scale, *pair, devices[0]) for pair in residency_cases(scale)]
     if part == "counters":
-        return [_counters_job(*case) for case in counter_cases()]
+        profiler = resident.Profiler(counter_cases(), microbatch=8, seconds=PROFILE_SECONDS)
+        return [_counters_job(profiler, *case) for case in profiler.cases]
     return [_decode_job(scale, part, case, devices) for case in decode_cases(scale, part, len(devices))]
 
 
@@ -71,7 +72,7 @@ def _decode_job(scale: Scale, part: Part, case: DecodeCase, devices: Sequence[An
     model = case.model
     runs = _decode_runs(case, devices)
     stages = runs["layer-wise"].strategy.shape["stage"] if "layer-wise" in runs else 0
-    alone = _stages_alone(scale, model, stages, case.counts[1], devices[0]) if stages else {}
+    alone = _stages_alone(scale, model, stages, case.counts[1], devices) if stages else {}
 
     def records(programs: Programs, timings: Timings) -> Iterator[Record]:
         first = runs["one device"].tokens
@@ -99,13 +100,17 @@ def _decode_runs(case: DecodeCase, devices: Sequence[Any]) -> dict[str, DecodeRu
     }
 
 
-def _stages_alone(scale: Scale, model: Dense, stages: int, ticks: int, device: Any) -> dict[str, StageRun]:
+def _stages_alone(scale: Scale, model: Dense, stages: int, ticks: int, devices: Sequence[Any]) -> dict[str, StageRun]:
     """The layer-wise stage in a loop on one device, without and with what first and last stage do besides."""
     stage = replace(model, layers=model.layers // stages, batch=model.batch // stages)
     rounds = max(1, min(ticks, model.context // 2) // 2)
     return {
         name: StageRun(StageLoop(stage, device, stages, 1, stages, rounds, has_ends), CALLS[scale])
-        for name, has_ends in ((STAGE, False), (STAGE_WITH_ENDS, True))
+        for name, device, has_ends in (
+            (STAGE, devices[0], False),
+            (STAGE_WITH_ENDS, devices[0], True),
+            (LAST_WITH_ENDS, devices[-1], True),  # devices differ by a percent or two
+        )
     }
 
 
@@ -127,12 +132,12 @@ def _tokens(run: DecodeRun, first: Any) -> Record:
 
 
 def _overhead(tick: float, timings: Timings) -> Record:
-    """What a tick of the ring takes besides its stage."""
+    """What a tick of the ring takes besides its stage, and besides the slower device's stage with its ends."""
     found = {"tick_seconds": tick, "stage_seconds": timings[STAGE].seconds}
     found |= {"overhead_seconds": tick - timings[STAGE].seconds}
-    if STAGE_WITH_ENDS in timings:
-        ends = timings[STAGE_WITH_ENDS].seconds
-        found |= {"stage_with_ends_seconds": ends, "overhead_over_ends_seconds": tick - ends}
+    ends = [timings[name].seconds for name in (STAGE_WITH_ENDS, LAST_WITH_ENDS) if name in timings]
+    if ends:
+        found |= {"stage_with_ends_seconds": max(ends), "overhead_over_ends_seconds": tick - max(ends)}
     return found
 
 
@@ -172,23 +177,22 @@ def _stage_run(scale: Scale, case: StageCase, device: Any) -> StageRun:
     return StageRun(StageLoop(case.model, device, case.groups, case.copies, case.ticks, case.rounds), CALLS[scale])
 
 
-def _counters_job(layer_mib: int, is_streamed: bool) -> Job:
+def _counters_job(profiler: resident.Profiler, layer_mib: int, copies: int) -> Job:
     """Bytes read from DRAM in a tick, by a program of its own under the profiler."""
-    what = f"{layer_mib} MiB, {_weights(is_streamed)}"
-    return Job(what, (), lambda programs, timings: _counters(layer_mib, is_streamed))
+    weights = _weights(copies > 1)
 
+    def records(programs: Programs, timings: Timings) -> Iterator[Record]:
+        size, kernels = profiler.dram_bytes(layer_mib, copies)
+        model = resident.profiled_model(layer_mib, profiler.microbatch)
+        yield _described("residency", "counters", model, "one device", {}) | {
+            "weights": weights,
+            "stage_weight_bytes": model.layer_bytes,
+            "cache_bytes_per_tick": model.batch * model.sequence_bytes,
+            "dram_bytes_per_tick": size,
+            "dram_bytes_per_tick_by_kernel": kernels,
+        }
 
-def _counters(layer_mib: int, is_streamed: bool) -> Iterator[Record]:
-    microbatch, copies = 8, resident.TICKS if is_streamed else 1
-    size, kernels = resident.dram_bytes(layer_mib, copies, microbatch, PROFILE_SECONDS)
-    model = resident.profiled_model(layer_mib, microbatch)
-    yield _described("residency", "counters", model, "one device", {}) | {
-        "weights": _weights(is_streamed),
-        "stage_weight_bytes": model.layer_bytes,
-        "cache_bytes_per_tick": model.batch * model.sequence_bytes,
-        "dram_bytes_per_tick": size,
-        "dram_bytes_per_tick_by_kernel": kernels,
-    }
+    return Job(f"{layer_mib} MiB, {weights}", (), records)
 
 
 def _record(

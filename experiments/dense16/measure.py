@@ -18,6 +18,9 @@ from experiments.dense16.jobs import Job, jobs_of
 from experiments.dense16.runs import circumstances, write_json
 from experiments.dense16.timing import Program, Timing, compile_all, time_in_turns
 
+# The programs of so many are in memory together.
+JOBS_AT_A_TIME = 4
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -44,10 +47,7 @@ def run(settings: Settings, out_path: Path, progress: Callable[[str], None] = la
     """Measure, and write the document to `out_path` after every case; returns it."""
     session = Session(settings, out_path, progress)
     for part in settings.parts or PARTS[settings.scale]:
-        if session.is_late():
-            session.fail(part, "all", TimeoutError("not begun: the time was up"))
-        else:
-            session.measure(part)
+        session.measure(part)
     return session.document
 
 
@@ -62,8 +62,15 @@ class Session:
         self.document["machine"]["count"] = len(self.devices)
 
     def measure(self, part: Part) -> None:
-        """One part: all its programs are compiled first, several at a time."""
+        """One part. The programs of some jobs are compiled first, several at a time, then these jobs are timed."""
         jobs = jobs_of(part, self.settings.scale, self.devices)
+        for first in range(0, len(jobs), JOBS_AT_A_TIME):
+            if self.is_late():
+                self.fail(part, f"{len(jobs) - first} jobs", TimeoutError("not begun: the time was up"))
+                return
+            self._measure(part, jobs[first : first + JOBS_AT_A_TIME])
+
+    def _measure(self, part: Part, jobs: list[Job]) -> None:
         programs = self._compile(part, jobs)
         for i, job in enumerate(jobs):
             if self.is_late():

@@ -1,9 +1,10 @@
 """Do a stage's weights stay in the cache? Bytes that a tick reads from DRAM, by the GPU's own counters.
 
-    python -m experiments.dense16.resident --layer_mib=32 --copies=1      # what is profiled: a few ticks of one layer
+    python -m experiments.dense16.resident --layer_mib 32 --copies 1      # what is profiled: a few ticks of one layer
 
-`dram_bytes` runs that under ncu, with clocks and caches left as they are, and counts only the ticks that stand between
-the start and the stop of the profiler.
+`Profiler` runs that under ncu, with clocks and caches left as they are, and counts only the ticks that stand between
+the start and the stop of the profiler. XLA times kernels when it compiles, which ncu does not bear: that is done before,
+without ncu, and its choices are kept.
 """
 
 import argparse
@@ -14,7 +15,10 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -31,20 +35,23 @@ NCU_PLACES = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run a few ticks of one layer between the profiler's start and stop.")
-    parser.add_argument("--layer_mib", type=int, choices=LAYER_SIZES, default=32, help="MiB of the layer's weights")
-    parser.add_argument("--copies", type=int, default=1, help=f"sets of weights that take turns, a divisor of {TICKS}")
+    parser.add_argument(
+        "--layer_mib", type=int, nargs="+", choices=LAYER_SIZES, default=[32], help="MiB of the weights"
+    )
+    parser.add_argument("--copies", type=int, nargs="+", default=[1], help=f"sets that take turns, divisors of {TICKS}")
     parser.add_argument("--microbatch", type=int, default=8, help="sequences")
     asked = parser.parse_args()
-    model = profiled_model(asked.layer_mib, asked.microbatch)
-    loop = StageLoop(model, jax.local_devices()[0], groups=1, copies=asked.copies, ticks=TICKS, rounds=1)
-    weights, state = loop.weights(), loop.start()
     driver = ctypes.CDLL("libcuda.so.1")
-    for _ in range(3):
-        state = loop.program(weights, state._replace(positions=loop.positions()))
-    state = jax.block_until_ready(state._replace(positions=loop.positions()))
-    _check(driver.cuProfilerStart())
-    state = jax.block_until_ready(loop.program(weights, state))
-    _check(driver.cuProfilerStop())
+    for layer_mib, copies in zip(asked.layer_mib, asked.copies, strict=True):
+        model = profiled_model(layer_mib, asked.microbatch)
+        loop = StageLoop(model, jax.local_devices()[0], groups=1, copies=copies, ticks=TICKS, rounds=1)
+        weights, state = loop.weights(), loop.start()
+        for _ in range(3):
+            state = loop.program(weights, state._replace(positions=loop.positions()))
+        state = jax.block_until_ready(state._replace(positions=loop.positions()))
+        _check(driver.cuProfilerStart())
+        state = jax.block_until_ready(loop.program(weights, state))
+        _check(driver.cuProfilerStop())
 
 
 def profiled_model(layer_mib: int, microbatch: int) -> Dense:
@@ -58,35 +65,59 @@ def _check(code: int) -> None:
         raise RuntimeError(f"The profiler did not start or stop: CUDA error {code}.")
 
 
-def dram_bytes(layer_mib: int, copies: int, microbatch: int, seconds: float) -> tuple[float, dict[str, float]]:
-    """Bytes read from DRAM in a tick, and by which kernels.
+@dataclass(frozen=True)
+class Profiler:
+    """Counts the bytes that stages read from DRAM.
 
-    Args:
-      layer_mib: a key of `LAYER_SIZES`.
-      copies: sets of weights that take turns.
+    Attributes:
+      cases: (MiB of a layer's weights, sets of weights that take turns) of all stages.
       microbatch: sequences.
-      seconds: after which it is given up.
-
-    Raises:
-      FileNotFoundError: there is no ncu.
-      RuntimeError: it failed; its words.
+      seconds: after which a run is given up.
     """
-    own = [sys.executable, "-m", "experiments.dense16.resident"]
-    own += [f"--layer_mib={layer_mib}", f"--copies={copies}", f"--microbatch={microbatch}"]
-    options = ["--clock-control", "none", "--cache-control", "none", "--metrics", METRIC, "--csv"]
-    options += ["--profile-from-start", "off", "--target-processes", "all"]
-    # The process that asks may hold most of the memory.
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    ran = subprocess.run(
-        [ncu(), *options, *own], capture_output=True, text=True, env=environment, timeout=seconds, check=False
-    )
-    kernels = read_csv(ran.stdout)
-    if ran.returncode or not kernels:
-        raise RuntimeError(f"ncu ended with {ran.returncode}: {(ran.stdout + ran.stderr)[-2000:]}")
-    by_kernel: dict[str, float] = {}
-    for kernel, size in kernels:
-        by_kernel[kernel] = by_kernel.get(kernel, 0) + size / TICKS
-    return sum(by_kernel.values()), dict(sorted(by_kernel.items(), key=lambda item: -item[1])[:8])
+
+    cases: Sequence[tuple[int, int]]
+    microbatch: int
+    seconds: float
+
+    def dram_bytes(self, layer_mib: int, copies: int) -> tuple[float, dict[str, float]]:
+        """Bytes read from DRAM in a tick of one of the stages, and by which kernels.
+
+        Raises:
+          FileNotFoundError: there is no ncu.
+          RuntimeError: it failed; its words.
+          subprocess.TimeoutExpired: it took too long.
+        """
+        options = ["--clock-control", "none", "--cache-control", "none", "--metrics", METRIC, "--csv"]
+        options += ["--profile-from-start", "off", "--target-processes", "all"]
+        ran = self._run([ncu(), *options], [(layer_mib, copies)], self._choices)
+        kernels = read_csv(ran.stdout)
+        if ran.returncode or not kernels:
+            raise RuntimeError(f"ncu ended with {ran.returncode}: {(ran.stdout + ran.stderr)[-2000:]}")
+        by_kernel: dict[str, float] = {}
+        for kernel, size in kernels:
+            by_kernel[kernel] = by_kernel.get(kernel, 0) + size / TICKS
+        return sum(by_kernel.values()), dict(sorted(by_kernel.items(), key=lambda item: -item[1])[:8])
+
+    @cached_property
+    def _choices(self) -> str:
+        """The folder of the kernels that XLA has chosen for all stages."""
+        folder = tempfile.mkdtemp(prefix="autotuned-")
+        ran = self._run([], self.cases, folder)
+        if ran.returncode:
+            raise RuntimeError(f"The stages do not run: {(ran.stdout + ran.stderr)[-2000:]}")
+        return folder
+
+    def _run(
+        self, before: Sequence[str], cases: Sequence[tuple[int, int]], choices: str
+    ) -> subprocess.CompletedProcess[str]:
+        own = [sys.executable, "-m", "experiments.dense16.resident", f"--microbatch={self.microbatch}"]
+        own += ["--layer_mib", *(str(mib) for mib, _ in cases), "--copies", *(str(copies) for _, copies in cases)]
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_per_fusion_autotune_cache_dir={choices}"
+        # The process that asks may hold most of the memory.
+        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": flags}
+        return subprocess.run(
+            [*before, *own], capture_output=True, text=True, env=environment, timeout=self.seconds, check=False
+        )
 
 
 def ncu() -> str:
