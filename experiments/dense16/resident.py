@@ -3,8 +3,8 @@
     python -m experiments.dense16.resident --layer_mib 32 --copies 1      # what is profiled: a few ticks of one layer
 
 `Profiler` runs that under ncu, with clocks and caches left as they are, and counts only the ticks that stand between
-the start and the stop of the profiler. XLA times kernels when it compiles, which ncu does not bear: that is done before,
-without ncu, and its choices are kept.
+the start and the stop of the profiler. XLA times kernels when it compiles, which ncu does not bear: that is
+done before, without ncu, and its choices are kept.
 """
 
 import argparse
