@@ -134,14 +134,23 @@ def residency_grid(runs: Sequence[Run]) -> Grid | None:
 
 
 def overhead_grid(runs: Sequence[Run]) -> Grid | None:
-    """A row a model: the ring's tick, its stage's own time, and the difference."""
+    """A row a model: the ring's tick, its stage's own time without and with what the ends do besides, and the rest."""
+    names = (
+        "tick_seconds",
+        "stage_seconds",
+        "overhead_seconds",
+        "stage_with_ends_seconds",
+        "overhead_over_ends_seconds",
+    )
     rows = []
     for run in runs:
         for record in (r for r in run.records if r["kind"] == "overhead"):
-            parts = [f"{1e6 * record[name]:.1f}" for name in ("tick_seconds", "stage_seconds", "overhead_seconds")]
-            width = 128 * record["model"]["heads"]
-            rows.append([f"{run.machine['count']} x {run.device}", str(width), str(record["batch"]), *parts])
-    columns = ["devices", "d", "sequences", "tick, us", "its stage alone, us", "overhead of the ring, us"]
+            parts = [f"{1e6 * record[name]:.1f}" if name in record else "-" for name in names]
+            model, width = record["model"], 128 * record["model"]["heads"]
+            what = f"{model['layers'] // record['mesh']['stage']} x d={width}"
+            rows.append([f"{run.machine['count']} x {run.device}", what, str(record["batch"]), *parts])
+    columns = ["devices", "stage", "batch", "tick, us", "layers alone, us", "the rest, us"]
+    columns += ["with embedding, head and sampling, us", "the rest, us"]
     return Grid("", columns, rows) if rows else None
 
 
