@@ -62,8 +62,8 @@ class Plan:
       stages: the stages in order.
       capacity: bytes that a stage may hold, or None.
       num_devices: devices that the stages of a replica go round; fewer than stages in an interleaved schedule.
-      num_microbatches: microbatches of each replica.
-      num_ticks: ticks of the forward loop.
+      num_microbatches: microbatches of each replica; of a ring, its groups of sequences.
+      num_ticks: ticks of the forward loop; of a ring, of a round.
       padding_bytes: bytes that all devices together hold in vain, because stages differ.
       common_layers: layers of every stage that stand once in the loop, without a branch.
       has_branch: whether the loop has a branch on the stage index.
@@ -99,10 +99,12 @@ class Plan:
     def bubble_share(self) -> float:
         """The share of all (device, tick) pairs without a microbatch.
 
-        (d - 1) / (v M + d - 1) for d devices of v stages each.
+        (d - 1) / (v M + d - 1) in a pipeline of d devices with v stages each; in a ring what stages have beyond groups.
         """
         busy = self.num_microbatches * self.num_stages / self.num_devices
-        return (self.num_devices - 1) / (busy + self.num_devices - 1)
+        # A pipeline may have one more tick, in which the last stage alone does the rest of its work.
+        idle = min(self.num_ticks - busy, self.num_devices - 1)
+        return idle / (busy + idle)
 
     def __str__(self) -> str:
         return plan_table(self)
@@ -149,8 +151,8 @@ def make_plan(
       sizes: what was measured of the layers.
       send_bytes: bytes of one microbatch that every stage sends.
       num_devices: devices of each replica.
-      num_microbatches: microbatches of each replica.
-      num_ticks: ticks of the forward loop.
+      num_microbatches: microbatches of each replica; of a ring, its groups of sequences.
+      num_ticks: ticks of the forward loop; of a ring, of a round.
       padding_bytes: bytes held in vain.
       common_layers: layers of every stage that stand once in the loop.
       has_branch: whether the loop has a branch.
