@@ -9,7 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from layerwise_jax import batch_control, batch_elementwise, batch_indexing, batch_products, batch_shapes
+from layerwise_jax import (
+    batch_attention,
+    batch_control,
+    batch_elementwise,
+    batch_indexing,
+    batch_products,
+    batch_shapes,
+)
 from layerwise_jax._jax import CUSTOM_RULE_PRIMITIVES, AbstractRef, Literal, is_key, source_line
 from layerwise_jax.batch_derivatives import check_derivative
 from layerwise_jax.batch_draws import Draws, numbers_through
@@ -32,7 +39,13 @@ from layerwise_jax.batch_roles import (
 from layerwise_jax.batch_scale import STATISTICS, nonlinear
 from layerwise_jax.program import Op, Operand, Value
 
-RULES = {**batch_elementwise.RULES, **batch_shapes.RULES, **batch_products.RULES, **batch_indexing.RULES}
+RULES = {
+    **batch_elementwise.RULES,
+    **batch_shapes.RULES,
+    **batch_products.RULES,
+    **batch_attention.RULES,
+    **batch_indexing.RULES,
+}
 DRAWING = frozenset("iota random_bits random_split".split())
 
 

@@ -18,7 +18,8 @@ FLOORS = {
         (
             "measure microbatch optimizer_trace optimizer_rows optimizer_run optimizer train_step loop on_device "
             "forward residuals linearize stash stage_vjp training interleaved sampling batch_roles batch_scale "
-            "batch_single batch_pairs batch_derivatives batch_elementwise batch_shapes batch_products batch_indexing "
+            "batch_single batch_pairs batch_derivatives batch_elementwise batch_shapes batch_products batch_attention "
+            "batch_indexing "
             "batch_draws batch_control batch_walk batch_outputs batching inner_sharding step_program ring_message "
             "ring_loop ring_state prefill generation ring compiling pipeline checkpoint build detect entry decode "
             "comparison_advice comparison comparison_trace"

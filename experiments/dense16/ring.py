@@ -42,8 +42,7 @@ class Ring(Strategy):
             model.cache(self.groups[1], model.abstract),
             group_size=self.groups[1],
             mesh=self.mesh,
-            # With an axis besides `stage`, one of a single device included, whether rows are independent is taken on
-            # trust: cuDNN's attention is a closed box to the check.
+            # With an axis besides `stage`, one of a single device included, whether rows are independent is taken on trust.
             param_specs=model.param_specs(),
             cache_specs=CACHE_SPEC,
         )
