@@ -9,7 +9,7 @@ import pytest
 
 from experiments.dense16.advice import advice_grid
 from experiments.dense16.errors import stock_points, with_predictions
-from experiments.dense16.grid import Grid, update_page
+from experiments.dense16.grid import Grid
 from experiments.dense16.measured import ratio, residency_grid
 from experiments.dense16.model import PRESETS
 from experiments.dense16.paper import BASELINE, DEVICES, LAYER_WISE
@@ -18,6 +18,7 @@ from experiments.dense16.report import PAGE, report
 from experiments.dense16.runs import load_runs
 from experiments.dense16.scaling import Scaling, cases, longest_context, shapes
 from experiments.dense16.targets import targets_grid
+from experiments.page import update_page
 from layerwise_jax.devices import H100, H200
 from layerwise_jax.simulate import Strategy
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from experiments.page import update_page
 from experiments.training import flax_users, memory, step_time
 from experiments.training.closed_forms import compare_with_closed_forms
 from experiments.training.problems import resnet_problem, train_both
 from experiments.training.report import PAGE, RESULTS, report, write_results
 from experiments.training.staging import DIFFERENTIATED, SCHEDULED
 from experiments.training.subjects import SUBJECTS, mlp
-from experiments.training.tables import update_page
 
 BY_NAME = {way.name: way for way in SCHEDULED}
 

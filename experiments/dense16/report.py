@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments.dense16.advice import advice_grid
 from experiments.dense16.errors import errors_grid, predicted_records
-from experiments.dense16.grid import Grid, update_page
+from experiments.dense16.grid import Grid
 from experiments.dense16.measured import (
     all_records_grid,
     emulated_grid,
@@ -24,6 +24,7 @@ from experiments.dense16.pictures import draw_memory, draw_paper, draw_ring
 from experiments.dense16.predictions import Setup, bounds_grid, predictions_grid, verdict_text
 from experiments.dense16.runs import Run, load_runs
 from experiments.dense16.targets import targets_grid
+from experiments.page import update_page
 from layerwise_jax.devices import H100, H200
 
 HERE = Path(__file__).parent

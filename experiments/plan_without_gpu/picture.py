@@ -6,14 +6,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.stage_bars import COLOURS, MIB, draw_bars
 from layerwise_jax.device_spec import DeviceSpec
 from layerwise_jax.plan import Plan
-from layerwise_jax.report import run_lengths
 
 matplotlib.use("Agg")
-
-MIB = 2**20
-COLOURS = {"weights": "#4c72b0", "activations": "#dd8452", "workspace": "#a1a8b8"}
 
 
 def draw_plan(plan: Plan, device: DeviceSpec, title: str, path: Path) -> Path:
@@ -32,18 +29,7 @@ def draw_plan(plan: Plan, device: DeviceSpec, title: str, path: Path) -> Path:
 
 
 def _draw_stages(axes: Axes, plan: Plan) -> None:
-    parts = {
-        "weights": [stage.weight_bytes / MIB for stage in plan.stages],
-        "activations": [stage.activation_bytes / MIB for stage in plan.stages],
-        "workspace": [stage.buffer_bytes / MIB for stage in plan.stages],
-    }
-    heights = [0.0] * plan.num_stages
-    for name, sizes in parts.items():
-        axes.bar(range(plan.num_stages), sizes, bottom=heights, color=COLOURS[name], label=f"{name}, added up")
-        heights = [height + size for height, size in zip(heights, sizes, strict=True)]
+    draw_bars(axes, plan, [f"{name}, added up" for name in COLOURS], fontsize=7)
     compiled = [(s, stage.compiled_bytes / MIB) for s, stage in enumerate(plan.stages) if stage.compiled_bytes]
     if compiled:
         axes.plot(*zip(*compiled, strict=True), "D", color="#c44e52", label="compiled as one program")
-    names = [run_lengths(stage.layers).replace("..", "..\n").replace(", ", "\n") for stage in plan.stages]
-    axes.set_xticks(range(plan.num_stages), [f"{s}\n{name}" for s, name in enumerate(names)], fontsize=7)
-    axes.set_ylabel("MiB a stage, one microbatch")

@@ -8,13 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.quickstart.training import Losses
+from experiments.stage_bars import COLOURS, MIB, draw_bars
 from layerwise_jax.plan import Plan
-from layerwise_jax.report import run_lengths
 
 matplotlib.use("Agg")
-
-MIB = 2**20
-COLOURS = {"weights": "#4c72b0", "activations": "#dd8452", "workspace": "#a1a8b8"}
 
 
 def draw(plan: Plan, losses: Sequence[Losses], path: Path) -> Path:
@@ -30,22 +27,11 @@ def draw(plan: Plan, losses: Sequence[Losses], path: Path) -> Path:
 
 def draw_stages(axes: Axes, plan: Plan) -> None:
     """A bar a stage, from its weights, activations and workspace, under the line of the capacity."""
-    parts = {
-        "weights": [stage.weight_bytes / MIB for stage in plan.stages],
-        "activations": [stage.activation_bytes / MIB for stage in plan.stages],
-        "workspace": [stage.buffer_bytes / MIB for stage in plan.stages],
-    }
-    heights = [0.0] * plan.num_stages
-    for name, sizes in parts.items():
-        axes.bar(range(plan.num_stages), sizes, bottom=heights, color=COLOURS[name], label=name, width=0.7)
-        heights = [height + size for height, size in zip(heights, sizes, strict=True)]
+    heights = draw_bars(axes, plan, list(COLOURS), fontsize=8)
     if plan.capacity:
         axes.axhline(plan.capacity / MIB, linestyle="--", color="black", label="capacity")
     axes.set_ylim(0, 1.3 * max([*heights, (plan.capacity or 0) / MIB]))  # room for the legend
-    names = [run_lengths(stage.layers).replace("..", "..\n").replace(", ", "\n") for stage in plan.stages]
-    axes.set_xticks(range(plan.num_stages), [f"{s}\n{name}" for s, name in enumerate(names)], fontsize=8)
     axes.set_xlabel("stage, and its layers")
-    axes.set_ylabel("MiB a stage, one microbatch")
     axes.set_title(f"{plan.num_stages} stages, {plan.num_microbatches} microbatches")
     axes.legend(ncols=4, loc="upper center", frameon=False)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from experiments.page import update_page
 from experiments.training.closed_forms import simulate
 from experiments.training.gpu_report import draw, markdown
 from experiments.training.pictures import draw_losses, draw_memory, draw_schedules, draw_step_time
@@ -19,7 +20,6 @@ from experiments.training.tables import (
     rivals_table,
     schedules_table,
     step_time_table,
-    update_page,
 )
 
 HERE = Path(__file__).parent

@@ -1,29 +1,12 @@
-"""What was measured, as Markdown, put into a page between marks."""
+"""What was measured, as Markdown."""
 
-import re
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from experiments.training.memory import growth
 
 KIB, MIB = 2**10, 2**20
-
-
-def update_page(page: Path, tables: Mapping[str, str]) -> None:
-    """Replace what stands between `<!-- NAME -->` and `<!-- end of NAME -->`, for every table.
-
-    Raises:
-      ValueError: the page lacks one of the marks.
-    """
-    text = page.read_text(encoding="utf-8")
-    for name, table in tables.items():
-        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        if not marks.search(text):
-            raise ValueError(f"{page} has no marks '<!-- {name} -->' and '<!-- end of {name} -->'; put them in")
-        text = marks.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
-    page.write_text(text, encoding="utf-8")
 
 
 def circumstances(figures: Mapping[str, Any]) -> str:
