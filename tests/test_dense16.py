@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ from experiments.dense16.measure import Session, Settings, run
 from experiments.dense16.model import PRESETS, Dense, random_array
 from experiments.dense16.resident import METRIC, read_csv
 from experiments.dense16.stage import StageLoop
-from experiments.dense16.strategies import fitting, make_strategy
+from experiments.dense16.strategies import MAKERS, fitting, make_strategy
 from experiments.dense16.strategy import Strategy
 from experiments.dense16.timing import DecodeRun, compile_all, digest, time_in_turns
 
 STEPS = 5
+ROOT = Path(__file__).parent.parent
 TINY = replace(PRESETS["tiny"], batch=8, context=12)
 
 
@@ -214,6 +217,16 @@ def test_records_have_what_reports_read(tmp_path: Path, monkeypatch: pytest.Monk
     assert overhead["tick_seconds"] == pytest.approx(overhead["stage_seconds"] + overhead["overhead_seconds"])
     (stage,) = (r for r in document["records"] if r["kind"] == "stage")
     assert stage["floor_share"] == pytest.approx(stage["floor_seconds"] / stage["seconds_per_step"])
+
+
+def test_the_emulated_part_of_the_experiment(tmp_path: Path) -> None:
+    """All strategies on sixteen devices, as its command runs them."""
+    command = [sys.executable, "-m", "experiments.dense16", "--parts=emulate", "--threads=2", f"--out={tmp_path}"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=180)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    records = json.loads((tmp_path / "emulated.json").read_text())["records"]
+    assert [record["strategy"] for record in records] == list(MAKERS)
+    assert {record["same_tokens"] for record in records} == {1.0}
 
 
 def test_what_time_is_too_short_for_and_what_fails_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
