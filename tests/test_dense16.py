@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from experiments.dense16.cases import StageCase, residency_cases, stage_cases, toy_model
 from experiments.dense16.measure import Session, Settings, run
 from experiments.dense16.model import PRESETS, Dense, random_array
-from experiments.dense16.resident import METRIC, read_csv
+from experiments.dense16.resident import METRIC, Profiler, read_csv
 from experiments.dense16.stage import StageLoop
 from experiments.dense16.strategies import MAKERS, fitting, make_strategy
 from experiments.dense16.strategy import Strategy
@@ -243,6 +243,13 @@ def test_what_time_is_too_short_for_and_what_fails_is_recorded(tmp_path: Path, m
         ("stage", "RuntimeError: no such luck"),
         ("residency", "RuntimeError: no such luck"),
     ]
+
+
+def test_a_profiler_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.dense16.resident.ncu", lambda: "ncu")
+    profiler = Profiler([(8, 1)], microbatch=8, seconds=0.1)
+    with pytest.raises(RuntimeError, match=r"did not end in 0 s"):
+        profiler.dram_bytes(8, 1)
 
 
 def test_the_profilers_table_is_read() -> None:

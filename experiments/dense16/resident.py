@@ -84,8 +84,7 @@ class Profiler:
 
         Raises:
           FileNotFoundError: there is no ncu.
-          RuntimeError: it failed; its words.
-          subprocess.TimeoutExpired: it took too long.
+          RuntimeError: it failed or took too long; its words.
         """
         options = ["--clock-control", "none", "--cache-control", "none", "--metrics", METRIC, "--csv"]
         options += ["--profile-from-start", "off", "--target-processes", "all"]
@@ -112,12 +111,19 @@ class Profiler:
     ) -> subprocess.CompletedProcess[str]:
         own = [sys.executable, "-m", "experiments.dense16.resident", f"--microbatch={self.microbatch}"]
         own += ["--layer_mib", *(str(mib) for mib, _ in cases), "--copies", *(str(copies) for _, copies in cases)]
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_per_fusion_autotune_cache_dir={choices}"
+        # Without graphs every kernel is launched, and so counted, by itself.
+        flags = f"--xla_gpu_per_fusion_autotune_cache_dir={choices} --xla_gpu_enable_command_buffer="
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
         # The process that asks may hold most of the memory.
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": flags}
-        return subprocess.run(
-            [*before, *own], capture_output=True, text=True, env=environment, timeout=self.seconds, check=False
-        )
+        try:
+            return subprocess.run(
+                [*before, *own], capture_output=True, text=True, env=environment, timeout=self.seconds, check=False
+            )
+        except subprocess.TimeoutExpired as late:
+            said = b"".join(part for part in (late.stdout, late.stderr) if isinstance(part, bytes))[-2000:]
+            words = said.decode(errors="replace")
+            raise RuntimeError(f"{before[:1] or own[:3]} did not end in {self.seconds:.0f} s: {words}") from late
 
 
 def ncu() -> str:
