@@ -83,16 +83,17 @@ class _Aligner:
         """The stages with bodies of `count` layers each, if those are equal."""
         *firsts, (start, stop) = self.ranges
         bodies = [(b - count, b) for _, b in firsts]
+        if len({tuple(self.keys[a:b]) for a, b in bodies}) > 1:
+            return None
+        (body_start, body_stop), anchors_of_firsts = bodies[0], [self._anchors(a, b) for a, b in bodies]
+        final_start, final_stop = self._anchors(body_stop - 1, body_stop)
         for last in range(start, stop - count + 1):
+            *before, final = range(last, last + count)
+            if [self.keys[i] for i in before] != self.keys[body_start : body_stop - 1]:
+                continue
             # What comes after the last block, such as a norm, may stand in its layer: that is left to the last stage.
-            candidate = [*bodies, (last, last + count)]
-            if len({tuple(self.keys[a : b - 1]) for a, b in candidate}) > 1:
-                continue
-            if len({self.keys[b - 1] for _, b in bodies}) > 1:
-                continue
-            anchors = [self._anchors(a, b) for a, b in candidate]
-            tail_start, length = self.ends[last + count - 1], self.ends[bodies[0][1]] - self.ends[bodies[0][1] - 1]
-            anchors[-1] = (anchors[-1][0], min(tail_start + length, anchors[-1][1]))
+            end = min(self.ends[final] + final_stop - final_start, self.ends[final + 1])
+            anchors = [*anchors_of_firsts, (self.ends[last], end)]
             shapes = [self._shape(self._ops(a, b)) for a, b in anchors]
             if len({shape.key for shape in shapes}) == 1:
                 return [self._parts(s, body, shapes[s]) for s, body in enumerate(anchors)]

@@ -78,11 +78,11 @@ def _decode_job(scale: Scale, part: Part, case: DecodeCase, devices: Sequence[An
         first = runs["one device"].tokens
         for name, each in reversed(runs.items()):
             if name in timings:
-                about = _record("decode", part, model, name, each.strategy.shape, programs[name], timings[name])
-                yield about | _speed(model, timings[name].seconds) | {"steps": case.counts[1]} | _tokens(each, first)
+                about = record_of("decode", part, model, name, each.strategy.shape, programs[name], timings[name])
+                yield about | speed_of(model, timings[name].seconds) | {"steps": case.counts[1]} | _tokens(each, first)
         if "layer-wise" in timings and STAGE in timings:
             mesh = {"data": 1, "stage": stages, "tensor": 1}
-            about = _record("overhead", part, model, "layer-wise", mesh, programs[STAGE], timings[STAGE])
+            about = record_of("overhead", part, model, "layer-wise", mesh, programs[STAGE], timings[STAGE])
             yield about | _overhead(timings["layer-wise"].seconds / stages, timings)
 
     return Job(str(case), (runs, alone), records)
@@ -114,7 +114,8 @@ def _stages_alone(scale: Scale, model: Dense, stages: int, ticks: int, devices: 
     }
 
 
-def _speed(model: Dense, step: float) -> Record:
+def speed_of(model: Dense, step: float) -> Record:
+    """What a step's seconds come to, for all sequences and for one."""
     return {
         "tokens_per_second": model.batch / step,
         "seconds_per_token": step / model.batch,
@@ -148,7 +149,7 @@ def _stage_job(scale: Scale, case: StageCase, device: Any) -> Job:
 
     def records(programs: Programs, timings: Timings) -> Iterator[Record]:
         for name, timing in timings.items():
-            record = _record("stage", "stage", model, "one device", {}, programs[name], timing)
+            record = record_of("stage", "stage", model, "one device", {}, programs[name], timing)
             record |= {"tokens_per_second": model.batch / timing.seconds, "memory_bandwidth": READ_BANDWIDTH}
             yield record | {"floor_seconds": floor, "floor_share": floor / timing.seconds}
 
@@ -162,7 +163,7 @@ def _residency_job(scale: Scale, stays: StageCase, streams: StageCase, device: A
     def records(programs: Programs, timings: Timings) -> Iterator[Record]:
         for name, timing in timings.items():
             model = cases[name].model
-            record = _record("residency", "residency", model, "one device", {}, programs[name], timing)
+            record = record_of("residency", "residency", model, "one device", {}, programs[name], timing)
             record |= {"weights": name, "stage_weight_bytes": model.layers * model.layer_bytes}
             yield record | {"groups": cases[name].groups, "copies": cases[name].copies}
 
@@ -195,14 +196,15 @@ def _counters_job(profiler: resident.Profiler, layer_mib: int, copies: int) -> J
     return Job(f"{layer_mib} MiB, {weights}", (), records)
 
 
-def _record(
-    kind: str, part: Part, model: Dense, strategy: str, mesh: Mapping[str, int], program: Program, timing: Timing
+def record_of(
+    kind: str, part: str, model: Dense, strategy: str, mesh: Mapping[str, int], program: Program, timing: Timing
 ) -> Record:
+    """What was run, how long it took, and what a device held."""
     about = {"bytes_per_device": program.device_bytes, "compile_seconds": program.seconds}
     return {**_described(kind, part, model, strategy, mesh), **timing.record(), **about}
 
 
-def _described(kind: str, part: Part, model: Dense, strategy: str, mesh: Mapping[str, int]) -> dict[str, Any]:
+def _described(kind: str, part: str, model: Dense, strategy: str, mesh: Mapping[str, int]) -> dict[str, Any]:
     return {
         "kind": kind,
         "part": part,

@@ -88,7 +88,7 @@ class Profiler:
         """
         options = ["--clock-control", "none", "--cache-control", "none", "--metrics", METRIC, "--csv"]
         options += ["--profile-from-start", "off", "--target-processes", "all"]
-        ran = self._run([ncu(), *options], [(layer_mib, copies)], self._choices)
+        ran = self._run([ncu(), *options], [(layer_mib, copies)], self._choices.name)
         kernels = read_csv(ran.stdout)
         if ran.returncode or not kernels:
             raise RuntimeError(f"ncu ended with {ran.returncode}: {(ran.stdout + ran.stderr)[-2000:]}")
@@ -98,10 +98,10 @@ class Profiler:
         return sum(by_kernel.values()), dict(sorted(by_kernel.items(), key=lambda item: -item[1])[:8])
 
     @cached_property
-    def _choices(self) -> str:
-        """The folder of the kernels that XLA has chosen for all stages."""
-        folder = tempfile.mkdtemp(prefix="autotuned-")
-        ran = self._run([], self.cases, folder)
+    def _choices(self) -> tempfile.TemporaryDirectory[str]:
+        """The folder of the kernels that XLA has chosen for all stages; it goes with the profiler."""
+        folder = tempfile.TemporaryDirectory(prefix="autotuned-")
+        ran = self._run([], self.cases, folder.name)
         if ran.returncode:
             raise RuntimeError(f"The stages do not run: {(ran.stdout + ran.stderr)[-2000:]}")
         return folder

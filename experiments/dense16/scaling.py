@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from experiments.dense16.jobs import record_of, speed_of
 from experiments.dense16.model import Dense, random_array
 from experiments.dense16.runs import circumstances, write_json
 from experiments.dense16.strategies import make_strategy
@@ -164,22 +165,6 @@ def _measure_case(
 
 
 def _record(model: Dense, shape: Shape, program: Program, timing: Timing, tokens: np.ndarray | None) -> dict[str, Any]:
-    step = timing.seconds
-    return {
-        "kind": "decode",
-        "part": "scaling",
-        "strategy": shape.name,
-        "mesh": shape.mesh,
-        "model": model.record(),
-        "batch": model.batch,
-        "context": model.context,
-        "steps": step_counts(model)[-1],
-        **timing.record(),
-        "tokens_per_second": model.batch / step,
-        "inter_token_latency": step,
-        "seconds_per_token": step / model.batch,
-        "bytes_per_device": program.device_bytes,
-        "compile_seconds": program.seconds,
-        "tokens_digest": digest(tokens),
-        "predicted": None,
-    }
+    record = record_of("decode", "scaling", model, shape.name, shape.mesh, program, timing)
+    about = {"steps": step_counts(model)[-1], "tokens_digest": digest(tokens), "predicted": None}
+    return record | speed_of(model, timing.seconds) | about
