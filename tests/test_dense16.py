@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.profiler import ProfileData
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from experiments.dense16.cases import StageCase, residency_cases, stage_cases, toy_model
+from experiments.dense16.cases import StageCase, counter_cases, residency_cases, stage_cases, toy_model
+from experiments.dense16.counters import METRIC, dram_bytes_read, samples
 from experiments.dense16.measure import Session, Settings, run
 from experiments.dense16.model import PRESETS, Dense, random_array
-from experiments.dense16.resident import METRIC, Profiler, read_csv
 from experiments.dense16.stage import StageLoop
 from experiments.dense16.strategies import MAKERS, fitting, make_strategy
 from experiments.dense16.strategy import Strategy
@@ -245,22 +246,36 @@ def test_what_time_is_too_short_for_and_what_fails_is_recorded(tmp_path: Path, m
     ]
 
 
-def test_a_profiler_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.dense16.resident.ncu", lambda: "ncu")
-    profiler = Profiler([(8, 1)], microbatch=8, seconds=0.1)
-    with pytest.raises(RuntimeError, match=r"did not end in 0 s"):
-        profiler.dram_bytes(8, 1)
+def test_counters_are_those_of_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"those of a GPU; cpu:0 came"):
+        dram_bytes_read(jax.devices()[0], lambda: None)
+    document = run(Settings("toy", ("counters",)), tmp_path / "counters.json")
+    assert len(document["failures"]) == len(counter_cases("toy"))
+    assert not document["records"]
 
 
-def test_the_profilers_table_is_read() -> None:
-    text = "\n".join(
-        [
-            "==PROF== Connected to process 7",
-            '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"',
-            f'"0","gemm(float *, int)","{METRIC}","Mbyte","1,033.5"',
-            f'"1","norm","{METRIC}","byte","96"',
-            '"1","norm","gpu__time_duration.sum","us","96"',
-        ]
-    )
-    assert read_csv(text) == [("gemm", 1_033.5e6), ("norm", 96.0)]
-    assert read_csv("==ERROR== nothing ran") == []
+# An error raised where nanobind makes a type would end the process.
+@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")
+def test_the_samples_of_one_gpu_are_read_from_a_profile() -> None:
+    profile = profile_of({"/device:GPU:0": [96.0, float("nan"), 1_033.5e6], "/device:GPU:1": [7.0]})
+    assert samples(profile, 0) == [96.0, 1_033.5e6]
+    assert samples(profile, 1) == [7.0]
+    assert samples(profile, 2) == []
+
+
+def profile_of(values: dict[str, list[float]]) -> Any:
+    """A profile with samples, as the profiler writes them, and an event of another name."""
+    planes = []
+    for name, found in values.items():
+        sampled = "".join(
+            f"events {{ metadata_id: 1 stats {{ metadata_id: 1 double_value: {value} }} }}" for value in found
+        )
+        planes.append(
+            f"""planes {{ name: "{name}"
+            event_metadata {{ key: 1 value {{ id: 1 name: "{METRIC}" }} }}
+            event_metadata {{ key: 2 value {{ id: 2 name: "gemm" }} }}
+            stat_metadata {{ key: 1 value {{ id: 1 name: "{METRIC}" }} }}
+            lines {{ name: "_counters_" {sampled} }}
+            lines {{ name: "Stream #14(Compute)" events {{ metadata_id: 2 duration_ps: 5 }} }} }}"""
+        )
+    return ProfileData.from_text_proto("\n".join(planes))

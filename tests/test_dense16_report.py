@@ -10,7 +10,7 @@ import pytest
 from experiments.dense16.advice import advice_grid
 from experiments.dense16.errors import stock_points, with_predictions
 from experiments.dense16.grid import Grid
-from experiments.dense16.measured import ratio, residency_grid
+from experiments.dense16.measured import ratio, residency_grid, stage_grid
 from experiments.dense16.model import PRESETS
 from experiments.dense16.paper import BASELINE, DEVICES, LAYER_WISE
 from experiments.dense16.predictions import Setup, bounds, cache_verdict, predictions_grid
@@ -60,6 +60,12 @@ def document(*records: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def counters(**about: Any) -> dict[str, Any]:
+    """What a stage that `measured` has times of reads from DRAM."""
+    held = {"stage_weight_bytes": 33e6, "group_cache_bytes": 4e6, "groups": 2}
+    return {"kind": "counters", "model": SMALL, "batch": 8, "context": 128, **held, **about}
+
+
 def measured() -> dict[str, Any]:
     stage = {"floor_seconds": 372e-6, "floor_share": 372 / 400, "batch": 8}
     overhead = {"tick_seconds": 150e-6, "stage_seconds": 140e-6, "overhead_seconds": 10e-6}
@@ -73,7 +79,7 @@ def measured() -> dict[str, Any]:
         record("layer-wise", 140e-6, "overhead", **overhead),
         record("one device", 10e-6, "residency", weights="resident", **weights),
         record("one device", 13e-6, "residency", weights="streaming", **weights),
-        {"kind": "residency", "weights": "resident", **weights, "dram_bytes_per_tick": 3.3e6},
+        counters(weights="resident", dram_bytes_per_tick=3.3e6),
     )
 
 
@@ -163,7 +169,13 @@ def test_a_ratio_takes_each_strategy_in_its_best_shape() -> None:
 def test_residency_puts_times_and_counters_of_one_stage_into_one_row(folder: Path) -> None:
     grid = residency_grid(load_runs(folder))
     assert grid is not None
-    assert [list(row) for row in grid.rows] == [["33.0", "8", "10.0", "13.0", "1.30", "10%", "-"]]
+    assert [list(row) for row in grid.rows] == [["33.0", "8", "8.0", "10.0", "13.0", "1.30", "3.3", "-"]]
+
+
+def test_a_stages_row_says_what_share_it_reads_from_dram(folder: Path) -> None:
+    grid = stage_grid(load_runs(folder))
+    assert grid is not None
+    assert [row[-1] for row in grid.rows] == ["8.9%"]
 
 
 def test_records_get_predictions_and_errors_have_their_sign(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The sizes that are measured: on GPUs, and the same at toy size for machines without."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from experiments.dense16.model import PRESETS, Dense
 
@@ -48,6 +48,22 @@ class StageCase:
     ticks: int
     rounds: int
 
+    @property
+    def weights(self) -> str:
+        """Whether the weights of a tick were read just before, or others were since."""
+        return "resident" if self.copies == 1 else "streaming"
+
+    def record(self) -> dict[str, Any]:
+        """What results say of it besides its model."""
+        model = self.model
+        return {
+            "weights": self.weights,
+            "stage_weight_bytes": model.layers * model.layer_bytes,
+            "group_cache_bytes": model.layers * model.batch * model.sequence_bytes,
+            "groups": self.groups,
+            "copies": self.copies,
+        }
+
 
 def decode_cases(scale: Scale, part: Part, num_devices: int) -> list[DecodeCase]:
     """What all strategies are run with, in the parts `l2`, `decode` and `sizes`."""
@@ -92,9 +108,9 @@ def residency_cases(scale: Scale) -> list[tuple[StageCase, StageCase]]:
     return found
 
 
-def counter_cases() -> list[tuple[int, int]]:
-    """(MiB of a layer's weights, sets of weights that take turns)."""
-    return [(32, 1), (32, 16), (8, 1), (48, 1), (16, 1)]
+def counter_cases(scale: Scale) -> list[StageCase]:
+    """All stages that are timed by themselves."""
+    return [*(case for pair in residency_cases(scale) for case in pair), *stage_cases(scale)]
 
 
 def toy_model(num_devices: int) -> Dense:

@@ -7,7 +7,6 @@ from typing import Any
 
 from jax.sharding import SingleDeviceSharding
 
-from experiments.dense16 import resident
 from experiments.dense16.cases import (
     DecodeCase,
     Part,
@@ -18,6 +17,7 @@ from experiments.dense16.cases import (
     residency_cases,
     stage_cases,
 )
+from experiments.dense16.counters import dram_bytes_read
 from experiments.dense16.model import Dense, random_array
 from experiments.dense16.stage import StageLoop
 from experiments.dense16.strategies import fitting, make_strategy
@@ -31,7 +31,8 @@ Timings = Mapping[str, Timing]
 READ_BANDWIDTH = 4.6e12
 # Calls of a stage's program in a short and a long run; a toy's take too little time to be told apart.
 CALLS: dict[Scale, tuple[int, int]] = {"gpu": (1, 5), "toy": (0, 5)}
-PROFILE_SECONDS = 60.0
+# Calls of a stage's program while its bytes are counted.
+COUNTED_CALLS = 20
 STAGE, STAGE_WITH_ENDS, LAST_WITH_ENDS = "stage", "stage with ends", "stage with ends, last device"
 
 
@@ -62,8 +63,7 @@ def jobs_of(part: Part, scale: Scale, devices: Sequence[Any]) -> list[Job]:
     if part == "residency":
         return [_residency_job(scale, *pair, devices[0]) for pair in residency_cases(scale)]
     if part == "counters":
-        profiler = resident.Profiler(counter_cases(), microbatch=8, seconds=PROFILE_SECONDS)
-        return [_counters_job(profiler, *case) for case in profiler.cases]
+        return [_counters_job(scale, case, devices[0]) for case in counter_cases(scale)]
     return [_decode_job(scale, part, case, devices) for case in decode_cases(scale, part, len(devices))]
 
 
@@ -158,42 +158,34 @@ def _stage_job(scale: Scale, case: StageCase, device: Any) -> Job:
 
 def _residency_job(scale: Scale, stays: StageCase, streams: StageCase, device: Any) -> Job:
     """The same stage with weights that stay and with weights that are streamed."""
-    cases = {_weights(False): stays, _weights(True): streams}
+    cases = {case.weights: case for case in (stays, streams)}
 
     def records(programs: Programs, timings: Timings) -> Iterator[Record]:
         for name, timing in timings.items():
             model = cases[name].model
             record = record_of("residency", "residency", model, "one device", {}, programs[name], timing)
-            record |= {"weights": name, "stage_weight_bytes": model.layers * model.layer_bytes}
-            yield record | {"groups": cases[name].groups, "copies": cases[name].copies}
+            yield record | cases[name].record()
 
     return Job(str(stays), ({name: _stage_run(scale, case, device) for name, case in cases.items()},), records)
-
-
-def _weights(is_streamed: bool) -> str:
-    return "streaming" if is_streamed else "resident"
 
 
 def _stage_run(scale: Scale, case: StageCase, device: Any) -> StageRun:
     return StageRun(StageLoop(case.model, device, case.groups, case.copies, case.ticks, case.rounds), CALLS[scale])
 
 
-def _counters_job(profiler: resident.Profiler, layer_mib: int, copies: int) -> Job:
-    """Bytes read from DRAM in a tick, by a program of its own under the profiler."""
-    weights = _weights(copies > 1)
+def _counters_job(scale: Scale, case: StageCase, device: Any) -> Job:
+    """Bytes that a stage reads from DRAM in a tick."""
+    run = _stage_run(scale, case, device)
 
     def records(programs: Programs, timings: Timings) -> Iterator[Record]:
-        size, kernels = profiler.dram_bytes(layer_mib, copies)
-        model = resident.profiled_model(layer_mib, profiler.microbatch)
-        yield _described("residency", "counters", model, "one device", {}) | {
-            "weights": weights,
-            "stage_weight_bytes": model.layer_bytes,
-            "cache_bytes_per_tick": model.batch * model.sequence_bytes,
-            "dram_bytes_per_tick": size,
-            "dram_bytes_per_tick_by_kernel": kernels,
-        }
+        run.prepare()
+        run.seconds(1)  # what the first call reads besides is none of the steady state's
+        size = dram_bytes_read(device, lambda: run.seconds(COUNTED_CALLS)) / (COUNTED_CALLS * run.steps_a_unit)
+        run.release()
+        about = _described("counters", "counters", case.model, "one device", {})
+        yield about | case.record() | {"dram_bytes_per_tick": size}
 
-    return Job(f"{layer_mib} MiB, {weights}", (), records)
+    return Job(str(case), (), records)
 
 
 def record_of(

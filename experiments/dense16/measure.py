@@ -123,6 +123,11 @@ class Session:
     def add(self, record: dict[str, Any]) -> None:
         """Put a record into the document."""
         self.document["records"].append({**record, "predicted": None})
-        seconds = record.get("seconds_per_step")
-        self.progress(f"{record['kind']}, {record['strategy']}: " + (f"{1e6 * seconds:,.1f} us" if seconds else "-"))
+        self.progress(f"{record['kind']}, {record['strategy']}: {_figure(record)}")
         self.write()
+
+
+def _figure(record: dict[str, Any]) -> str:
+    if "dram_bytes_per_tick" in record:
+        return f"{record['dram_bytes_per_tick'] / 1e6:,.3g} MB read from DRAM a tick"
+    return f"{1e6 * record['seconds_per_step']:,.1f} us" if record.get("seconds_per_step") else "-"

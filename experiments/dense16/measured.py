@@ -92,7 +92,7 @@ def _figures(record: Record) -> list[str]:
 
 
 def stage_grid(runs: Sequence[Run]) -> Grid | None:
-    """A row a microbatch of one stage alone: its time against the floor, and its rate in steady state."""
+    """A row a microbatch of one stage alone: its time against the floor, its rate, and what it reads from DRAM."""
     rows = []
     for record in records_of(runs, "stage"):
         if "floor_seconds" not in record:
@@ -107,30 +107,51 @@ def stage_grid(runs: Sequence[Run]) -> Grid | None:
                 f"{1e6 * record['floor_seconds']:,.0f}",
                 f"{record['floor_share']:.0%}",
                 count(record["batch"] / record["seconds_per_step"]),
+                _share_read(counters_of(runs, record)),
             ]
         )
     columns = ["sequences", "context", "us a tick", "fastest to slowest", "floor, us", "floor / measured"]
-    return Grid("", [*columns, "tokens/s in steady state"], rows) if rows else None
+    columns += ["tokens/s in steady state", "read from DRAM, of weights and cache"]
+    return Grid("", columns, rows) if rows else None
+
+
+def _share_read(counters: Record | None) -> str:
+    if counters is None:
+        return "-"
+    return f"{counters['dram_bytes_per_tick'] / (counters['stage_weight_bytes'] + counters['group_cache_bytes']):.1%}"
 
 
 def residency_grid(runs: Sequence[Run]) -> Grid | None:
     """A row a size of a stage and number of sequences: its weights read again every tick, against others in turn."""
     found: dict[tuple[float, int], dict[str, Record]] = {}
     for record in records_of(runs, "residency"):
-        key = record["stage_weight_bytes"], record["batch"]
-        # Times and counters are records of their own.
-        found.setdefault(key, {})[record["weights"]] = {**found.get(key, {}).get(record["weights"], {}), **record}
+        found.setdefault((record["stage_weight_bytes"], record["batch"]), {})[record["weights"]] = record
     rows = []
     for (size, batch), both in sorted(found.items()):
-        times = [both.get(name, {}).get("seconds_per_step") for name in RESIDENCY]
-        reads = [both.get(name, {}).get("dram_bytes_per_tick") for name in RESIDENCY]
+        times = [both[name]["seconds_per_step"] if name in both else None for name in RESIDENCY]
         gain = f"{times[1] / times[0]:.2f}" if times[0] and times[1] else "-"
         cells = [f"{1e6 * seconds:.1f}" if seconds else "-" for seconds in times]
-        read = [f"{held / size:.0%}" if held is not None else "-" for held in reads]
-        rows.append([f"{size / 1e6:.1f}", str(batch), *cells, gain, *read])
-    columns = ["MB of weights", "sequences", "us a layer, the same weights", "other weights in turn", "gain"]
-    columns += ["read from DRAM a tick, of the weights: the same", "in turn"]
+        counters = [counters_of(runs, both[name]) if name in both else None for name in RESIDENCY]
+        caches = [each["groups"] * each["group_cache_bytes"] for each in counters if each]
+        reads = [each["dram_bytes_per_tick"] if each else None for each in counters]
+        rows.append([_megabytes(size), str(batch), _megabytes(max(caches, default=None)), *cells, gain])
+        rows[-1] += map(_megabytes, reads)
+    columns = ["MB of weights", "sequences", "MB of both caches", "us a layer, the same weights"]
+    columns += ["other weights in turn", "gain", "MB read from DRAM a tick, the same weights", "other weights in turn"]
     return Grid("", columns, rows) if rows else None
+
+
+def counters_of(runs: Sequence[Run], timed: Record) -> Record | None:
+    """What a stage that was timed reads from DRAM; None where that was not counted."""
+    same = ("model", "batch", "context")
+    for record in records_of(runs, "counters"):
+        if all(record[name] == timed[name] for name in same) and record["weights"] == timed.get("weights", "resident"):
+            return record
+    return None
+
+
+def _megabytes(size: float | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.1f}"
 
 
 def overhead_grid(runs: Sequence[Run]) -> Grid | None:
