@@ -10,6 +10,8 @@ from layerwise_jax.device_spec import DeviceSpec
 
 # The widths at which weights are commonly kept, by the number of their bits.
 WIDTHS = {16: "fp16", 8: "fp8", 4: "4 bits"}
+# Those that are named only for weights that have them.
+WIDER = {64: "fp64", 32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Verdict:
       weight_bytes: weights of all layers as they are.
       resident_bytes: what all the devices hold together.
       num_devices: how many there are.
-      devices_needed: for each width in bits, how many of them hold all the weights.
+      devices_needed: for each width in bits, that of the weights and the common ones, how many of them hold all weights.
       largest_layer: the name of the layer with the most weights.
       largest_layer_bytes: its weights.
       tensor_ways: for each width, over how many devices that layer must be split to fit.
@@ -44,8 +46,9 @@ class Verdict:
         return self.resident_bytes >= self.weight_bytes and self.largest_layer_bytes <= self.usable_bytes
 
     def __str__(self) -> str:
-        needed = ", ".join(f"{count:,} at {WIDTHS[bits]}" for bits, count in self.devices_needed.items())
-        ways = ", ".join(f"{count} at {WIDTHS[bits]}" for bits, count in self.tensor_ways.items())
+        names = WIDER | WIDTHS
+        needed = ", ".join(f"{count:,} at {names[bits]}" for bits, count in self.devices_needed.items())
+        ways = ", ".join(f"{count} at {names[bits]}" for bits, count in self.tensor_ways.items())
         return (
             f"{self.weight_bytes:,} bytes of weights; {self.num_devices} x {self.device} hold "
             f"{self.resident_bytes:,} bytes in cache ({self.usable_bytes:,} each). Devices needed: {needed}. "
@@ -68,16 +71,17 @@ def capacity_verdict(
     weights = sum(cost.weight_bytes for cost in costs)
     largest = max(costs, key=lambda cost: cost.weight_bytes)
     usable = device.usable_l2_bytes if capacity is None else max(capacity, 1)
+    widths = [*(width for width in WIDER if width == bits), *WIDTHS]
     return Verdict(
         device=device.name,
         usable_bytes=usable,
         weight_bytes=weights,
         resident_bytes=num_devices * usable,
         num_devices=num_devices,
-        devices_needed={width: max(1, -(-weights * width // (bits * usable))) for width in WIDTHS},
+        devices_needed={width: max(1, -(-weights * width // (bits * usable))) for width in widths},
         largest_layer=largest.name,
         largest_layer_bytes=largest.weight_bytes,
-        tensor_ways={width: max(1, -(-largest.weight_bytes * width // (bits * usable))) for width in WIDTHS},
+        tensor_ways={width: max(1, -(-largest.weight_bytes * width // (bits * usable))) for width in widths},
     )
 
 

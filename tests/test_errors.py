@@ -157,7 +157,7 @@ def test_capacity_below_one_layer() -> None:
     costs = lw.measure_costs(lw.trace_layers(fn, PARAMS, X[:4]))
     largest = max(costs, key=lambda cost: cost.size)
     words = ["layer 0 '0'", "capacity is 50", "64 bytes of weights", f"{largest.activation_bytes} of activations"]
-    fit = ["of buffers", "Devices needed: 3 at fp16, 2 at fp8, 1 at 4 bits", "tensor ways: 1 at fp16"]
+    fit = ["of buffers", "Devices needed: 6 at fp32, 3 at fp16, 2 at fp8, 1 at 4 bits", "tensor ways: 2 at fp32"]
     refuses(lambda: stage(capacity=50), *words, *fit, error=lw.CapacityError)
 
 

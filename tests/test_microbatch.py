@@ -153,8 +153,8 @@ def test_the_refusal_states_the_capacity_law() -> None:
     message = refusal(WEIGHT_BYTES - 1)
     assert f"{DEPTH * WEIGHT_BYTES:,} bytes of weights" in message
     # Four layers in float32 on devices that each hold a byte less than one.
-    assert "Devices needed: 3 at fp16, 2 at fp8, 1 at 4 bits" in message
-    assert message.endswith("tensor ways: 1 at fp16, 1 at fp8, 1 at 4 bits.")
+    assert "Devices needed: 5 at fp32, 3 at fp16, 2 at fp8, 1 at 4 bits" in message
+    assert message.endswith("tensor ways: 2 at fp32, 1 at fp16, 1 at fp8, 1 at 4 bits.")
 
 
 def test_the_refusal_says_which_chunk_of_rows_would_fit() -> None:

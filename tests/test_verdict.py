@@ -36,8 +36,9 @@ def test_the_law_for_the_seed_s_model() -> None:
 
 def test_weights_counted_in_another_width_need_as_many_devices() -> None:
     single, half = (capacity_verdict([layer(bits * 10 * MIB)], H100, 1, bits) for bits in (32, 16))
-    assert single.devices_needed == half.devices_needed
-    assert single.tensor_ways == half.tensor_ways
+    assert single.devices_needed == {32: 9, **half.devices_needed}
+    assert single.tensor_ways == {32: 9, **half.tensor_ways}
+    assert "Devices needed: 9 at fp32, 5 at fp16, 3 at fp8, 2 at 4 bits" in str(single)
 
 
 def test_one_layer_too_large_is_enough_to_refuse() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from experiments.dense16.errors import TOLERANCE, Point, calibrated_points, stock_points
 from experiments.dense16.measured import best, ratio
@@ -29,7 +30,7 @@ def draw_measured(runs: Sequence[Run], path: Path) -> bool:
         return False
     columns = min(3, len(settings))
     rows = -(-len(settings) // columns)
-    figure = Figure(figsize=(5 * columns, 2.3 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(5 * columns, 2.4 * rows + 0.4), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in panels[len(settings) :]:
         axes.set_axis_off()
@@ -40,11 +41,12 @@ def draw_measured(runs: Sequence[Run], path: Path) -> bool:
         for j, (_, record) in enumerate(shown):
             _mark(axes, j, record, run)
         axes.set_title(str(setting), fontsize=8)
+        axes.set_xlabel("tokens/s", fontsize=7)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.tick_params(labelsize=7)
     handles, labels = panels[0].get_legend_handles_labels()
     known = dict(zip(labels, handles, strict=True))
     figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    figure.supxlabel("tokens/s", fontsize=9)
     save(figure, path)
     return True
 
