@@ -24,7 +24,7 @@ class Verdict:
       weight_bytes: weights of all layers as they are.
       resident_bytes: what all the devices hold together.
       num_devices: how many there are.
-      devices_needed: for each width in bits, that of the weights and the common ones, how many of them hold all weights.
+      devices_needed: for each width in bits, the weights' own and the common ones, how many of them hold all weights.
       largest_layer: the name of the layer with the most weights.
       largest_layer_bytes: its weights.
       tensor_ways: for each width, over how many devices that layer must be split to fit.
