@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
@@ -51,17 +50,6 @@ class Scaling:
     seconds: float
     repeats: int
     threads: int
-
-
-class EmptyRun(DecodeRun):
-    """A strategy that starts with a cache of zeros, made where it lies: no device ever holds all of it."""
-
-    def prepare(self) -> None:
-        self._weights = self.strategy.place(self.params())
-        program = self.strategy.compile(self.counts[-1])
-        types, shardings = program.args_info[0][1], program.input_shardings[0][1]
-        self._state = jax.tree.map(lambda x, where: jnp.zeros(x.shape, x.dtype, device=where), types, shardings)
-        jax.block_until_ready((self._weights, self._state))
 
 
 def shapes(model: Dense, count: int) -> list[Shape]:
@@ -147,14 +135,14 @@ def _measure_case(
     progress(f"compiling {len(wanted)} strategies: {model}")
     params = partial(model.params, random_array(model, 0, SingleDeviceSharding(devices[0])))
     shaped = {f"{shape.name}, {shape.mesh}": shape for shape in wanted}
-    runs: dict[str, EmptyRun] = {}
+    runs: dict[str, DecodeRun] = {}
     for label, shape in shaped.items():
         try:
             strategy = make_strategy(shape.name, model, devices, **shape.mesh)
         except Exception as error:
             failed(label, error)
             continue
-        runs[label] = EmptyRun(strategy, params, dict, step_counts(model))
+        runs[label] = DecodeRun(strategy, params, None, step_counts(model))
     programs = compile_all(runs, failed, scaling.threads)
     for label, program in programs.items():
         progress(label)

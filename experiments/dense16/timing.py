@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.dense16.stage import StageLoop
@@ -51,14 +52,15 @@ class DecodeRun:
 
     Attributes:
       strategy: what runs.
-      params, cache: make them whole, where there is room for them besides what the runs hold.
+      params, cache: make them whole, where there is room for them besides what the runs hold. A cache of None is one of
+        zeros, made where it lies: no device ever holds all of it.
       counts: steps of the short program, or 0 for none, and of the long one.
       tokens: what the long program generated last, int32[steps, batch].
     """
 
     strategy: Strategy
     params: Callable[[], Any]
-    cache: Callable[[], Any]
+    cache: Callable[[], Any] | None
     counts: tuple[int, int]
     tokens: np.ndarray | None = None
     steps_a_unit: int = 1
@@ -68,7 +70,7 @@ class DecodeRun:
 
     def prepare(self) -> None:
         self._weights = self.strategy.place(self.params())
-        self._state = self.strategy.start(self.cache(), *self._inputs())
+        self._state = self.strategy.start(self.cache(), *self._inputs()) if self.cache else self._zeros()
         jax.block_until_ready((self._weights, self._state))
 
     def seconds(self, count: int) -> float:
@@ -85,6 +87,11 @@ class DecodeRun:
 
     def release(self) -> None:
         self._weights = self._state = None
+
+    def _zeros(self) -> Any:
+        program = self.strategy.compile(self.counts[-1])
+        types, shardings = program.args_info[0][1], program.input_shardings[0][1]
+        return jax.tree.map(lambda x, where: jnp.zeros(x.shape, x.dtype, device=where), types, shardings)
 
     def _inputs(self) -> tuple[np.ndarray, np.ndarray]:
         """First tokens, and positions near the end of the context, so that all steps read about as much of it."""
