@@ -11,6 +11,7 @@ As many groups of sequences are in flight as there are stages, so that in every 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -30,7 +31,8 @@ from layerwise_jax.refusals import check_mesh
 from layerwise_jax.ring import DecodeRing
 from layerwise_jax.ring_loop import RingLoop
 from layerwise_jax.sampling import Sampler
-from layerwise_jax.step_program import StepFunction, check_rows, own_bytes, stage_step, trace_step
+from layerwise_jax.step_program import StepFunction, own_bytes, stage_step, trace_step
+from layerwise_jax.step_rows import check_rows
 
 # What stages have of their own is run by all and selected, rather than branched to, if its weights are no more bytes: a
 # branch takes some 15 us on a GPU, in which an H200 reads 60 MB.
@@ -63,7 +65,8 @@ def decode_ring(
         int32[sequences] positions: logits are float[sequences, vocabulary], the cache comes back with the same types.
       params: its parameters, arrays or `jax.ShapeDtypeStruct`.
       cache: the cache of one group as it is before the first token, likewise; types alone stand for zeros. Every leaf
-        belongs to one layer.
+        belongs to one layer. Sequences are its first axis; what has another there (a counter) they share, so that a
+        group starts and ends together.
       group_size: sequences of a group, the rows of `tokens`.
       num_groups: groups in flight; None for as many as there are stages, which keeps all of them busy.
       mesh: a mesh with an axis `stage`; None for one of the first local devices.
@@ -97,13 +100,14 @@ def decode_ring(
     num_stages = _num_stages(mesh, num_stages, partition, len(layers))
     mesh = mesh or stage_mesh(num_stages)
     cut: Any = partition_layers(measured_by_shape(layers).costs, num_stages) if partition is None else partition
-    if not sharding.axes:  # a step with collectives cannot be traced on the batch of all groups to compare
-        check_rows(step_fn, params, cache, group_size, num_groups or num_stages)
+    num_groups = num_groups or num_stages
+    is_by_rows = check_rows(step_fn, *sharding.shards, group_size, num_groups, axes=sharding.axes)
     kinds = {weight: sharding.specs[weight.leaf] for weight in layers.program.weights.values()}
     step = stage_step(layers, state, tuple(getattr(cut, "boundaries", cut)), kinds, sharding.axes)
+    step = replace(step, keeps_rows=step.keeps_rows and is_by_rows)
     selecting = own_bytes(step.loop) <= MOST_SELECTED_BYTES if selects is None else selects
     specs = sharding.of_slots(step.loop.placement)
-    loop = RingLoop(step, num_groups or num_stages, selecting, specs, tuple(stop_tokens), pad_token)
+    loop = RingLoop(step, num_groups, selecting, specs, tuple(stop_tokens), pad_token)
     prefill = None
     if prefill_fn is not None and prefill_length is not None:
         prefill = Prefill.of(
@@ -113,9 +117,9 @@ def decode_ring(
             prefill_length,
             sharding.axes,
         )
-        if not sharding.axes:
-            check_rows(prefill_fn, params, cache, group_size, loop.num_groups, prefill_length)
-    return DecodeRing(layers, mesh, loop, _plan(layers, cut, loop), sharding, group_size, cache, prefill)
+        check_rows(prefill_fn, *sharding.shards, group_size, num_groups, prefill_length, sharding.axes)
+    draws = sampler is not None and not sampler.is_greedy
+    return DecodeRing(layers, mesh, loop, _plan(layers, cut, loop), sharding, group_size, cache, draws, prefill)
 
 
 def _check(group_size: int, num_groups: int | None, mesh: Mesh | None, cache: Any) -> None:
@@ -133,6 +137,10 @@ def _check(group_size: int, num_groups: int | None, mesh: Mesh | None, cache: An
 def _num_stages(mesh: Mesh | None, num_stages: int | None, partition: Any, num_layers: int) -> int:
     boundaries = getattr(partition, "boundaries", partition)
     wanted = len(boundaries) - 1 if boundaries is not None else num_stages
+    if num_stages is not None and num_stages != wanted:
+        raise ValueError(f"num_stages is {num_stages} and the partition has {wanted} stages; give one of them.")
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"num_stages is {wanted}; at least one stage is wanted.")
     if mesh is not None:
         check_mesh(mesh, wanted)
         return mesh.shape[STAGE]

@@ -34,6 +34,7 @@ class Ring(Protocol):
     def prefill_length(self) -> int: ...
 
     group_size: int
+    draws: bool
 
     def start(self, tokens: Any, positions: Any, keys: Any) -> Any: ...
 
@@ -243,6 +244,8 @@ def _check(ring: Ring, waiting: Sequence[_Running], max_new_tokens: int, keys: A
     for sequence in waiting:
         if sequence.prompt.ndim != 1 or not len(sequence.prompt):
             raise ValueError(f"Prompt {sequence.index} has shape {sequence.prompt.shape}; int[1 or more] is wanted.")
+    if keys is None and ring.draws:
+        raise ValueError("The sampler draws tokens, and no keys came; keys=, a random key a prompt, is wanted.")
     if keys is None:
         return None
     data = np.asarray(jax.random.key_data(keys))

@@ -44,6 +44,7 @@ class DecodeRing:
       sharding: how parameters and cache are sharded inside a stage.
       group_size: sequences of a group.
       cache: the first cache of a group.
+      draws: whether tokens are drawn, which takes a key a sequence.
       reader: the pass that reads prompts at once; None if they are read a token a step.
     """
 
@@ -54,6 +55,7 @@ class DecodeRing:
     sharding: InnerSharding
     group_size: int
     cache: Any
+    draws: bool = False
     reader: Prefill | None = None
     _compiled: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -124,6 +126,8 @@ class DecodeRing:
 
     def _key_data(self, keys: Any) -> np.ndarray:
         aval = self.layers.signature.inputs_avals[KEYS]
+        if keys is None and self.draws:
+            raise ValueError("The sampler draws tokens, and no keys came; a random key a sequence is wanted.")
         if keys is None:
             return np.zeros((self.num_groups, *aval.shape), aval.dtype)
         return np.asarray(jax.random.key_data(keys)).reshape(self.num_groups, *aval.shape)
@@ -251,7 +255,7 @@ class DecodeRing:
           mask: bool[groups, sequences]; whole groups unless the ring keeps rows.
           tokens: int32[groups, sequences], the first tokens of the new sequences.
           positions: where they stand, likewise.
-          keys: random keys [groups, sequences].
+          keys: random keys [groups, sequences]; None where nothing is drawn.
         """
         fresh = Places(
             caches=[],
@@ -265,7 +269,7 @@ class DecodeRing:
     @cached_property
     def _first_cache(self) -> dict[int, Any] | None:
         """The first cache, a row a stage; None if it is all zeros."""
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.cache)):
+        if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.cache)):
             return None
         everywhere = [self._by_leaf(self.cache)] * self.num_groups
         return place_caches(self.ring, self.mesh, self.ring.loop.num_stages - 1, everywhere)

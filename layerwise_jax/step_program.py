@@ -17,9 +17,8 @@ import jax.numpy as jnp
 
 from layerwise_jax import _jax
 from layerwise_jax.alignment import Alignment, align_stages
-from layerwise_jax.batching import BatchError, analyse_batching
 from layerwise_jax.flatten import flatten
-from layerwise_jax.layers import LayerSequence, Signature, find_layers, trace_layers
+from layerwise_jax.layers import LayerSequence, Signature, find_layers
 from layerwise_jax.loop import Loop
 from layerwise_jax.modules import modules_of, path_names
 from layerwise_jax.placement import Placement, assign_slots
@@ -233,40 +232,11 @@ def _split_state(loop: Loop) -> tuple[dict[int, int], list[dict[int, Operand]]]:
     return body, own
 
 
-def check_rows(
-    step_fn: StepFunction,
-    params: Any,
-    cache: Any,
-    num_sequences: int,
-    num_groups: int,
-    prompt_length: int | None = None,
-) -> None:
-    """Refuse a step that mixes the sequences of a batch, since groups of them are run apart.
-
-    Raises:
-      BatchError: naming the operation.
-    """
-    if num_groups == 1:
-        return
-
-    def step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
-        return step_fn(params, cache, tokens, positions)
-
-    tokens, positions, _ = step_inputs(num_sequences, prompt_length)
-    layers = trace_layers(step, params, cache, tokens, positions)
-    axes = [0 if aval.shape[:1] == (num_sequences,) else None for aval in layers.signature.inputs_avals]
-    scalars = tuple(p for p, aval in enumerate(layers.signature.outputs_avals) if aval.shape[:1] != (num_sequences,))
-    try:
-        analyse_batching(layers, axes, num_groups, state=scalars)
-    except BatchError as error:
-        raise BatchError(f"The sequences of a batch are generated in {num_groups} groups. {error}") from error
-
-
 def own_bytes(loop: Loop) -> int:
     """Bytes of the weights that stages use outside of the common body."""
     avals = loop.program.avals
     body = set(range(loop.num_chunks * loop.num_body_weights))
-    held = {x for s, stage in enumerate(loop.stages) for x, w in stage.weights.items()}
+    held = {x for stage in loop.stages for x in stage.weights}
     slots = [loop.placement.slot_of(s) for s in range(loop.num_stages)]
     return sum(
         nbytes(avals[x])

@@ -20,9 +20,9 @@ FLOORS = {
             "forward residuals linearize stash stage_vjp training interleaved sampling batch_roles batch_scale "
             "batch_single batch_pairs batch_derivatives batch_elementwise batch_shapes batch_products batch_attention "
             "batch_indexing "
-            "batch_draws batch_control batch_walk batch_outputs batching inner_sharding step_program ring_message "
-            "ring_loop ring_state prefill generation ring compiling pipeline checkpoint build detect entry decode "
-            "comparison_advice comparison comparison_trace"
+            "batch_draws batch_control batch_walk batch_outputs batching inner_sharding step_program step_rows "
+            "ring_message ring_loop ring_state prefill generation ring compiling pipeline checkpoint build detect "
+            "entry decode comparison_advice comparison comparison_trace"
         ),
     ],
     1: [

@@ -219,6 +219,60 @@ def test_draws_depend_on_the_sequence_alone() -> None:
     assert_same_tokens(backwards.tokens[::-1], want)
 
 
+def test_a_sampler_that_draws_wants_keys() -> None:
+    ring = make_ring("gpt", 4, 2, 2, sampler=Sampler(0.7))
+    staged = ring.place(gpt(4))
+    with pytest.raises(ValueError, match="a random key a prompt, is wanted"):
+        ring.generate(staged, prompts_for(ring), NEW)
+    with pytest.raises(ValueError, match="a random key a sequence is wanted"):
+        ring.start(np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("is_type", [(False, False), (True, False), (True, True)])
+def test_a_place_is_given_on_with_its_first_cache(is_type: tuple[bool, bool]) -> None:
+    """Of arrays, of types, which stand for zeros, and of both."""
+    first = [jnp.zeros((1, WIDTH)) if each else jnp.full((1, WIDTH), 0.5) for each in is_type]
+    cache = [jax.eval_shape(lambda x=x: x) if each else x for x, each in zip(first, is_type, strict=True)]
+    ring = decode_ring(recurrent_step, gpt(2), cache, group_size=1, num_stages=2)
+    prompts = [np.asarray([token]) for token in (1, 2, 1, 2, 1)]
+    tokens = ring.generate(ring.place(gpt(2)), prompts, NEW).tokens
+    assert_same_tokens(tokens[2:], [tokens[0], tokens[1], tokens[0]])
+    held, token, wanted = first, jnp.asarray([1]), []
+    for position in range(NEW):
+        logits, held = recurrent_step(gpt(2), held, token, jnp.asarray([position]))
+        token = jnp.argmax(logits, axis=-1)
+        wanted.append(int(token[0]))
+    assert list(tokens[0]) == wanted
+
+
+def columns_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
+    """Two states a layer, in one array [2, sequences, width]."""
+    x, new = params["embed"][tokens], []
+    for block, held in zip(params["blocks"], cache, strict=True):
+        x = x + jnp.tanh(held.sum(axis=0) @ block["out"] + x)
+        new.append(0.5 * held + x)
+    return x @ params["head"], new
+
+
+def test_sequences_that_are_not_rows_of_the_cache_end_together() -> None:
+    """As many sequences as states: by its shape alone the first axis could be theirs."""
+    cache = [jnp.zeros((2, 2, WIDTH))] * 4
+    ring = decode_ring(columns_step, gpt(4), cache, group_size=2, num_stages=1)
+    assert not ring.keeps_rows
+    staged, prompts = ring.place(gpt(4)), [np.asarray([token]) for token in (1, 2, 3, 4, 5)]
+    (alone,) = ring.generate(staged, prompts[3:4], NEW).tokens
+    assert_same_tokens(ring.generate(staged, prompts, NEW).tokens[3:4], [alone])
+    with pytest.raises(BatchError, match="has 2 of them on its first axis"):
+        decode_ring(columns_step, gpt(4), cache, group_size=2, num_stages=2)
+
+
+def test_stages_are_given_once_and_at_least_one() -> None:
+    with pytest.raises(ValueError, match="num_stages is 0; at least one"):
+        make_ring("gpt", 4, 0, 1)
+    with pytest.raises(ValueError, match="num_stages is 1 and the partition has 2 stages"):
+        make_ring("gpt", 4, 1, 1, partition=(0, 2, 4))
+
+
 def test_calls_go_on_where_the_last_one_stopped_and_caches_come_back() -> None:
     ring = make_ring("gpt", 4, 2, 2, abstract=False, stop_tokens=())
     staged, first = ring.place(gpt(4)), np.asarray([[1, 2], [3, 4]])
@@ -247,6 +301,11 @@ def tensor_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[A
     return x @ params["head"], new
 
 
+def mixing_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
+    logits, cache = tensor_step(params, cache, tokens, positions)
+    return logits - logits.mean(axis=0), cache
+
+
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
 def test_tensor_ways_inside_a_stage(num_stages: int, stage_mesh: Callable[..., Mesh]) -> None:
     split = {"qkv": PartitionSpec(), "out": PartitionSpec(), "up": PartitionSpec(None, "tensor")}
@@ -259,6 +318,9 @@ def test_tensor_ways_inside_a_stage(num_stages: int, stage_mesh: Callable[..., M
     prompts = prompts_for(ring)
     got, want = (each.generate(each.place(gpt(4)), prompts, NEW).tokens for each in (ring, alone))
     assert_same_tokens(got, want)
+    assert ring.keeps_rows
+    with pytest.raises(BatchError, match="uses a sum or mean over the examples"):
+        decode_ring(mixing_step, gpt(4), cache, mesh=stage_mesh(num_stages, tensor=2), num_groups=4, **options)
     uneven = [jax.ShapeDtypeStruct((1, 2 * WIDTH + 1), jnp.float32)] * 4
     with pytest.raises(ValueError, match="does not split 2 ways"):
         decode_ring(tensor_step, gpt(4), uneven, mesh=stage_mesh(num_stages, tensor=2), **options)
