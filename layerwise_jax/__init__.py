@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from layerwise_jax.plan import Plan
     from layerwise_jax.ring import DecodeRing
     from layerwise_jax.sampling import Sampler
+    from layerwise_jax.schedule import Schedule, ScheduleError
     from layerwise_jax.simulate import predict
     from layerwise_jax.simulate_calibration import Calibration
     from layerwise_jax.simulate_fit import fit_calibration
@@ -79,6 +80,7 @@ _HOMES = {
     "ring": ("DecodeRing",),
     "generation": ("Generation",),
     "sampling": ("Sampler",),
+    "schedule": ("Schedule", "ScheduleError"),
     "checkpoint_files": ("CheckpointError",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -121,6 +123,7 @@ __all__ = [
     "Calibration",
     "Generation",
     "Sampler",
+    "Schedule",
     "A100",
     "B200",
     "CPU",
@@ -132,6 +135,7 @@ __all__ = [
     "CapacityError",
     "CheckpointError",
     "CutError",
+    "ScheduleError",
 ]
 
 

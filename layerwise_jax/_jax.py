@@ -1,6 +1,6 @@
 """The one door to what is unstable in JAX.
 
-Every name that JAX does not promise to keep enters the package here, each branch naming the version that needs it.
+Every name that JAX does not promise to keep enters the package here.
 The package is written for jax 0.11.2 to 0.12.
 """
 
@@ -10,7 +10,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
-from jax._src import config as _config
 from jax._src import source_info_util as _source_info
 from jax._src.core import NamedAxisEffect as _NamedAxisEffect
 from jax._src.state.types import AbstractRef
@@ -117,4 +116,6 @@ def emulate_devices(count: int) -> None:
         ) from error
 
 
-assert hasattr(_config, "threefry_partitionable"), "jax._src.config moved: see the supported versions in pyproject.toml"
+def is_partitionable(eqn: JaxprEqn) -> bool:
+    """Whether an equation was traced with random numbers that do not depend on how arrays are sharded."""
+    return bool(eqn.ctx.threefry_partitionable)

@@ -130,7 +130,7 @@ def compile_for(
     Args:
       device: a GPU, which need not be there, or None for the first local device.
       fn: a JAX function.
-      args: trees of `jax.ShapeDtypeStruct` (or arrays). Those that have a sharding keep it, which for several absent
+      args: trees of `jax.ShapeDtypeStruct` (or arrays). Types that have a sharding keep it, which for several absent
         devices is one over an `absent_mesh`; sizes are then those of one device.
       weights: positions in `args` of the arguments that are weights.
       donate: positions of the arguments that the program may overwrite.

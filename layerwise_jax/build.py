@@ -26,6 +26,7 @@ from layerwise_jax.stages import cut_stages
 from layerwise_jax.wiring import wire
 
 ScheduleName = Literal["1f1b", "gpipe", "interleaved_1f1b", "zero_bubble"]
+CHOICES = {"reduce": ("mean", "sum"), "batch_statistics": ("per_microbatch",), "remat": ("stage",)}
 
 
 def build_pipeline(
@@ -62,7 +63,7 @@ def build_pipeline(
       batch_statistics: "per_microbatch" accepts operations that mix the examples of a batch, each microbatch then
         being a batch of its own; None refuses them.
       sizes: what was measured of the layers, for the plan; None for weights and outputs by shape alone.
-      schedule: the order of forwards and backwards in training: a name, or a table of one's own.
+      schedule: the order of forwards and backwards in training: a name, or a table of one's own (a `Schedule`).
       remat: what backward has to go by: "stage" runs the stage again from what it received; None keeps what the
         function's own derivative keeps, its `jax.checkpoint` policies included, for as many microbatches as the
         schedule has between forward and backward.
@@ -82,8 +83,7 @@ def build_pipeline(
     num_stages = len(boundaries) - 1
     order = make_schedule(schedule, num_stages, num_microbatches, mesh.shape.get(STAGE, num_stages))
     replicas = check_mesh(mesh, order.num_devices)
-    if remat not in ("stage", None):
-        raise ValueError(f"remat is {remat!r}; 'stage' or None is wanted.")
+    check_choices(reduce=reduce, batch_statistics=batch_statistics, remat=remat)
     check_stageable(layers.program)
     signature = layers.signature
     axes = input_axes(jax.tree.unflatten(signature.inputs_tree, list(signature.inputs_avals)), in_axes)
@@ -117,6 +117,17 @@ def build_pipeline(
     plan = _plan(partition, loop, sizes or measured_by_shape(layers))
     skips = mesh.devices.flat[0].platform == "cpu" if skip_bubbles is None else skip_bubbles
     return Pipeline(layers, mesh, loop, batching, plan, reduce, order, remat, skips)
+
+
+def check_choices(**choices: str | None) -> None:
+    """Refuse words that no option has.
+
+    Raises:
+      ValueError: naming the option and its words.
+    """
+    for name, choice in choices.items():
+        if choice is not None and choice not in CHOICES[name]:
+            raise ValueError(f"{name} is {choice!r}; {', '.join(map(repr, CHOICES[name]))} or None is wanted.")
 
 
 def _plan(partition: Any, loop: Loop, sizes: Sizes) -> Plan:
@@ -154,8 +165,8 @@ def make_schedule(
             return interleaved_1f1b(num_devices, num_stages // num_devices, num_microbatches, paired=True)
         case "interleaved_1f1b":
             raise ValueError(
-                f"{num_stages} stages do not go round {num_devices} devices evenly; the schedule 'interleaved_1f1b' "
-                "takes a multiple of the devices on the mesh's axis 'stage'."
+                f"{num_stages} stages do not go round {num_devices} devices evenly; a multiple of the devices on the "
+                "mesh's axis 'stage' is wanted."
             )
         case Schedule():
             return _checked(schedule, num_stages, num_microbatches)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from layerwise_jax.comparison import Comparison, compare_work
 from layerwise_jax.cost import LayerCost
@@ -73,7 +72,7 @@ def compare(
     outputs = layers.signature.outputs_avals
     kind: Kind = "training" if len(outputs) == 1 and outputs[0].shape == () else "forward"
     found = _layer_works(layers, measure_costs(layers, device), batch, [0.0] * len(layers))
-    kept = _dtype(params)
+    kept = _dtype(layers.signature.params_avals)
     work = StepWork(found, batch, kind, dtype or kept, tokens, tensor_ways, kept)
     return compare_work(work, device, num_devices, calibration)
 
@@ -110,7 +109,7 @@ def compare_decode(
     layers, state = trace_step(step_fn, Sampler(), params, cache, batch)
     costs = measure_costs(layers, device)
     found = _layer_works(layers, costs, batch, _cache_bytes(layers, state))
-    kept = _dtype(params)
+    kept = _dtype(layers.signature.params_avals[: len(jax.tree.leaves(params))])
     work = StepWork(found, batch, "decode", dtype or kept, 1, tensor_ways, kept)
     return compare_work(work, device, num_devices, calibration)
 
@@ -147,6 +146,6 @@ def _cache_bytes(layers: LayerSequence, state: Mapping[int, Weight]) -> list[flo
     return [float(sum(nbytes(avals[x]) for x, weight in each.weights.items() if weight in cached)) for each in stages]
 
 
-def _dtype(params: Any) -> str:
+def _dtype(avals: Sequence[Any]) -> str:
     """The dtype of the largest parameter."""
-    return str(jnp.result_type(max(jax.tree.leaves(params), key=lambda leaf: leaf.size * leaf.dtype.itemsize)))
+    return str(max(avals, key=nbytes).dtype)

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerwise_jax.aot import CompiledProgram, compile_for
+from layerwise_jax.placement import STAGE
 from layerwise_jax.xla_options import NOTHING_PINS_L2, Options, OptionsReport, check_options, choose_options, hazards
 
 TIMED_RUNS = 5
@@ -21,7 +22,7 @@ class CompiledPipeline:
     """A pipeline compiled with options of its own; call it as the pipeline.
 
     Attributes:
-      call: the compiled function.
+      call: the function, jitted with the options.
       options: what was set, for this program only.
       report: the trials behind "auto", or None.
       warnings: options that were seen to slow or break the loop.
@@ -59,6 +60,8 @@ def compile_pipeline(
     Raises:
       OptionError: the compiler does not know an option, or does not take its value.
     """
+    if isinstance(options, str) and options != "auto":
+        raise ValueError(f"options is {options!r}; 'auto', a mapping from XLA's options to values, or None is wanted.")
     shapes = _shapes(mesh, staged, inputs)
 
     def compile_with(options: Options) -> CompiledProgram:
@@ -84,7 +87,7 @@ def _shapes(mesh: Mesh, staged: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]
         aval = jax.typeof(x) if not isinstance(x, jax.ShapeDtypeStruct) else x
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
 
-    placed = {name: shape(x, NamedSharding(mesh, PartitionSpec("stage"))) for name, x in staged.items()}
+    placed = {name: shape(x, NamedSharding(mesh, PartitionSpec(STAGE))) for name, x in staged.items()}
     return placed, *jax.tree.map(lambda x: shape(x, everywhere), inputs)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from layerwise_jax import json_fields
+
 SPEC_VERSION = 1
 
 # A device without units for a dtype computes in the next wider one: weights are stored narrow and widened to multiply.
@@ -125,20 +127,7 @@ class DeviceSpec:
         Raises:
           ValueError: not JSON, of another version, or with fields missing, unknown or of the wrong type.
         """
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"A DeviceSpec is JSON text as to_json() writes it; this is not JSON: {error}.") from error
-        version = fields.pop("version", None) if isinstance(fields, dict) else None
-        if version != SPEC_VERSION:
-            raise ValueError(
-                f"This DeviceSpec has version {version!r}; this library reads version {SPEC_VERSION}. Calibrate again."
-            )
-        wanted = {each.name for each in dataclasses.fields(cls)}
-        if set(fields) != wanted:
-            missing, unknown = sorted(wanted - set(fields)), sorted(set(fields) - wanted)
-            raise ValueError(f"A DeviceSpec's JSON lacks the fields {missing} and has unknown ones {unknown}.")
-        return cls(**fields)
+        return json_fields.read(cls, text, SPEC_VERSION, "Calibrate again.")
 
 
 def _check_field(device: str, name: str, value: Any, annotation: str) -> None:

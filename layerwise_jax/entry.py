@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from layerwise_jax.build import ScheduleName, build_pipeline
+from layerwise_jax.build import ScheduleName, build_pipeline, check_choices
 from layerwise_jax.cost import LayerCost
 from layerwise_jax.detect import detect_device
 from layerwise_jax.device_spec import DeviceSpec
@@ -57,13 +57,14 @@ def layerwise(
       num_microbatches: parts of the batch on each replica; "auto" for the fewest that fit and fill the pipeline.
       device: the device to size stages for, which need not be there; None for the one that JAX has.
       capacity: "l2" for the device's usable cache, a number of bytes, or None to balance without a cap. Stages that
-        share a device share its capacity.
+        share a device share its capacity. What a stage holds in its forward pass is held against it, not what training
+        stashes and accumulates besides (`measure_costs` with `backward=True` counts that).
       method: "dp" for the exact optimum, "greedy" for the paper's greedy layer aggregation.
       reduce: how outputs without a batch axis (a loss) combine over microbatches: "mean" or "sum".
       in_axes: as in `jax.vmap`, over the inputs: 0 for what is split, None for what every microbatch gets whole.
       state: picks from fn's outputs new values of some parameters, such as running averages.
       batch_statistics: "per_microbatch" if operations may mix the examples of a microbatch.
-      schedule: the order of forwards and backwards in training: a name, or a table of one's own.
+      schedule: the order of forwards and backwards in training: a name, or a table of one's own (a `Schedule`).
       remat: "stage" if backward runs a stage again from what it received, None if residuals are stashed.
       trainable: which parameters `value_and_grad` differentiates: a tree of booleans, or a function from the types of
         the parameters to one.
@@ -71,6 +72,7 @@ def layerwise(
     Raises:
       CapacityError, BatchError, CutError, ValueError: what came, what was wanted, and what to do.
     """
+    check_choices(reduce=reduce, batch_statistics=batch_statistics, remat=remat)
     replicas, num_devices, num_stages = _ways(mesh, num_stages, schedule, fn, params, inputs)
     spec = device or detect_device()
     capacity_bytes = _capacity_bytes(capacity, spec)
@@ -230,4 +232,9 @@ def _ways_around(
     else:
         most = jax.local_device_count()
         num_devices = max(d for d in range(1, most + 1) if (num_stages or 2 * most) % d == 0)
-    return check_mesh(mesh, num_devices) if mesh else 1, num_devices, num_stages or 2 * num_devices
+    count: int = num_stages or 2 * num_devices
+    if count % num_devices:
+        raise ValueError(
+            f"{count} stages do not go round {num_devices} devices evenly; a multiple of the devices is wanted."
+        )
+    return check_mesh(mesh, num_devices) if mesh else 1, num_devices, count

@@ -19,11 +19,14 @@ MOVES = frozenset(
 # Read only the rows that they are asked for, and write as much.
 PARTIAL_READS = frozenset({"gather", "dynamic_slice"})
 # Write in place, into rows of their first operand: (which operand holds the rows).
-PARTIAL_WRITES = {"dynamic_update_slice": 1, "scatter": 2, "scatter-add": 2, "scatter_add": 2, "scatter-mul": 2}
+PARTIAL_WRITES = {"dynamic_update_slice": 1} | dict.fromkeys(
+    ("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max"), 2
+)
 # Whole arrays in, one operation an element.
 REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin reduce reduce_window "
-    "reduce_window_sum reduce_window_max cumsum cumprod cummax cummin cumlogsumexp select_and_scatter_add".split()
+    "reduce_window_sum reduce_window_max reduce_window_min cumsum cumprod cummax cummin cumlogsumexp "
+    "select_and_scatter_add".split()
 )
 # Run one jaxpr on just their operands.
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call"})
@@ -157,7 +160,7 @@ def _convolution(eqn: Any) -> Work:
 
 
 def _sort(eqn: Any) -> Work:
-    length = eqn.invars[0].aval.shape[eqn.params["dimension"]]
+    length = eqn.invars[0].aval.shape[eqn.params["dimension" if eqn.primitive.name == "sort" else "axis"]]
     return Work(_elements(eqn.invars[0]) * math.ceil(math.log2(max(length, 2))), _traffic(eqn))
 
 
@@ -190,6 +193,7 @@ _RULES: dict[str, Callable[[Any], Work]] = {
     "ragged_dot_general": _ragged_dot,
     "conv_general_dilated": _convolution,
     "sort": _sort,
+    "top_k": _sort,
     "scan": _scan,
     "while": _while,
     "cond": _cond,

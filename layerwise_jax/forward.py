@@ -1,8 +1,8 @@
 """The forward tick loop of a pipeline, as it runs on one device inside `shard_map`.
 
 In tick t stage s works on microbatch t - s: it runs its branch (if stages differ), the common body, and sends what the
-next stage needs. Bubbles (ticks in which a stage has no microbatch) compute on zeros, and what they make is replaced by
-zeros before anything uses it, gradients included.
+next stage needs. Bubbles (ticks in which a stage has no microbatch) compute on a fill value, and what they make is
+replaced by zeros before anything uses it, gradients included.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def generate(
     Raises:
       ValueError: an empty prompt, no prompt, fewer than one new token, or keys missing or of another number.
     """
-    waiting = [_Running(i, np.asarray(prompt, np.int32)) for i, prompt in enumerate(prompts)]
+    waiting = [_Running(i, _tokens(i, prompt)) for i, prompt in enumerate(prompts)]
     key_data = _check(ring, waiting, max_new_tokens, keys)
     queue = iter(waiting)
     places: list[_Running | None] = [next(queue, None) for _ in range(ring.num_sequences)]
@@ -241,9 +241,6 @@ def _check(ring: Ring, waiting: Sequence[_Running], max_new_tokens: int, keys: A
         raise ValueError(
             f"{len(waiting)} prompts and {max_new_tokens} new tokens came; at least one of each is wanted."
         )
-    for sequence in waiting:
-        if sequence.prompt.ndim != 1 or not len(sequence.prompt):
-            raise ValueError(f"Prompt {sequence.index} has shape {sequence.prompt.shape}; int[1 or more] is wanted.")
     if keys is None and ring.draws:
         raise ValueError("The sampler draws tokens, and no keys came; keys=, a random key a prompt, is wanted.")
     if keys is None:
@@ -252,6 +249,13 @@ def _check(ring: Ring, waiting: Sequence[_Running], max_new_tokens: int, keys: A
     if len(data) != len(waiting):
         raise ValueError(f"{len(data)} keys came for {len(waiting)} prompts; one each is wanted.")
     return data
+
+
+def _tokens(index: int, prompt: Any) -> np.ndarray:
+    tokens = np.asarray(prompt)
+    if tokens.ndim != 1 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"Prompt {index} came as {tokens.dtype}{list(tokens.shape)}; int[1 or more] is wanted.")
+    return tokens.astype(np.int32)
 
 
 def _first(ring: Ring, places: Sequence[_Running | None], key_data: np.ndarray | None) -> tuple[Any, Any, Any]:

@@ -29,8 +29,9 @@ class _Node:
     leaves: list[int] = field(default_factory=list)
 
     @property
-    def is_leaf(self) -> bool:
-        return bool(self.leaves) and not self.children
+    def is_list_of_arrays(self) -> bool:
+        arrays = [name.isdigit() and not child.children for name, child in self.children.items()]
+        return len(arrays) > 1 and all(arrays)
 
     @property
     def is_module_of_modules(self) -> bool:
@@ -105,7 +106,7 @@ def _opens(node: _Node, is_element: bool) -> bool:
     An element that holds a list besides other modules (a block with attention and experts) is none.
     """
     if not is_element:
-        return _holds_family(node)
+        return node.is_list_of_arrays or _holds_family(node)
     families = _families(node)
     modules = {name: child for name, child in node.children.items() if child.is_module_of_modules}
     if any(families[_stem(name)] > 1 for name in modules):

@@ -19,7 +19,7 @@ class Partition:
         lower_bound: what no partition's objective can beat, in the unit of the loads.
         objective: which figure was made small: "bottleneck", "stages", "makespan" or "lockstep_makespan".
         objective_value: that figure for this partition.
-        method: "dp", "greedy", or "given".
+        method: "dp" or "greedy".
         devices: for each stage, the index of its device; all in order, and some may stay idle.
         capacity: bytes of each stage's device; None without a capacity.
         fewest_stages: the fewest stages that fit the capacity, where that was counted.

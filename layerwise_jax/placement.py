@@ -123,13 +123,13 @@ class Placement:
                 f"  wanted: {self.signature.params_tree}\nTrace the model again, or pass the tree it was traced with."
             )
         for name, leaf, aval in zip(self.signature.params_names, leaves, self.signature.params_avals, strict=True):
-            came = jax.typeof(leaf) if not hasattr(leaf, "dtype") else leaf
+            came = leaf if hasattr(leaf, "dtype") else jax.typeof(leaf)
             if tuple(came.shape) != aval.shape or came.dtype != aval.dtype:
                 raise ValueError(
                     f"Parameter {name} came as {came.dtype}{list(came.shape)}, but was traced as {aval.dtype}"
                     f"{list(aval.shape)}. Convert it, or trace the model with these parameters."
                 )
-        return leaves
+        return [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for leaf in leaves]
 
     def check_staged(self, staged: Any, *dtypes: Any) -> None:
         """Refuse what `place` has not made; slots may have one of `dtypes` instead of their own."""
@@ -184,7 +184,7 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 def _part(array: Any, index: Sequence[slice]) -> Any:
     """A shard of an array; the array itself where that is all of it."""
-    return array if all(i in (slice(None), slice(None, None, None)) for i in index) else array[tuple(index)]
+    return array if all(i == slice(None) for i in index) else array[tuple(index)]
 
 
 def _together(parts: Sequence[tuple[int, Any]]) -> Any:

@@ -7,8 +7,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
+from layerwise_jax import json_fields
 from layerwise_jax.cost import LayerCost
 from layerwise_jax.report import plan_table
 
@@ -120,16 +121,7 @@ class Plan:
         Raises:
           ValueError: not JSON, of another version, or with fields missing, unknown or of the wrong type.
         """
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"A plan is JSON text as plan.to_json() writes it; this is not JSON: {error}.") from error
-        version = fields.pop("version", None) if isinstance(fields, dict) else None
-        if version != PLAN_VERSION:
-            raise ValueError(
-                f"This plan has version {version!r}; this library reads version {PLAN_VERSION}. Plan again."
-            )
-        return _from_fields(cls, fields)
+        return json_fields.read(cls, text, PLAN_VERSION, "Plan again.")
 
 
 def make_plan(
@@ -193,24 +185,3 @@ def _stage_plan(costs: Sequence[LayerCost], compiled_bytes: int | None, send_byt
         compiled_bytes=compiled_bytes,
         send_bytes=send_bytes,
     )
-
-
-def _from_fields(kind: type, fields: Any) -> Any:
-    """A dataclass from a mapping with just its fields, each of its type."""
-    wanted = get_type_hints(kind)
-    if not isinstance(fields, dict) or set(fields) != set(wanted):
-        came = sorted(fields) if isinstance(fields, dict) else fields
-        raise ValueError(f"A {kind.__name__} has the fields {sorted(wanted)}; came {came}.")
-    return kind(**{name: _of_type(wanted[name], fields[name], f"{kind.__name__}.{name}") for name in wanted})
-
-
-def _of_type(wanted: Any, value: Any, name: str) -> Any:
-    """A value read from JSON, as the type of the field `name`."""
-    if dataclasses.is_dataclass(wanted):
-        return _from_fields(wanted, value)  # type: ignore[arg-type]
-    if get_origin(wanted) is tuple and isinstance(value, list):
-        return tuple(_of_type(get_args(wanted)[0], item, name) for item in value)
-    accepted = {wanted, *get_args(wanted)}
-    if type(value) in accepted or (type(value) is int and float in accepted):
-        return value
-    raise ValueError(f"{name} is {value!r}; wanted {getattr(wanted, '__name__', wanted)}.")

@@ -109,7 +109,7 @@ def nbytes(aval: Any) -> int:
     if isinstance(aval, AbstractRef):
         return nbytes(aval.inner_aval)
     if is_key(aval):
-        return int(np.prod(aval.shape, dtype=np.int64)) * 8
+        return nbytes(jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, aval.dtype)))
     return int(np.prod(aval.shape, dtype=np.int64)) * np.dtype(aval.dtype).itemsize
 
 

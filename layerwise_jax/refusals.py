@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from layerwise_jax._jax import AbstractRef, Literal, effects_but_axes, source_line
 from layerwise_jax.layers import LayerSequence
-from layerwise_jax.placement import STAGE
+from layerwise_jax.placement import DATA, STAGE
 from layerwise_jax.program import Program, Weight
 from layerwise_jax.stages import CutError
 
@@ -32,7 +32,7 @@ def check_mesh(mesh: Mesh, num_devices: int | None) -> int:
             "devices. Give a mesh of that size, ask for another number of stages, or for an interleaved schedule, in "
             "which stages share devices."
         )
-    return mesh.shape.get("data", 1)
+    return mesh.shape.get(DATA, 1)
 
 
 def check_stageable(program: Program, axes: Collection[str] = ()) -> None:

@@ -150,6 +150,12 @@ class DecodeRing:
           The places afterwards. Tokens int32[steps, groups, sequences], `forced` ones included.
         """
         wanted = np.asarray(forced, np.int32)
+        shape = (self.num_groups, self.group_size)
+        if wanted.ndim != 3 or wanted.shape[1:] != shape or not len(wanted):
+            raise ValueError(
+                f"forced came as {list(wanted.shape)}; [steps, groups, sequences] is wanted, with "
+                f"{list(shape)} groups and sequences and a step or more."
+            )
         places, arrived = self.compiled(staged, places, wanted.shape[0])(
             self._slots(staged), places, by_arrival(self.ring, wanted, -1), None
         )
@@ -257,6 +263,12 @@ class DecodeRing:
           positions: where they stand, likewise.
           keys: random keys [groups, sequences]; None where nothing is drawn.
         """
+        mask = np.asarray(mask, bool)
+        if not self.keeps_rows and (mask.any(axis=1) != mask.all(axis=1)).any():
+            raise ValueError(
+                f"mask came as {mask.tolist()}; the sequences of a group share a part of the cache, so that all or none "
+                "of them start anew."
+            )
         fresh = Places(
             caches=[],
             tokens=rotated(self.ring, self.mesh, np.asarray(tokens, np.int32)),
@@ -264,7 +276,7 @@ class DecodeRing:
             keys=rotated(self.ring, self.mesh, self._key_data(keys)),
             done=rotated(self.ring, self.mesh, np.zeros((self.num_groups, self.group_size), bool)),
         )
-        return self._restart(rotated(self.ring, self.mesh, np.asarray(mask, bool)), places, fresh, self._first_cache)
+        return self._restart(rotated(self.ring, self.mesh, mask), places, fresh, self._first_cache)
 
     @cached_property
     def _first_cache(self) -> dict[int, Any] | None:
@@ -280,7 +292,7 @@ class DecodeRing:
             def initial(slot: int) -> Any:
                 return jnp.zeros_like(places.caches[0][slot]) if first is None else first[slot]
 
-            return restarted(self.ring, initial, mask, places, fresh)
+            return restarted(initial, mask, places, fresh)
 
         return jax.jit(restart, donate_argnums=1)
 

@@ -129,13 +129,10 @@ def from_arrival(ring: RingLoop, values: np.ndarray) -> np.ndarray:
     )
 
 
-def restarted(
-    ring: RingLoop, initial: Callable[[int], Any], mask: Sequence[Any], places: Places, fresh: Places
-) -> Places:
+def restarted(initial: Callable[[int], Any], mask: Sequence[Any], places: Places, fresh: Places) -> Places:
     """The places with masked sequences as they are in `fresh`, their cache as it was at first.
 
     Args:
-      ring: the ring.
       initial: the first value of a cache slot, a row a stage.
       mask: for every place, bool[stages, sequences].
       places: the places.

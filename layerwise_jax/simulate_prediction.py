@@ -57,7 +57,10 @@ class Prediction:
 
     @property
     def lower_bound_per_second(self) -> float:
-        """Tokens a second that no program of this shape exceeds; in decoding, what memory traffic alone allows."""
+        """Tokens a second that no program of this shape exceeds; in decoding, what memory traffic alone allows.
+
+        In training, none that recomputes as the strategy does.
+        """
         return self.work.batch * self.work.tokens / self.lower_bound_seconds
 
     @property

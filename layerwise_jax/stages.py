@@ -70,7 +70,7 @@ def cut_stages(layers: LayerSequence, boundaries: Sequence[int]) -> tuple[Stage,
         )
         for own, out in zip(anchors, outputs, strict=True)
     ]
-    crossing = _crossing(program, anchors, ops, outputs)
+    crossing = _crossing(program, anchors, ops)
     stages = tuple(
         _stage(program, layers.names[a:b], ops[s], crossing[s], crossing[s + 1], outputs[s])
         for s, (a, b) in enumerate(pairwise(boundaries))
@@ -117,7 +117,7 @@ def _weights_behind(program: Program, operands: Sequence[Operand], free: dict[Va
     return {x for x in (*operands, *behind) if not isinstance(x, Literal) and x in program.weights}
 
 
-def _crossing(program: Program, anchors: Any, ops: Any, outputs: Any) -> list[tuple[Value, ...]]:
+def _crossing(program: Program, anchors: Any, ops: Any) -> list[tuple[Value, ...]]:
     """The values that cross each boundary 0..k; a value used several stages on crosses every boundary between."""
     made = {x: s for s, own in enumerate(anchors) for i in own for x in program.ops[i].results}
     last = dict(made)

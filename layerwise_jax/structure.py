@@ -84,7 +84,7 @@ def _fingerprint_eqn(eqn: JaxprEqn) -> Hashable:
     if eqn.primitive.name in _jax.CUSTOM_RULE_PRIMITIVES:
         return eqn.primitive.name, outs, _fingerprint_rule(eqn)
     params = tuple((name, _fingerprint(eqn.params[name])) for name in sorted(eqn.params))
-    return eqn.primitive.name, outs, params, str(eqn.ctx.threefry_partitionable)
+    return eqn.primitive.name, outs, params, _jax.is_partitionable(eqn)
 
 
 def _fingerprint_rule(eqn: JaxprEqn) -> Hashable:
@@ -115,7 +115,7 @@ def _cotangent(x: Any) -> Any:
 
 
 def _fingerprint(value: Any) -> Hashable:
-    """A hashable stand-in for an equation's parameter; objects that cannot be compared stand for themselves."""
+    """A hashable stand-in for an equation's parameter; objects that cannot be hashed are equal to themselves alone."""
     if hasattr(value, "eqns"):
         return _fingerprint_jaxpr(value)
     if isinstance(value, (tuple, list)):
@@ -129,7 +129,7 @@ def _fingerprint(value: Any) -> Hashable:
     try:
         hash(value)
     except TypeError:
-        return type(value).__name__, str(value)
+        return type(value).__name__, id(value)
     return value
 
 

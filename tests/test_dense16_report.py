@@ -23,7 +23,7 @@ from layerwise_jax.devices import H100, H200
 from layerwise_jax.simulate import Strategy
 
 PAPER = Setup(PRESETS["paper"], DEVICES)
-SMALL = {"layers": 4, "heads": 8, "mlp": 4096, "dtype": "bfloat16", "head_width": 128}
+SMALL = {"layers": 4, "heads": 8, "mlp": 4096, "dtype": "bfloat16", "head_dim": 128}
 
 
 def record(strategy: str, seconds: float, kind: str = "decode", **more: Any) -> dict[str, Any]:

@@ -176,7 +176,12 @@ def test_options_that_do_not_exist() -> None:
     refuses(lambda: stage(capacity=-1), "capacity is -1")
     refuses(lambda: stage(method="best"), "'best'", "'dp', 'greedy'")
     refuses(lambda: stage(schedule="3f2b"), "'3f2b'", "'1f1b'")
-    refuses(lambda: stage(loss_fn, reduce="max"), "'max'", "reduce='mean'", error=lw.BatchError)
+    four = jax.make_mesh((4,), ("stage",), axis_types=(jax.sharding.AxisType.Auto,))
+    refuses(lambda: stage(mesh=four, schedule="interleaved_1f1b"), "2 stages do not go round 4 devices evenly")
+    refuses(lambda: stage(loss_fn, reduce="max"), "reduce is 'max'", "'mean', 'sum' or None")
+    refuses(lambda: stage(reduce="avg"), "reduce is 'avg'")
+    refuses(lambda: stage(batch_statistics="per_batch"), "batch_statistics is 'per_batch'", "'per_microbatch' or None")
+    refuses(lambda: stage(remat="full"), "remat is 'full'", "'stage' or None")
 
 
 @pytest.mark.parametrize(
@@ -247,3 +252,12 @@ def test_a_refused_call_loses_nothing(pipeline: lw.Pipeline) -> None:
     np.testing.assert_allclose(y, fn(PARAMS, X), rtol=1e-6)
     for came, wanted in zip(pipeline.gather(staged), PARAMS, strict=True):
         np.testing.assert_array_equal(came, wanted)
+
+
+def test_a_parameter_that_is_a_python_number_is_placed() -> None:
+    def scaled(params: dict[str, Any], x: jax.Array) -> jax.Array:
+        return params["scale"] * fn(params["layers"], x)
+
+    params = {"scale": 0.5, "layers": PARAMS}
+    pipeline = stage(scaled, params)
+    np.testing.assert_allclose(pipeline(pipeline.place(params), X), scaled(params, X), rtol=1e-6)

@@ -45,6 +45,13 @@ def test_rows_in_groups_meet_one_matrix_each():
     assert work(experts, (64, 32), (4, 32, 16)).flops == 2 * 64 * 32 * 16
 
 
+@pytest.mark.parametrize("order", [jnp.sort, lambda x: lax.top_k(x, 2)[0]])
+def test_ordering_compares_as_often_as_a_sort(order):
+    ordered = work(order, (3, 16))
+    assert ordered.flops == 3 * 16 * 4
+    assert ordered.bytes_accessed >= 3 * 16 * 4
+
+
 def test_a_scan_counts_every_turn():
     def layers(weights, x):
         return lax.scan(lambda h, w: (h @ w, None), x, weights)[0]

@@ -42,7 +42,7 @@ FLOORS = {
     0: [
         "_jax",
         "schedule schedule_check schedule_generators schedule_simulate schedule_tables",
-        "cost device_spec devices gpu_target buffers_wire buffers flops aot xla_options persisting",
+        "cost json_fields device_spec devices gpu_target buffers_wire buffers flops aot xla_options persisting",
     ],
 }
 FLIGHTS = [(floor, flight.split()) for floor, flights in FLOORS.items() for flight in flights]

@@ -107,6 +107,11 @@ def test_flat_lists_of_arrays_are_modules_by_themselves() -> None:
     assert all(module.is_bare for module in modules)
 
 
+def test_a_list_of_arrays_beside_others_is_a_family() -> None:
+    assert layers_of("layers/0", "layers/1", "scale") == ["layers/0", "layers/1", "scale"]
+    assert layers_of(*blocks("layers/", 2, "0", "1"), "out/0", "out/1")[-1].startswith("out/")
+
+
 def test_a_single_array_has_a_name() -> None:
     assert [module.name for module in modules_of([()])] == ["params"]
 

@@ -145,7 +145,7 @@ def damaged(change: Callable[[dict[str, Any]], Any]) -> str:
         ("[]", "version None"),
         (damaged(lambda fields: fields.update(version=99)), "version 99; this library reads version 2"),
         (damaged(lambda fields: fields.pop("version")), "version None"),
-        (damaged(lambda fields: fields.pop("stages")), "A Plan has the fields"),
+        (damaged(lambda fields: fields.pop("stages")), "A Plan's JSON lacks the fields ['stages']"),
         (damaged(lambda fields: fields.update(colour="red")), "colour"),
         (damaged(lambda fields: fields.update(num_ticks="8")), "Plan.num_ticks is '8'; wanted int"),
         (damaged(lambda fields: fields.update(num_ticks=True)), "Plan.num_ticks is True; wanted int"),
@@ -155,7 +155,7 @@ def damaged(change: Callable[[dict[str, Any]], Any]) -> str:
         (damaged(lambda fields: fields.update(notes=[1])), "Plan.notes is 1; wanted str"),
         (damaged(lambda fields: fields.update(stages=7)), "Plan.stages is 7"),
         (damaged(lambda fields: fields.update(stages=[7])), "A StagePlan has the fields"),
-        (damaged(lambda fields: fields["stages"][0].pop("layers")), "A StagePlan has the fields"),
+        (damaged(lambda fields: fields["stages"][0].pop("layers")), "A StagePlan's JSON lacks the fields ['layers']"),
         (damaged(lambda fields: fields["stages"][1].update(send_bytes=None)), "StagePlan.send_bytes is None"),
     ],
 )  # fmt: skip

@@ -262,6 +262,9 @@ def test_sequences_that_are_not_rows_of_the_cache_end_together() -> None:
     staged, prompts = ring.place(gpt(4)), [np.asarray([token]) for token in (1, 2, 3, 4, 5)]
     (alone,) = ring.generate(staged, prompts[3:4], NEW).tokens
     assert_same_tokens(ring.generate(staged, prompts, NEW).tokens[3:4], [alone])
+    places, none = ring.start(np.zeros((1, 2))), np.zeros((1, 2), np.int32)
+    with pytest.raises(ValueError, match="all or none of them start anew"):
+        ring.restart(places, [[True, False]], none, none)
     with pytest.raises(BatchError, match="has 2 of them on its first axis"):
         decode_ring(columns_step, gpt(4), cache, group_size=2, num_stages=2)
 
@@ -426,7 +429,11 @@ def test_wrong_arguments_are_refused() -> None:
         ring.generate({}, [np.asarray([1])], 1)
     with pytest.raises(ValueError, match="at least one of each"):
         ring.generate(staged, [], 1)
-    with pytest.raises(ValueError, match="Prompt 1 has shape"):
+    with pytest.raises(ValueError, match=r"Prompt 1 came as int32\[0\]"):
         ring.generate(staged, [np.asarray([1]), np.asarray([], np.int32)], 1)
+    with pytest.raises(ValueError, match=r"Prompt 0 came as float64\[1\]"):
+        ring.generate(staged, [[1.5]], 1)
+    with pytest.raises(ValueError, match=r"forced came as \[3, 1, 2\]"):
+        ring(staged, ring.start(np.zeros((2, 2))), np.full((3, 1, 2), -1))
     with pytest.raises(ValueError, match="1 keys came for 2 prompts"):
         ring.generate(staged, [np.asarray([1])] * 2, 1, keys=jax.random.split(jax.random.key(0), 1))

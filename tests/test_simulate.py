@@ -171,8 +171,12 @@ def test_records_of_other_kinds_are_left_out():
 
 def test_calibration_goes_to_json_and_back():
     assert Calibration.from_json(STOCK.to_json()) == STOCK
-    with pytest.raises(ValueError, match="fields"):
-        Calibration.from_json("{}")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "3", "null", '[1, "a"]'])
+def test_other_text_is_no_calibration(text):
+    with pytest.raises(ValueError, match=r"fields|JSON"):
+        Calibration.from_json(text)
 
 
 @pytest.mark.parametrize("change", [{"weight_share": 1.2}, {"weight_share": 0}, {"tick_seconds": -1e-6}])

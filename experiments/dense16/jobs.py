@@ -179,9 +179,11 @@ def _counters_job(scale: Scale, case: StageCase, device: Any) -> Job:
 
     def records(programs: Programs, timings: Timings) -> Iterator[Record]:
         run.prepare()
-        run.seconds(1)  # what the first call reads besides is none of the steady state's
-        size = dram_bytes_read(device, lambda: run.seconds(COUNTED_CALLS)) / (COUNTED_CALLS * run.steps_a_unit)
-        run.release()
+        try:
+            run.seconds(1)  # what the first call reads besides is none of the steady state's
+            size = dram_bytes_read(device, lambda: run.seconds(COUNTED_CALLS)) / (COUNTED_CALLS * run.steps_a_unit)
+        finally:
+            run.release()
         about = _described("counters", "counters", case.model, "one device", {})
         yield about | case.record() | {"dram_bytes_per_tick": size}
 

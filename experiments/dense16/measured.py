@@ -167,8 +167,8 @@ def overhead_grid(runs: Sequence[Run]) -> Grid | None:
     for run in runs:
         for record in (r for r in run.records if r["kind"] == "overhead"):
             parts = [f"{1e6 * record[name]:.1f}" if name in record else "-" for name in names]
-            model, width = record["model"], 128 * record["model"]["heads"]
-            what = f"{model['layers'] // record['mesh']['stage']} x d={width}"
+            model = record["model"]
+            what = f"{model['layers'] // record['mesh']['stage']} x d={model['heads'] * model['head_dim']}"
             rows.append([f"{run.machine['count']} x {run.device}", what, str(record["batch"]), *parts])
     columns = ["devices", "stage", "batch", "tick, us", "layers alone, us", "the rest, us"]
     columns += ["with embedding, head and sampling, us", "the rest, us"]
@@ -183,9 +183,7 @@ def records_of(runs: Sequence[Run], kind: str) -> list[Record]:
 def emulated_grid(records: Sequence[Record]) -> Grid:
     """A row a strategy on emulated devices: its shape, and whether its tokens are those of one device."""
     model = records[0]["model"]
-    title = (
-        f"{model['layers']} layers of width {model['heads'] * model['head_width']}, {records[0]['batch']} sequences, "
-    )
+    title = f"{model['layers']} layers of width {model['heads'] * model['head_dim']}, {records[0]['batch']} sequences, "
     rows = [
         [
             record["strategy"],

@@ -39,13 +39,13 @@ class Dense:
 
     Attributes:
       layers: how many.
-      heads: heads of a layer; the width is heads * head_width.
+      heads: heads of a layer; the width is heads * head_dim.
       mlp: width of the feed-forward.
       batch: sequences that are decoded together.
       context: positions that a sequence's cache has room for.
       dtype: of weights, cache and activations; norms and logits are float32.
       vocabulary: tokens there are.
-      head_width: of one head.
+      head_dim: of one head.
       attention: cuDNN's kernel, which takes 16-bit types on GPUs alone, or what XLA makes of products and sums.
     """
 
@@ -56,12 +56,12 @@ class Dense:
     context: int
     dtype: str = "float32"
     vocabulary: int = 256
-    head_width: int = 128
+    head_dim: int = 128
     attention: Literal["cudnn", "xla"] = "xla"
 
     @property
     def width(self) -> int:
-        return self.heads * self.head_width
+        return self.heads * self.head_dim
 
     @property
     def layer_weights(self) -> int:
@@ -83,14 +83,14 @@ class Dense:
 
     def record(self) -> dict[str, Any]:
         """What results say of the model."""
-        names = ("layers", "heads", "mlp", "dtype", "vocabulary", "head_width", "attention")
+        names = ("layers", "heads", "mlp", "dtype", "vocabulary", "head_dim", "attention")
         return {name: getattr(self, name) for name in names}
 
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of one layer's weights."""
         return {
-            "query_key_value": (self.width, 3, self.heads, self.head_width),
-            "out": (self.heads, self.head_width, self.width),
+            "query_key_value": (self.width, 3, self.heads, self.head_dim),
+            "out": (self.heads, self.head_dim, self.width),
             "up": (self.width, self.mlp),
             "down": (self.mlp, self.width),
         }
@@ -114,7 +114,7 @@ class Dense:
 
     def cache(self, sequences: int, make: Maker) -> Cache:
         """The cache of so many sequences, made as `params` are."""
-        shape = (sequences, self.context, self.heads, self.head_width)
+        shape = (sequences, self.context, self.heads, self.head_dim)
         return [{name: make(shape, 1.0, 2 * i + j) for j, name in enumerate("kv")} for i in range(self.layers)]
 
     def abstract(self, shape: tuple[int, ...], scale: float = 1.0, number: int = 0) -> jax.ShapeDtypeStruct:
@@ -169,7 +169,7 @@ class Dense:
             return attended[:, 0]
         # A multiplication and a sum read keys and values where they lie; as products they would be transposed first.
         q, k, v = (x.astype(jnp.float32) for x in (query, keys, values))
-        scores = jnp.sum(q[:, None] * k, axis=-1) * self.head_width**-0.5
+        scores = jnp.sum(q[:, None] * k, axis=-1) * self.head_dim**-0.5
         seen = jnp.arange(self.context) <= positions[:, None]
         weights = jax.nn.softmax(jnp.where(seen[:, :, None], scores, -jnp.inf), axis=1)
         return jnp.sum(weights[..., None] * v, axis=1).astype(query.dtype)
@@ -179,7 +179,7 @@ PRESETS = {
     "paper": Dense(16, 32, 16_384, batch=128, context=10_000, dtype="float16", attention="cudnn"),
     "exact": Dense(4, 32, 16_384, batch=32, context=10_000, dtype="bfloat16", attention="cudnn"),
     "l2": Dense(4, 8, 4096, batch=32, context=128, dtype="bfloat16", attention="cudnn"),
-    "tiny": Dense(4, 4, 64, batch=16, context=32, vocabulary=61, head_width=8),
+    "tiny": Dense(4, 4, 64, batch=16, context=32, vocabulary=61, head_dim=8),
 }
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 DEVICES = 16
 BATCH = 128
 # The baseline: two stages of eight devices that share each layer.
-BASELINE_TENSOR, BASELINE_STAGES = 8, 2
+BASELINE_STAGES = 2
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Setup:
         return dense_decode(
             layers=model.layers,
             heads=model.heads,
-            head_dim=model.head_width,
+            head_dim=model.head_dim,
             mlp=model.mlp,
             batch=model.batch,
             context=model.context,

@@ -92,7 +92,7 @@ class Run:
         for record in self.records:
             if record["kind"] == "decode":
                 model = record["model"]
-                width = model["heads"] * model.get("head_width", 128)
+                width = model["heads"] * model["head_dim"]
                 network = (model["layers"], width, model["mlp"], model["dtype"])
                 key = Setting(self.device, self.machine["count"], *network, record["batch"], record["context"])
                 found[key].append(record)
