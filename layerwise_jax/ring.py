@@ -266,8 +266,8 @@ class DecodeRing:
         mask = np.asarray(mask, bool)
         if not self.keeps_rows and (mask.any(axis=1) != mask.all(axis=1)).any():
             raise ValueError(
-                f"mask came as {mask.tolist()}; the sequences of a group share a part of the cache, so that all or none "
-                "of them start anew."
+                f"mask came as {mask.tolist()}; the sequences of a group share a part of the cache, so all or none "
+                "start anew."
             )
         fresh = Places(
             caches=[],

@@ -21,6 +21,7 @@ from experiments.dense16.targets import targets_grid
 from experiments.page import update_page
 from layerwise_jax.devices import H100, H200
 from layerwise_jax.simulate import Strategy
+from layerwise_jax.simulate_records import PREDICTED_KINDS
 
 PAPER = Setup(PRESETS["paper"], DEVICES)
 SMALL = {"layers": 4, "heads": 8, "mlp": 4096, "dtype": "bfloat16", "head_dim": 128}
@@ -180,7 +181,9 @@ def test_a_stages_row_says_what_share_it_reads_from_dram(folder: Path) -> None:
 
 def test_records_get_predictions_and_errors_have_their_sign(folder: Path) -> None:
     (run,) = load_runs(folder)
-    for point, found in zip(stock_points(run), run.records, strict=False):
+    predicted = [found for found in run.records if found["kind"] in PREDICTED_KINDS]
+    assert len(predicted) == 5
+    for point, found in zip(stock_points(run), predicted, strict=True):
         assert found["predicted"]["tokens_per_second"] == pytest.approx(point.predicted)
         assert point.error == pytest.approx(found["seconds_per_step"] / found["predicted"]["seconds_per_step"] - 1)
 
