@@ -125,13 +125,9 @@ def _outputs(layers: LayerSequence, pair: ProgramPair, walk: Walk, in_axes: Sequ
     from_batch = _values_from(pair.full, [value for value, axis in inputs if axis is not None])
     operands = zip(pair.micro.outputs, pair.full.outputs, strict=True)
     return [
-        TracedOutput(name, role, _type_of(pair.micro, m), _type_of(pair.full, f), from_batch(f))
+        TracedOutput(name, role, pair.micro.aval(m), pair.full.aval(f), from_batch(f))
         for name, role, (m, f) in zip(_output_names(layers), walk.outputs(pair, given), operands, strict=True)
     ]
-
-
-def _type_of(program: Program, operand: Operand) -> Any:
-    return operand.aval if isinstance(operand, _jax.Literal) else program.avals[operand]
 
 
 def _output_names(layers: LayerSequence) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from layerwise_jax._jax import Literal
 from layerwise_jax.alignment import Alignment
 from layerwise_jax.placement import Placement
 from layerwise_jax.program import Program, Weight
@@ -88,5 +87,4 @@ class Loop:
 
     def output_aval(self, position: int) -> Any:
         """The type of an output of one microbatch."""
-        operand = self.program.outputs[position]
-        return operand.aval if isinstance(operand, Literal) else self.program.avals[operand]
+        return self.program.aval(self.program.outputs[position])

@@ -28,7 +28,7 @@ class Component(NamedTuple):
 
     Attributes:
       kind: "gradient", "parameter", "state" or "exported".
-      ordinal: which of several of a kind, and of state which of those of one type.
+      ordinal: tells components of one kind apart; for state, it counts those of equal shape and dtype.
       shape, dtype: the type of a row of state.
     """
 

@@ -99,6 +99,10 @@ class Program:
     outputs: tuple[Operand, ...]
     constants: Mapping[Value, Any] = field(default_factory=dict)
 
+    def aval(self, operand: Operand) -> Any:
+        """The type of a value or a literal."""
+        return operand.aval if isinstance(operand, Literal) else self.avals[operand]
+
     def producers(self) -> dict[Value, int]:
         """The position of the operation that makes each value."""
         return {value: i for i, op in enumerate(self.ops) for value in op.results}

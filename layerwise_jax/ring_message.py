@@ -29,7 +29,8 @@ class Message:
 
     Attributes:
       lanes_avals: the types of the lanes' values.
-      carrier: the lane in whose array tokens travel; None if they have an array of their own.
+      carrier: the lane whose array also carries the tokens (the last stage has nothing else to send in it); None if
+        tokens have an array of their own.
       num_sequences: tokens.
       pairs: for every array, its (sender, receiver) pairs.
     """

@@ -16,7 +16,7 @@ from layerwise_jax.simulate_records import Measurement, measurements
 
 Floats = NDArray[np.float64]
 
-# What is fitted. Kernels a layer times seconds a kernel is one figure to a measurement, and one of them is enough.
+# What is fitted. Only the product of kernels_per_layer and kernel_seconds can be measured, so one of them is held.
 FITTED = (
     "weight_share",
     "state_share",

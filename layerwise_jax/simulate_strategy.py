@@ -89,8 +89,8 @@ def shapes(work: StepWork, num_devices: int) -> list[tuple[int, int, int]]:
 def group_counts(work: StepWork, data: int, stage: int) -> list[int]:
     """Numbers of groups worth trying.
 
-    In decoding a group less leaves a stage idle and a group more reads all weights once more. A pipeline that is filled
-    once a step wants more groups, up to where its fill is a few percent: eight for each stage.
+    In decoding, fewer groups than stages leave a stage idle, and more read all weights again. Elsewhere more groups
+    shrink the bubble; beyond eight for each stage that gains a few percent.
     """
     share = -(-work.batch // data)
     if work.kind == "decode" or stage == 1:

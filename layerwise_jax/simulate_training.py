@@ -14,7 +14,7 @@ ACCUMULATOR_BYTES = 4
 
 
 def training_parts(stages: Sequence[Parts], tick: Parts, num_microbatches: int) -> Parts:
-    """A step of 1F1B, all stages in step: seconds, divided as the slowest stage's time and its messages are.
+    """Seconds of a step of 1F1B, all stages in step, split in the proportions of the slowest stage and its messages.
 
     Args:
       stages: a forward pass of each stage for one microbatch.

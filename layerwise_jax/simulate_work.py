@@ -23,7 +23,7 @@ class LayerWork:
       name: the layer.
       weight_bytes: bytes of its weights.
       flops: floating-point operations of one example.
-      send_bytes: bytes of one example that the next layer needs; also what an all-reduce of the layer adds up.
+      send_bytes: bytes of one example's output: what is sent to the next layer, and what an all-reduce sums.
       activation_bytes: bytes of one example that it writes on the way, its output and workspace.
       state_bytes: bytes of one example's cache, held all the time and read once a step.
       lookup_bytes: of its weights, those that no pass reads as a whole, but some rows at a time (an embedding table).
@@ -63,7 +63,7 @@ class StepWork:
       kind: "decode" is one token for each sequence, "forward" one pass, "training" forward and backward.
       dtype: of the operands of its matrix products.
       tokens: tokens of an example in a step.
-      tensor_ways: how many ways a layer can be split at most, its heads say; None for any number.
+      tensor_ways: the most devices that a layer can be split over (its number of heads); None for no limit.
       weight_dtype: what weights are kept in; None for `dtype`.
     """
 

@@ -64,7 +64,10 @@ class StageVjp:
         raise NotImplementedError
 
     def _again(self, stashed: list[Any]) -> tuple[Callable | None, StageResults | None]:
-        """From what was stashed: the body's vjp, and the results; None for results that `before`'s vjp gives."""
+        """From what was stashed: the body's vjp, or None, and the stage's results.
+
+        Without a body there are no results here either: the vjp of what precedes it computes them.
+        """
         raise NotImplementedError
 
     def _restored(self, s: int, pull: Callable) -> Callable:

@@ -210,7 +210,7 @@ class _Wirer:
         if not isinstance(operand, Literal) and operand in self.body_results[s]:
             return Output(s, FromBody(self.body_results[s][operand]), 0)
         lag = int(not isinstance(operand, Literal) and any(operand in op.results for op in self.parts[s].after))
-        aval = operand.aval if isinstance(operand, Literal) else self.program.avals[operand]
+        aval = self.program.aval(operand)
         values: list[Operand | None] = [None] * len(self.stages)
         values[s] = operand
         return Output(s, self._branch_result(aval, values), lag)

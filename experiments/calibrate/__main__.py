@@ -26,6 +26,7 @@ from experiments.calibrate.reads import (
     read_curve,
     round_counts,
 )
+from experiments.command import refuse_words
 from layerwise_jax.detect import detect_device
 from layerwise_jax.device_spec import DeviceSpec
 from layerwise_jax.devices import device_named
@@ -45,8 +46,7 @@ ALLOW_CPU = flags.DEFINE_bool("allow_cpu", False, "measure a CPU, in plain JAX, 
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"nothing is taken besides flags; came {argv[1:]}")
+    refuse_words(argv)
     device = jax.local_devices()[0]
     is_cpu = device.platform == "cpu"
     if is_cpu and not ALLOW_CPU.value:

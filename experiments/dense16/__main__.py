@@ -19,6 +19,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from experiments.command import refuse_words, use_emulated
 from experiments.dense16.cases import PARTS as MEASURED_PARTS
 from experiments.dense16.cases import toy_model
 from experiments.dense16.errors import with_predictions
@@ -32,7 +33,6 @@ from experiments.dense16.runs import Run, circumstances, write_json
 from experiments.dense16.scaling import Scaling, measure_scaling
 from experiments.dense16.sixteen import compile_absent, emulate, shapes
 from experiments.dense16.strategies import MAKERS
-from layerwise_jax._jax import emulate_devices
 from layerwise_jax.aot import can_compile_for_absent_gpus
 from layerwise_jax.devices import H100, H200
 
@@ -65,8 +65,7 @@ PAGE_PATH = flags.DEFINE_string("page", str(PAGE), "the page whose tables are fi
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"nothing is taken besides flags; came {argv[1:]}")
+    refuse_words(argv)
     unknown = set(MEASURE.value) - {ALL, SCALING, *MEASURED_PARTS["gpu"]}
     if unknown:
         raise app.UsageError(f"--measure knows nothing of {sorted(unknown)}")
@@ -102,15 +101,6 @@ def planned() -> Setup:
     flagged = {"heads": HEADS.value, "mlp": MLP.value, "dtype": DTYPE.value}
     model = dataclasses.replace(PAPER, layers=layers, batch=BATCH.value, context=CONTEXT.value, **flagged)
     return Setup(model, DEVICE_COUNT.value or DEVICES)
-
-
-def use_emulated(console: Console, count: int) -> None:
-    """So many CPU devices; ends the program where JAX has others already."""
-    try:
-        emulate_devices(count)
-    except RuntimeError as error:
-        console.print(f"Cannot run: {error}", style="red")
-        sys.exit(2)
 
 
 def compile_programs(console: Console, setup: Setup, folder: Path) -> None:

@@ -50,7 +50,7 @@ class StageCase:
 
     @property
     def weights(self) -> str:
-        """Whether the weights of a tick were read just before, or others were since."""
+        """ "resident" if every tick reads the same weights, "streaming" if other sets are read in between."""
         return "resident" if self.copies == 1 else "streaming"
 
     def record(self) -> dict[str, Any]:

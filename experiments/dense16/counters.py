@@ -51,7 +51,7 @@ def dram_bytes_read(device: Any, act: Callable[[], object]) -> float:
 
 
 def samples(profile: Any, gpu: int) -> list[float]:
-    """The samples of `METRIC` in a `ProfileData`, on a GPU by its number on this host; without NaN, samples lost."""
+    """Samples of `METRIC` in a `ProfileData`, on one GPU by its number on this host. NaN, a lost sample, is dropped."""
     plane = profile.find_plane_with_name(f"/device:GPU:{gpu}")
     events = [event for line in plane.lines for event in line.events if event.name == METRIC] if plane else []
     values = [float(dict(event.stats)[METRIC]) for event in events]

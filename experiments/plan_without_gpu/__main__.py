@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
+from experiments.command import refuse_words
 from experiments.plan_without_gpu.picture import draw_plan
 from experiments.plan_without_gpu.planning import plan, plan_large
 from experiments.plan_without_gpu.subjects import SUBJECTS, count_parameters, large
@@ -35,8 +36,7 @@ OUT = flags.DEFINE_string("out", str(RESULTS), "the folder to write to")
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"nothing is taken besides flags; came {argv[1:]}")
+    refuse_words(argv)
     if not can_compile_for_absent_gpus():
         print("XLA's compiler for GPUs is not installed: pip install 'layerwise-jax[aot]'.", file=sys.stderr)
         sys.exit(2)

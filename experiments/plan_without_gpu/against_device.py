@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from experiments.command import refuse_words
 from experiments.plan_without_gpu.stages import StageProgram, stage_programs
 from experiments.plan_without_gpu.table import comparison_table
 from layerwise_jax.aot import compile_for
@@ -50,8 +51,7 @@ SECONDS = flags.DEFINE_integer("seconds", 210, "begin no compilation after so ma
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"nothing is taken besides flags; came {argv[1:]}")
+    refuse_words(argv)
     deadline = time.monotonic() + SECONDS.value
     if WRITE_ABSENT.value:
         jax.config.update("jax_platforms", "cpu")

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import layerwise_jax as lw
+from experiments.command import refuse_words
 from experiments.models.gpt import GPT, next_token_loss
 from experiments.quickstart.picture import draw
 from experiments.quickstart.prose import draw_batches, read_prose
@@ -60,8 +61,7 @@ def _is_picture(path: str) -> bool:
 
 def main(argv: list[str]) -> None:
     """The steps of the demonstration, in their order."""
-    if len(argv) > 1:
-        raise app.UsageError(f"came {argv[1:]}; there are only flags, which begin with --")
+    refuse_words(argv)
     console = Console(soft_wrap=True)
     try:
         if DEVICES.value == "emulated":

@@ -7,7 +7,6 @@
 Needs no accelerator; needs the extra `plot`.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from experiments.command import refuse_words, use_emulated
 from experiments.training.closed_forms import compare_with_closed_forms
 from experiments.training.memory import WAYS as MEMORY_WAYS
 from experiments.training.memory import measure_memory
@@ -23,7 +23,6 @@ from experiments.training.report import PAGE, RESULTS, report, write_results
 from experiments.training.step_time import WAYS as TIME_WAYS
 from experiments.training.step_time import measure_subject
 from experiments.training.subjects import SUBJECTS
-from layerwise_jax._jax import emulate_devices
 
 PARTS = ("memory", "step_time", "schedules")
 UNSTAGED_PROGRAMS = 2
@@ -43,8 +42,7 @@ PAGE_PATH = flags.DEFINE_string("page", str(PAGE), "the page whose tables are fi
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"nothing is taken besides flags; came {argv[1:]}")
+    refuse_words(argv)
     console, folder = Console(soft_wrap=True), Path(OUT.value)
     if not ONLY_REPORT.value:
         measure(console, folder)
@@ -54,11 +52,7 @@ def main(argv: list[str]) -> None:
 
 def measure(console: Console, folder: Path) -> None:
     """Measure what was asked for, and write it down."""
-    try:
-        emulate_devices(DEVICES.value)
-    except RuntimeError as error:
-        console.print(f"Cannot run: {error}", style="red")
-        sys.exit(2)
+    use_emulated(console, DEVICES.value)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=sum(steps() for part, steps in STEPS.items() if part in ONLY.value))

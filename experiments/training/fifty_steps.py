@@ -17,9 +17,9 @@ from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from experiments.command import refuse_words, use_emulated
 from experiments.training.problems import PROBLEMS, STAGES, train_both
 from experiments.training.report import PAGE, RESULTS, report, write_results
-from layerwise_jax._jax import emulate_devices
 
 TOLERANCE = 1e-4
 
@@ -29,10 +29,9 @@ PAGE_PATH = flags.DEFINE_string("page", str(PAGE), "the page whose tables are fi
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"nothing is taken besides flags; came {argv[1:]}")
+    refuse_words(argv)
     console = Console(soft_wrap=True)
-    emulate_devices(STAGES)
+    use_emulated(console, STAGES)
     figures: dict[str, Any] = {"steps": STEPS.value, "tolerance": TOLERANCE, "subjects": {}}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:

@@ -30,6 +30,7 @@ from absl import app, flags
 from jax.extend.backend import get_backend
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from experiments.command import refuse_words
 from experiments.training import gpu_rivals as rivals
 from experiments.training.gpu_measure import Compiled, compile_step, loss_differences, run_turn, summary
 from experiments.training.gpu_model import AttentionKernel, Model, draw_batches
@@ -83,8 +84,7 @@ class Clock:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"nothing is taken besides flags; came {argv[1:]}")
+    refuse_words(argv)
     clock = Clock(SECONDS.value)
     devices = start_backend()
     model, examples, microbatches = choices(devices)
