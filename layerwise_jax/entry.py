@@ -163,7 +163,9 @@ def _verdict(costs: Sequence[LayerCost], layers: LayerSequence, choices: Staging
     """The capacity law for these layers on these devices."""
     shared = choices.stages_per_device
     capacity = None if choices.capacity is None else choices.capacity * shared
-    return str(capacity_verdict(costs, choices.device, choices.num_stages // shared, _bits(layers), capacity))
+    weights = sum(nbytes(layers.program.avals[value]) for value in layers.program.weights)
+    num_devices = choices.num_stages // shared
+    return str(capacity_verdict(costs, choices.device, num_devices, _bits(layers), capacity, weights))
 
 
 def _bits(layers: LayerSequence) -> int:

@@ -80,8 +80,8 @@ def _footer(plan: Any) -> list[str]:
     branch = "the rest under one branch" if plan.has_branch else "no branch"
     proof = "" if plan.gap is None else f", lower bound {plan.lower_bound:.4g}, gap {plan.gap:.2%}"
     fewest = f", fewest stages {plan.fewest_stages}" if plan.fewest_stages else ""
-    loop = f"{plan.common_layers} layers a stage stand once in the loop ({branch})"
-    idle = f"bubble {plan.bubble_share:.1%} of {plan.num_ticks} ticks; padding {_bytes(plan.padding_bytes)}; {loop}"
+    loop = f"layers of each stage that stand once in the loop: {plan.common_layers} ({branch})"
+    idle = f"{plan.num_ticks} ticks, bubble {plan.bubble_share:.1%}; padding {_bytes(plan.padding_bytes)}; {loop}"
     lines = [idle, f"bottleneck {plan.bottleneck:.4g}{proof}{fewest}"]
     return [*lines, *(f"note: {note}" for note in plan.notes)]
 

@@ -21,7 +21,7 @@ class Verdict:
     Attributes:
       device: the device's name.
       usable_bytes: what one device may hold: its usable cache, or the capacity that was given.
-      weight_bytes: weights of all layers as they are.
+      weight_bytes: weights of all layers as they are, shared ones once.
       resident_bytes: what all the devices hold together.
       num_devices: how many there are.
       devices_needed: for each width in bits, the weights' own and the common ones, how many of them hold all weights.
@@ -57,7 +57,12 @@ class Verdict:
 
 
 def capacity_verdict(
-    costs: Sequence[LayerCost], device: DeviceSpec, num_devices: int, bits: int = 16, capacity: int | None = None
+    costs: Sequence[LayerCost],
+    device: DeviceSpec,
+    num_devices: int,
+    bits: int = 16,
+    capacity: int | None = None,
+    weight_bytes: int | None = None,
 ) -> Verdict:
     """Apply the capacity law: resident parameters = devices x usable bytes x 8 / bits.
 
@@ -67,8 +72,9 @@ def capacity_verdict(
       num_devices: how many there are.
       bits: the width in which the costs count weights.
       capacity: bytes that a device may hold; None for its usable cache.
+      weight_bytes: weights of all layers, those that several layers use counted once; None if no layers share any.
     """
-    weights = sum(cost.weight_bytes for cost in costs)
+    weights = sum(cost.weight_bytes for cost in costs) if weight_bytes is None else weight_bytes
     largest = max(costs, key=lambda cost: cost.weight_bytes)
     usable = device.usable_l2_bytes if capacity is None else max(capacity, 1)
     widths = [*(width for width in WIDER if width == bits), *WIDTHS]

@@ -134,7 +134,7 @@ def test_wrong_flags_are_refused(wrong, words):
 
 @flagsaver.flagsaver
 def test_a_word_that_is_no_flag_is_refused():
-    with pytest.raises(app.UsageError, match="there are only flags"):
+    with pytest.raises(app.UsageError, match="nothing is taken besides flags"):
         quickstart.main(["quickstart", "8"])
 
 

@@ -50,7 +50,7 @@ class StageCase:
 
     @property
     def weights(self) -> str:
-        """ "resident" if every tick reads the same weights, "streaming" if other sets are read in between."""
+        """Whether every tick reads the same weights ("resident"), or other sets in between ("streaming")."""
         return "resident" if self.copies == 1 else "streaming"
 
     def record(self) -> dict[str, Any]:
