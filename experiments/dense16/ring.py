@@ -42,7 +42,6 @@ class Ring(Strategy):
             model.cache(self.groups[1], model.abstract),
             group_size=self.groups[1],
             mesh=self.mesh,
-            # With an axis besides `stage`, even one of a single device, that rows are independent is taken on trust.
             param_specs=model.param_specs(),
             cache_specs=CACHE_SPEC,
         )
