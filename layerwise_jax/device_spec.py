@@ -14,6 +14,7 @@ from layerwise_jax import json_fields
 SPEC_VERSION = 1
 
 # A device without units for a dtype computes in the next wider one: weights are stored narrow and widened to multiply.
+# What no device has units for is taken at the rate of real numbers as wide.
 WIDER = {
     "float4": "float8",
     "float8": "float16",
@@ -22,6 +23,11 @@ WIDER = {
     "float16": "float32",
     "bfloat16": "float32",
     "tensorfloat32": "float32",
+    "complex64": "float32",
+    "complex128": "float64",
+    "uint4": "int4",
+    "uint8": "int8",
+    **dict.fromkeys(("bool", "int16", "int32", "int64", "uint16", "uint32", "uint64"), "float32"),
 }
 
 

@@ -19,9 +19,14 @@ def input_axes(inputs: Any, in_axes: Any) -> tuple[int | None, ...]:
     def is_axis(x: Any) -> bool:
         return x is None or isinstance(x, int)
 
+    def take(axis: int | None, part: Any) -> None:
+        # An input of None has no leaves; an axis of None is one.
+        axes.extend([axis] * len(jax.tree.leaves(part)))
+
     prefix = tuple(in_axes) if isinstance(in_axes, list) else in_axes
+    axes: list[Any] = []
     try:
-        axes = jax.tree.leaves(jax.tree.broadcast(prefix, inputs, is_leaf=is_axis), is_leaf=is_axis)
+        jax.tree.map(take, prefix, inputs, is_leaf=is_axis)
     except ValueError:
         raise ValueError(
             f"in_axes is {in_axes!r}, which does not match inputs of the tree {jax.tree.structure(inputs)}. "

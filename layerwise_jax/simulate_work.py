@@ -13,6 +13,8 @@ KINDS = ("decode", "forward", "training")
 ALL_REDUCES_PER_LAYER = 2
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "tensorfloat32": 4, "float16": 2, "bfloat16": 2, "float8": 1, "int8": 1}
+ITEM_BYTES |= {"complex128": 16, "complex64": 8, "int64": 8, "int32": 4, "int16": 2}
+ITEM_BYTES |= {"uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1}
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,10 @@ def test_rates_go_by_the_beginning_of_the_dtype_and_fall_back_on_wider_ones():
     assert A100.rate("float8_e5m2") == A100.flops_per_second["float16"]
     assert A100.rate("float4_e2m1fn") == A100.flops_per_second["float16"]
     assert CPU.rate("bfloat16") == CPU.flops_per_second["float32"]
-    with pytest.raises(ValueError, match="no rate for dtype complex64"):
-        H100.rate("complex64")
+    assert H100.rate("complex64") == H100.rate("int32") == H100.flops_per_second["float32"]
+    assert H100.rate("uint8") == H100.flops_per_second["int8"]
+    with pytest.raises(ValueError, match="no rate for dtype key"):
+        H100.rate("key<fry>")
 
 
 def test_the_roofline_is_the_longer_of_computing_and_reading():
