@@ -13,6 +13,9 @@ from layerwise_jax._jax import Jaxpr, JaxprEqn
 from layerwise_jax.batch_pairs import ProgramPair, pair_bodies
 from layerwise_jax.batch_roles import Mixed, Mixes, Role, Rows, Step, Summed, Whole, described, same
 
+# What comes back through one of these need not enter its gradients linearly: it may be clipped, say.
+BACKWARD_RULES = ("custom_vjp_call", "custom_vjp_call_jaxpr")
+
 
 def check_derivative(
     run: Callable[[ProgramPair, Sequence[Role]], list[Role]], step: Step, results: Sequence[Role]
@@ -28,25 +31,45 @@ def check_derivative(
       Mixes: gradients of what has the examples are not rows, or those of what all share not sums.
     """
     roles = (*step.roles, *results)
-    if not all(isinstance(role, Rows | Whole) and same(role.ratio, 1.0) for role in roles) or _has_no_rows(roles):
+    has_rows = any(isinstance(role, Rows) for role in roles)
+    if not has_rows and step.name not in BACKWARD_RULES:
+        return  # the rule of a `custom_jvp` is linear in what comes back
+    if not all(_is_known(role, has_rows) for role in roles):
         return
     operands = _inexact(step.micro.invars)
     try:
         pair = pair_bodies(_backward(step.micro), _backward(step.full))
     except (TypeError, NotImplementedError):  # what has no derivative has no wrong one
         return
-    cotangents = [results[i] for i in _inexact(step.micro.outvars)]
+    cotangents = [results[i] if has_rows else _dual(results[i]) for i in _inexact(step.micro.outvars)]
     gradients = run(pair, [*step.roles, *cotangents])
     for i, gradient in zip(operands, gradients, strict=True):
         if isinstance(gradient, Mixed):
             operation = described(gradient.eqn) if gradient.eqn else "an operation"
             raise Mixes(f"has a derivative rule in which {operation} {gradient.why}", gradient.cause)
-        if not _fits(gradient, step, i):
+        fits = _fits(gradient, step, i) if has_rows else _is_dual(gradient, step.roles[i])
+        if not fits:
             raise Mixes("has a derivative rule that does not treat each example alone")
 
 
-def _has_no_rows(roles: Sequence[Role]) -> bool:
-    return not any(isinstance(role, Rows) for role in roles)
+def _is_known(role: Role, has_rows: bool) -> bool:
+    """Whether it is known how gradients of such a value for the parts make up that for the full batch."""
+    if isinstance(role, Summed):
+        return not has_rows
+    return isinstance(role, Rows | Whole) and same(role.ratio, 1.0)
+
+
+def _dual(role: Role) -> Role:
+    """The role of the gradient: parts add to that of what they share; that of a sum over parts is the same for each."""
+    return Whole(1 / role.ratio) if isinstance(role, Summed) else Summed(1.0)
+
+
+def _is_dual(gradient: Role, role: Role) -> bool:
+    if isinstance(gradient, Whole) and gradient.is_zero:
+        return True
+    if isinstance(role, Summed):
+        return isinstance(gradient, Whole) and same(gradient.ratio, 1 / role.ratio)
+    return isinstance(gradient, Summed) and same(gradient.ratio, 1.0)
 
 
 def _fits(gradient: Role, step: Step, operand: int) -> bool:

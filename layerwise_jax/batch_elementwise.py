@@ -92,9 +92,10 @@ def _div(step: Step) -> Role:
 
 
 def _convert(step: Step) -> Role:
-    """Linear unless it rounds or clips."""
+    """Linear unless it rounds or clips, as float8 does too; the rounding of 16 bits is taken for that of arithmetic."""
     old, new = step.dtypes
-    widens = jnp.issubdtype(new, jnp.inexact) or (jnp.issubdtype(old, jnp.integer) and jnp.issubdtype(new, jnp.integer))
+    is_number = jnp.issubdtype(new, jnp.inexact) and jnp.dtype(new).itemsize > 1
+    widens = is_number or (jnp.issubdtype(old, jnp.integer) and jnp.issubdtype(new, jnp.integer))
     return _linear(step) if widens and old != np.bool_ else _nonlinear(step)
 
 

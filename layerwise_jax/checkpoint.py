@@ -87,9 +87,20 @@ def save_checkpoint(
     pipeline.placement.check_staged(staged)
     trees = {PARAMS: _gather(pipeline.placement, staged)}
     if optimizer_state is not None:
-        mover = optimizer or _EntryByEntry(pipeline, optimizer_state)
+        mover = _mover(pipeline, optimizer_state, optimizer)
         trees[OPTIMIZER_STATE] = mover.gather_state(optimizer_state)
     write_step(home, step, trees, keep)
+
+
+def _mover(pipeline: Pipeline, optimizer_state: Any, optimizer: StateMover | None) -> StateMover:
+    if optimizer is None:
+        return _EntryByEntry(pipeline, optimizer_state)
+    if not hasattr(optimizer, "gather_state"):
+        raise ValueError(
+            f"optimizer came as {type(optimizer).__name__}, which gathers no state; step.optimizer of a training step, "
+            "or pipeline.optimizer(...), is wanted."
+        )
+    return optimizer
 
 
 def restore_checkpoint(
@@ -122,7 +133,7 @@ def restore_checkpoint(
     if optimizer_state is None:
         found = _read(directory, params, None, step)
         return replace(found, params=pipeline.place(found.params))
-    mover = optimizer or _EntryByEntry(pipeline, optimizer_state)
+    mover = _mover(pipeline, optimizer_state, optimizer)
     found = _read(directory, params, jax.eval_shape(mover.gather_state, optimizer_state), step)
     return Checkpoint(found.step, pipeline.place(found.params), mover.place_state(found.optimizer_state))
 

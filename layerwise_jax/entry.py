@@ -75,6 +75,8 @@ def layerwise(
     check_choices(reduce=reduce, batch_statistics=batch_statistics, remat=remat)
     replicas, num_devices, num_stages = _ways(mesh, num_stages, schedule, fn, params, inputs)
     spec = device or detect_device()
+    if not isinstance(spec, DeviceSpec):
+        raise ValueError(f"device is {device!r}; a DeviceSpec is wanted: lw.H100, say.")
     capacity_bytes = _capacity_bytes(capacity, spec)
     choices = StagingChoices(
         trace=lambda rows: _trace(fn, params, first_rows(inputs, in_axes, rows)),
@@ -85,6 +87,8 @@ def layerwise(
         method=method,
         stages_per_device=num_stages // num_devices,
     )
+    if isinstance(schedule, Schedule) and num_microbatches == "auto":
+        num_microbatches = schedule.num_microbatches
     staging = _stage(choices, num_microbatches)
     return build_pipeline(
         staging.layers,
@@ -119,7 +123,7 @@ def _trace(fn: Callable[..., Any], params: Any, microbatch: tuple[Any, ...]) -> 
 def _capacity_bytes(capacity: str | int | None, device: DeviceSpec) -> int | None:
     if capacity == "l2":
         return device.usable_l2_bytes
-    if isinstance(capacity, str):
+    if isinstance(capacity, str | bool):
         raise ValueError(f"capacity is {capacity!r}; 'l2', a number of bytes or None is wanted.")
     return capacity
 
@@ -134,12 +138,13 @@ def _stage(choices: StagingChoices, num_microbatches: int | str) -> Staging:
     try:
         if num_microbatches == "auto":
             return choose_staging(choices)
-        if not isinstance(num_microbatches, int) or num_microbatches < 1 or choices.num_examples % num_microbatches:
+        count = int(num_microbatches) if isinstance(num_microbatches, int | np.integer) else 0
+        if count < 1 or choices.num_examples % count:
             raise ValueError(
                 f"{choices.num_examples} examples on each replica do not split into {num_microbatches!r} microbatches. "
-                "Choose a number that divides them, or 'auto'."
+                "Choose a whole number that divides them, or 'auto'."
             )
-        return choices.measured(num_microbatches)
+        return choices.measured(count)
     except CapacityError as error:
         raise _with_verdict(error, choices) from None
 
@@ -213,8 +218,10 @@ def _ways(
     inputs: tuple[Any, ...],
 ) -> tuple[int, int, int]:
     """(replicas, devices of each, stages) that were asked for, or that devices, schedule and layers suggest."""
-    if num_stages is not None and num_stages < 1:
-        raise ValueError(f"num_stages is {num_stages}; at least one stage is wanted.")
+    if num_stages is not None and (not isinstance(num_stages, int | np.integer) or num_stages < 1):
+        raise ValueError(f"num_stages is {num_stages!r}; a whole number of at least one stage is wanted.")
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh came as {type(mesh).__name__}; a jax.sharding.Mesh with an axis 'stage' is wanted.")
     if isinstance(schedule, Schedule) or schedule == "interleaved_1f1b":
         return _ways_around(mesh, num_stages, schedule)
     if mesh is not None:

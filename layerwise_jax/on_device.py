@@ -276,6 +276,8 @@ def choose(condition: Any, a: Any, b: Any) -> Any:
 
 def sum_dtype(dtype: Any) -> Any:
     """What a sum over microbatches is kept in: integers as they are, all else in float32 at least."""
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4:
+        return jnp.dtype(jnp.float32)  # float8 has no promotion
     return dtype if jnp.issubdtype(dtype, jnp.integer) else jnp.promote_types(dtype, jnp.float32)
 
 

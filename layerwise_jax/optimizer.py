@@ -70,17 +70,28 @@ class StagedOptimizer:
         """Placed updates from placed gradients, zeros for what is not trained, and the next state.
 
         Raises:
-          ValueError: the parameters are missing.
+          ValueError: the parameters are missing, or gradients or state are not this optimiser's.
         """
         if staged is None:
             raise ValueError("The optimiser got no parameters. Call update(gradients, state, placed_parameters).")
+        self._check_state(state)
+        if not isinstance(grads, dict) or not set(grads) <= {slot.name for slot in self.placement.slots}:
+            raise ValueError(
+                "These are no placed gradients of this optimiser's pipeline. Take those of pipeline.value_and_grad, or "
+                "place them with pipeline.place."
+            )
         # float0 cannot enter a jitted function.
         floating = {name: grad for name, grad in grads.items() if grad.dtype != jax.dtypes.float0}
         return self._jitted_update(floating, state, staged)
 
     def gather_state(self, state: StagedState) -> Any:
-        """The state that the optimiser has for the user's tree: see `place_state`."""
-        shared, homes = iter(state.shared), self._homes
+        """The state that the optimiser has for the user's tree, a copy: see `place_state`.
+
+        Raises:
+          ValueError: the state is not this optimiser's.
+        """
+        self._check_state(state)
+        shared, homes = map(jnp.copy, state.shared), self._homes
         leaves = []
         for position, leaf in enumerate(self.traced.state_owners):
             if leaf is None:
@@ -108,12 +119,29 @@ class StagedOptimizer:
             )
         owners = self.traced.state_owners
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        shared = (jax.device_put(x, everywhere) for x, owner in zip(leaves, owners, strict=True) if owner is None)
+        # Copies: what a training step is given is donated, and the user's own state must stay.
+        own = [x for x, owner in zip(leaves, owners, strict=True) if owner is None]
+        shared = [jax.device_put(jnp.copy(x), everywhere) for x in own]
         placed = {
             slot.name: tuple(self._filled(slot, component, leaves) for component in self._layout[j])
             for j, slot in enumerate(self.placement.slots)
         }
         return StagedState(tuple(shared), placed)
+
+    def _check_state(self, state: Any) -> None:
+        """Refuse what neither `init` nor `place_state` of this optimiser has made."""
+        wanted = {slot.name: len(layout) for slot, layout in zip(self.placement.slots, self._layout, strict=True)}
+        if isinstance(state, StagedState):
+            came = {name: len(arrays) for name, arrays in state.placed.items()}
+            if came == wanted and len(state.shared) == self.traced.state_owners.count(None):
+                return
+            what = "the state of another optimiser or pipeline"
+        else:
+            what = type(state).__name__
+        raise ValueError(
+            f"The optimiser's state came as {what}. Call init(placed_parameters), or place_state(state) with that of "
+            "an unstaged run."
+        )
 
     @property
     def trained_slots(self) -> tuple[str, ...]:
@@ -294,6 +322,11 @@ def stage_optimizer(
     Raises:
       ValueError: nothing is trained, or the optimiser lets large values of several parameters meet.
     """
+    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        raise ValueError(
+            f"The optimiser came as {type(optimizer).__name__}; what optax makes is wanted, with init and update: "
+            "optax.adam(1e-3), say."
+        )
     if not any(trainable):
         raise ValueError("No parameter is trained, so that there is nothing to optimise. Freeze fewer parameters.")
     staged = StagedOptimizer(placement, tuple(trainable), mesh, optimizer, shard_over_data)

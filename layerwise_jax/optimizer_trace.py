@@ -40,7 +40,7 @@ def trace_optimizer(
     """Trace an optimiser on the trained part of the user's tree.
 
     Raises:
-      ValueError: the optimiser lets large values of several parameters meet.
+      ValueError: the optimiser lets large values of several parameters meet, or wants the loss or its function.
     """
     signature = placement.signature
     leaves = tuple(i for i, trains in enumerate(trainable) if trains)
@@ -50,7 +50,16 @@ def trace_optimizer(
     ]
     params = jax.tree.unflatten(signature.params_tree, avals)
     init, state = jax.make_jaxpr(optimizer.init, return_shape=True)(params)
-    update = flatten_trace(jax.make_jaxpr(optimizer.update)(params, state, params))
+    try:
+        traced = jax.make_jaxpr(optimizer.update)(params, state, params)
+    except TypeError as error:
+        if "required keyword-only argument" not in str(error):
+            raise
+        raise ValueError(
+            f"The optimiser's update takes more than gradients, state and parameters ({error}), which a staged step "
+            "does not give. Leave that part of the chain out, and do its work between steps."
+        ) from error
+    update = flatten_trace(traced)
     state_avals, state_tree = jax.tree.flatten(state)
     sliced = frozenset(weight.leaf for weight in placement.copies() if weight.start is not None)
     init_program = find_owners(flatten_trace(init), leaves, sliced)

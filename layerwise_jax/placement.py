@@ -9,7 +9,6 @@ has nothing to put into a slot leaves zeros there, and that padding is counted. 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from layerwise_jax._jax import Tracer, is_key, wrap_key
 from layerwise_jax.alignment import Alignment
 from layerwise_jax.layers import Signature
-from layerwise_jax.modules import path_names
 from layerwise_jax.program import Program, Value, Weight, nbytes
+from layerwise_jax.slot_names import slot_names
 from layerwise_jax.stages import Stage
 
 STAGE = "stage"
@@ -41,7 +40,7 @@ class Slot:
     """One array over all devices of a replica.
 
     Attributes:
-      name: the path of its weights in the parameter tree, `*` where they differ.
+      name: the path of its weights in the parameter tree: see `slot_names`.
       aval: shape and dtype of one device's row.
       weights: the weight in every device's row, or None where the row is padding.
     """
@@ -122,14 +121,16 @@ class Placement:
                 f"The parameters have another tree than the traced ones.\n  came:   {tree}\n"
                 f"  wanted: {self.signature.params_tree}\nTrace the model again, or pass the tree it was traced with."
             )
-        for name, leaf, aval in zip(self.signature.params_names, leaves, self.signature.params_avals, strict=True):
-            came = leaf if hasattr(leaf, "dtype") else jax.typeof(leaf)
+        avals = list(zip(leaves, self.signature.params_avals, strict=True))
+        for name, (leaf, aval) in zip(self.signature.params_names, avals, strict=True):
+            # JAX takes arrays of numpy's for what they are to it: float64 for float32, unless that was asked for.
+            came = jax.typeof(leaf) if isinstance(leaf, np.ndarray) or not hasattr(leaf, "dtype") else leaf
             if tuple(came.shape) != aval.shape or came.dtype != aval.dtype:
                 raise ValueError(
                     f"Parameter {name} came as {came.dtype}{list(came.shape)}, but was traced as {aval.dtype}"
                     f"{list(aval.shape)}. Convert it, or trace the model with these parameters."
                 )
-        return [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for leaf in leaves]
+        return [leaf if getattr(leaf, "dtype", None) == aval.dtype else jnp.asarray(leaf) for leaf, aval in avals]
 
     def check_staged(self, staged: Any, *dtypes: Any) -> None:
         """Refuse what `place` has not made; slots may have one of `dtypes` instead of their own."""
@@ -251,7 +252,7 @@ def assign_slots(
         slot = _free_slot(rows, shareable, program.avals[value], users, num_devices)
         for device in users:
             rows[slot][1][device] = weight
-    names = _slot_names([weights for _, weights in rows], signature)
+    names = slot_names([weights for _, weights in rows], signature.params_paths)
     slots = tuple(Slot(name, aval, tuple(weights)) for name, (aval, weights) in zip(names, rows, strict=True))
     return Placement(slots, num_devices, signature)
 
@@ -298,30 +299,3 @@ def _free_slot(rows: list[Row], shareable: Sequence[int], aval: Any, users: Sequ
             return j
     rows.append((aval, [None] * num_devices))
     return len(rows) - 1
-
-
-def _slot_names(rows: Sequence[Sequence[Weight | None]], signature: Signature) -> list[str]:
-    paths = signature.params_paths
-    names: list[str] = []
-    for weights in rows:
-        own = [_weight_name(weight, paths) for weight in weights if weight is not None]
-        name = _common_name(own)
-        copies = names.count(name) + sum(other.startswith(f"{name} #") for other in names)
-        names.append(name if not copies else f"{name} #{copies + 1}")
-    return names
-
-
-def _weight_name(weight: Weight, paths: Sequence[Any]) -> str:
-    name = "/".join(path_names(paths[weight.leaf])) or "params"
-    return name if weight.start is None else f"{name}[{weight.start}]"
-
-
-def _common_name(names: Sequence[str]) -> str:
-    """The names as one, `*` for every number in which they differ."""
-    pieces = [re.findall(r"\d+|\D+", name) for name in names]
-    if len({len(piece) for piece in pieces}) > 1:
-        return names[0]
-    columns = list(zip(*pieces, strict=True))
-    if any(len(set(column)) > 1 and not column[0].isdigit() for column in columns):
-        return names[0]
-    return "".join(column[0] if len(set(column)) == 1 else "*" for column in columns)

@@ -28,7 +28,7 @@ FLOORS = {
     1: [
         (
             "modules checkpoint_files program flatten structure layers optimizer_program inputs stages alignment "
-            "wiring placement refusals"
+            "wiring slot_names placement refusals"
         ),
         "report plan verdict",
         (
