@@ -103,9 +103,14 @@ class Plan:
         (d - 1) / (v M + d - 1) in a pipeline of d devices with v stages each; in a ring what stages have beyond groups.
         """
         busy = self.num_microbatches * self.num_stages / self.num_devices
-        # A pipeline may have one more tick, in which the last stage alone does the rest of its work.
-        idle = min(self.num_ticks - busy, self.num_devices - 1)
+        idle = self.num_ticks - busy - self.has_last_tick
         return idle / (busy + idle)
+
+    @property
+    def has_last_tick(self) -> bool:
+        """Whether there is one more tick, in which the last stage alone does what follows the common layers."""
+        busy = self.num_microbatches * self.num_stages / self.num_devices
+        return self.num_ticks - busy > max(self.num_devices - 1, 0)
 
     def __str__(self) -> str:
         return plan_table(self)

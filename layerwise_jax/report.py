@@ -81,7 +81,8 @@ def _footer(plan: Any) -> list[str]:
     proof = "" if plan.gap is None else f", lower bound {plan.lower_bound:.4g}, gap {plan.gap:.2%}"
     fewest = f", fewest stages {plan.fewest_stages}" if plan.fewest_stages else ""
     loop = f"layers of each stage that stand once in the loop: {plan.common_layers} ({branch})"
-    idle = f"{plan.num_ticks} ticks, bubble {plan.bubble_share:.1%}; padding {_bytes(plan.padding_bytes)}; {loop}"
+    last = ", the last for the end of the last stage alone" if plan.has_last_tick else ""
+    idle = f"{plan.num_ticks} ticks{last}; bubble {plan.bubble_share:.1%}; padding {_bytes(plan.padding_bytes)}; {loop}"
     lines = [idle, f"bottleneck {plan.bottleneck:.4g}{proof}{fewest}"]
     return [*lines, *(f"note: {note}" for note in plan.notes)]
 

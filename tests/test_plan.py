@@ -83,7 +83,8 @@ def test_runs_of_layers_are_joined(names: tuple[str, ...], wanted: str) -> None:
 def test_the_footer_gives_bubble_padding_and_loop() -> None:
     plan = plan_of()
     assert plan.bubble_share == 1 / 7
-    assert "8 ticks, bubble 14.3%; padding 2 KiB; layers of each stage that stand once in the loop: 1" in str(plan)
+    assert "8 ticks, the last for the end of the last stage alone; bubble 14.3%; padding 2 KiB" in str(plan)
+    assert "layers of each stage that stand once in the loop: 1" in str(plan)
     assert "the rest under one branch" in str(plan)
     assert "no branch" in str(replace(plan, has_branch=False))
 
