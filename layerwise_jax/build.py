@@ -9,12 +9,14 @@ import jax
 from jax.sharding import Mesh
 
 from layerwise_jax.alignment import align_stages
+from layerwise_jax.arguments import whole
+from layerwise_jax.batch_outputs import Reduce
 from layerwise_jax.batching import analyse_batching
 from layerwise_jax.inputs import input_axes
 from layerwise_jax.layers import LayerSequence
 from layerwise_jax.loop import Loop
 from layerwise_jax.measure import measured_by_shape
-from layerwise_jax.pipeline import Pipeline, Reduce, Remat
+from layerwise_jax.pipeline import Pipeline, Remat
 from layerwise_jax.placement import STAGE, assign_slots
 from layerwise_jax.plan import Plan, Sizes, make_plan
 from layerwise_jax.program import nbytes
@@ -78,8 +80,7 @@ def build_pipeline(
       ValueError: the mesh does not fit the partition; see `CutError`, `BatchError` for what cannot be staged.
     """
     boundaries = tuple(getattr(partition, "boundaries", partition))
-    if num_microbatches < 1:
-        raise ValueError(f"num_microbatches is {num_microbatches}; at least one microbatch is wanted.")
+    num_microbatches = whole("num_microbatches", num_microbatches)
     num_stages = len(boundaries) - 1
     order = make_schedule(schedule, num_stages, num_microbatches, mesh.shape.get(STAGE, num_stages))
     replicas = check_mesh(mesh, order.num_devices)

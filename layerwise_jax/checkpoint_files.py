@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from layerwise_jax._jax import is_key
+from layerwise_jax.arguments import whole
 from layerwise_jax.modules import path_names
 
 try:
@@ -60,8 +61,8 @@ def check_new_step(directory: Path, step: Any, keep: Any) -> None:
       ValueError: the step is no integer, or not later than all others; `keep` is not positive.
     """
     check_step(step)
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | np.integer) or keep < 1):
-        raise ValueError(f"keep came as {keep!r}; wanted how many steps stay, 1 or more, or None for all.")
+    if keep is not None:
+        whole("keep", keep)
     if (latest := max(saved_steps(directory), default=-1)) >= step:
         raise ValueError(
             f"Step {step} cannot be saved into {directory}, which has step {latest} already: nothing is overwritten. "
@@ -75,8 +76,7 @@ def check_step(step: Any) -> None:
     Raises:
       ValueError: it is no integer, or negative.
     """
-    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
-        raise ValueError(f"The step came as {step!r}; wanted an integer, 0 or more.")
+    whole("step", step, least=0)
 
 
 def write_step(directory: Path, step: int, trees: Mapping[str, Any], keep: int | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from layerwise_jax.arguments import whole
 from layerwise_jax.comparison_advice import advise, rate_unit, shape_text, time_text
 from layerwise_jax.cost import LayerCost
 from layerwise_jax.device_spec import DeviceSpec
@@ -143,8 +144,7 @@ def compare_work(work: StepWork, device: DeviceSpec, num_devices: int, calibrati
     Raises:
       ValueError: there is no device.
     """
-    if num_devices < 1:
-        raise ValueError(f"num_devices is {num_devices}; at least one is wanted.")
+    num_devices = whole("num_devices", num_devices)
     rows = best_strategies(work, num_devices, device, calibration)
     alone = []
     if work.kind != "training":

@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from layerwise_jax._jax import is_key
+from layerwise_jax.arguments import whole, wholes
 from layerwise_jax.entry import stage_mesh
 from layerwise_jax.inner_sharding import InnerSharding
 from layerwise_jax.layers import LayerSequence
@@ -93,7 +94,9 @@ def decode_ring(
     Raises:
       ValueError, CutError, BatchError: what came, what was wanted, and what to do.
     """
-    _check(group_size, num_groups, mesh, cache)
+    _check(mesh, sampler, cache, num_groups=num_groups, num_stages=num_stages, prefill_length=prefill_length)
+    group_size, pad_token = whole("group_size", group_size), whole("pad_token", pad_token, least=0)
+    stop_tokens = wholes("stop_tokens", stop_tokens)
     check_prefill(prefill_fn, prefill_length)
     sharding = InnerSharding.of(mesh, (params, cache), (param_specs, cache_specs))
     layers, state = trace_step(step_fn, sampler or Sampler(), *sharding.shards, group_size, sharding.axes)
@@ -107,7 +110,7 @@ def decode_ring(
     step = replace(step, keeps_rows=step.keeps_rows and is_by_rows)
     selecting = own_bytes(step.loop) <= MOST_SELECTED_BYTES if selects is None else selects
     specs = sharding.of_slots(step.loop.placement)
-    loop = RingLoop(step, num_groups, selecting, specs, tuple(stop_tokens), pad_token)
+    loop = RingLoop(step, num_groups, selecting, specs, stop_tokens, pad_token)
     prefill = None
     if prefill_fn is not None and prefill_length is not None:
         prefill = Prefill.of(
@@ -122,9 +125,14 @@ def decode_ring(
     return DecodeRing(layers, mesh, loop, _plan(layers, cut, loop), sharding, group_size, cache, draws, prefill)
 
 
-def _check(group_size: int, num_groups: int | None, mesh: Mesh | None, cache: Any) -> None:
-    if group_size < 1 or (num_groups is not None and num_groups < 1):
-        raise ValueError(f"group_size is {group_size}, num_groups {num_groups}; at least one of each is wanted.")
+def _check(mesh: Mesh | None, sampler: Sampler | None, cache: Any, **numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None:
+            whole(name, number)
+    if sampler is not None and not isinstance(sampler, Sampler):
+        raise ValueError(
+            f"sampler is {sampler!r}; None for the likeliest token, or lw.Sampler(temperature, top_k), is wanted."
+        )
     if mesh is not None and mesh.shape.get(DATA, 1) > 1:
         raise ValueError(
             f"The mesh has {mesh.shape[DATA]} replicas on the axis 'data'. Sequences need nothing of each other: make "

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from layerwise_jax.arguments import whole
+from layerwise_jax.batch_outputs import Reduce
 from layerwise_jax.build import ScheduleName, build_pipeline, check_choices
 from layerwise_jax.cost import LayerCost
 from layerwise_jax.detect import detect_device
@@ -18,7 +20,7 @@ from layerwise_jax.inputs import batch_size, first_rows
 from layerwise_jax.layers import LayerSequence, trace_layers
 from layerwise_jax.microbatch import Staging, StagingChoices, choose_staging
 from layerwise_jax.partition import CapacityError
-from layerwise_jax.pipeline import Pipeline, Reduce, Remat
+from layerwise_jax.pipeline import Pipeline, Remat
 from layerwise_jax.placement import STAGE
 from layerwise_jax.plan import Sizes
 from layerwise_jax.program import nbytes
@@ -218,8 +220,7 @@ def _ways(
     inputs: tuple[Any, ...],
 ) -> tuple[int, int, int]:
     """(replicas, devices of each, stages) that were asked for, or that devices, schedule and layers suggest."""
-    if num_stages is not None and (not isinstance(num_stages, int | np.integer) or num_stages < 1):
-        raise ValueError(f"num_stages is {num_stages!r}; a whole number of at least one stage is wanted.")
+    num_stages = None if num_stages is None else whole("num_stages", num_stages)
     if mesh is not None and not isinstance(mesh, Mesh):
         raise ValueError(f"mesh came as {type(mesh).__name__}; a jax.sharding.Mesh with an axis 'stage' is wanted.")
     if isinstance(schedule, Schedule) or schedule == "interleaved_1f1b":

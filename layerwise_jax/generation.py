@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import Progress
 
+from layerwise_jax.arguments import whole
 from layerwise_jax.placement import Staged
+from layerwise_jax.sampling import data_of_keys
 
 
 class Ring(Protocol):
@@ -151,17 +153,19 @@ def generate(
       progress: whether to show a progress bar.
 
     Raises:
-      ValueError: an empty prompt, no prompt, fewer than one new token, or keys missing or of another number.
+      ValueError: an empty prompt or one that is no tokens, no prompt, fewer than one new token, or keys missing or of
+        another number.
     """
     waiting = [_Running(i, _tokens(i, prompt)) for i, prompt in enumerate(prompts)]
-    key_data = _check(ring, waiting, max_new_tokens, keys)
+    key_data = _check(ring, waiting, keys, max_new_tokens=max_new_tokens, steps_per_call=steps_per_call)
     queue = iter(waiting)
     places: list[_Running | None] = [next(queue, None) for _ in range(ring.num_sequences)]
     reader = _Reader(ring, staged, max_new_tokens)
     held = ring.start(*_first(ring, places, key_data))
     held = reader.read(held, places, np.asarray([sequence is not None for sequence in places]))
     held = reader.replace(held, places, queue, key_data)
-    steps = max(1, min(steps_per_call, max(sequence.remaining(max_new_tokens) for sequence in waiting)))
+    longest = max(sequence.remaining(max_new_tokens) for sequence in waiting)
+    steps = max(1, min(steps_per_call, longest))
     ring.compiled(staged, held, steps)
     calls, seconds = 0, 0.0
     with Progress(disable=not progress) as bar:
@@ -235,26 +239,23 @@ class _Reader:
         return prompts, following
 
 
-def _check(ring: Ring, waiting: Sequence[_Running], max_new_tokens: int, keys: Any) -> np.ndarray | None:
+def _check(ring: Ring, waiting: Sequence[_Running], keys: Any, **numbers: int) -> np.ndarray | None:
     """The key data of every prompt, if all is as it should be."""
-    if not waiting or max_new_tokens < 1:
-        raise ValueError(
-            f"{len(waiting)} prompts and {max_new_tokens} new tokens came; at least one of each is wanted."
-        )
+    for name, number in numbers.items():
+        whole(name, number)
+    if not waiting:
+        raise ValueError("No prompt came; one or more are wanted.")
     if keys is None and ring.draws:
         raise ValueError("The sampler draws tokens, and no keys came; keys=, a random key a prompt, is wanted.")
-    if keys is None:
-        return None
-    data = np.asarray(jax.random.key_data(keys))
-    if len(data) != len(waiting):
-        raise ValueError(f"{len(data)} keys came for {len(waiting)} prompts; one each is wanted.")
-    return data
+    return None if keys is None else data_of_keys(keys, len(waiting))
 
 
 def _tokens(index: int, prompt: Any) -> np.ndarray:
     tokens = np.asarray(prompt)
     if tokens.ndim != 1 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"Prompt {index} came as {tokens.dtype}{list(tokens.shape)}; int[1 or more] is wanted.")
+    if tokens.min() < 0 or tokens.max() > np.iinfo(np.int32).max:
+        raise ValueError(f"Prompt {index} has tokens from {tokens.min()} to {tokens.max()}; 0 to 2**31 - 1 are wanted.")
     return tokens.astype(np.int32)
 
 

@@ -23,7 +23,7 @@ from typing import Any, Protocol, Unpack
 import numpy as np
 from numpy.typing import ArrayLike
 
-from layerwise_jax.partition_checks import choice
+from layerwise_jax.arguments import choice
 from layerwise_jax.partition_greedy import greedy_plan
 from layerwise_jax.partition_measured import verified_partition
 from layerwise_jax.partition_objective import optimal_plan

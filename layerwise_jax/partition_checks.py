@@ -71,20 +71,6 @@ def positive(name: str, array: Floats | None) -> Floats | None:
     return array
 
 
-def count(name: str, value: int) -> int:
-    """A whole number from 1 up."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} is {value!r}; a whole number from 1 up is wanted.")
-    return int(value)
-
-
-def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """One of the words."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; one of {', '.join(map(repr, choices))} is wanted.")
-    return value
-
-
 def span(name: str, layers: Sequence[int], num_layers: int) -> Run:
     """The first and the last of some layer indices."""
     if not len(layers) or min(layers) < 0 or max(layers) >= num_layers:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from layerwise_jax import partition_checks as checked
+from layerwise_jax.arguments import choice, whole
 from layerwise_jax.partition_checks import Floats, Run
 
 _OBJECTIVES = ("bottleneck", "stages", "makespan", "lockstep_makespan")
@@ -120,16 +121,16 @@ def make_problem(
         weight_bytes=weights,
         transient_bytes=checked.per_layer("transient_bytes", transient_bytes, n),
         cut_seconds=checked.per_boundary("cut_seconds", cut_seconds, n),
-        max_stages=n if max_stages is None else checked.count("max_stages", max_stages),
+        max_stages=n if max_stages is None else whole("max_stages", max_stages),
         capacity=checked.per_stage("capacity", capacity, max_stages),
-        objective=checked.choice("objective", objective, _OBJECTIVES),
+        objective=choice("objective", objective, _OBJECTIVES),
         exactly=bool(exactly),
-        num_microbatches=checked.count("num_microbatches", num_microbatches),
+        num_microbatches=whole("num_microbatches", num_microbatches),
         stash_bytes=checked.per_layer("stash_bytes", stash_bytes, n),
-        schedule=checked.choice("schedule", schedule, ("1f1b", "gpipe")),
+        schedule=choice("schedule", schedule, ("1f1b", "gpipe")),
         speeds=checked.positive("speeds", checked.per_stage("speeds", speeds, max_stages)),
         streaming_bandwidth=_bandwidth(streaming_bandwidth),
-        overlap=checked.choice("communication", communication, ("add", "overlap")) == "overlap",
+        overlap=choice("communication", communication, ("add", "overlap")) == "overlap",
         tied_weights=tuple(_tie(layers, size, weights) for layers, size in tied_weights),
         keep_together=tuple(checked.span("keep_together", group, n) for group in keep_together),
         keep_apart=tuple(checked.pair("keep_apart", layers, n) for layers in keep_apart),

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from layerwise_jax._jax import is_key, wrap_key
+from layerwise_jax.batch_outputs import Kind, Reduce
 from layerwise_jax.batching import Batching
 from layerwise_jax.compiling import CompiledPipeline, compile_pipeline
 from layerwise_jax.forward import run_forward
@@ -21,8 +21,8 @@ from layerwise_jax.inputs import check_inputs
 from layerwise_jax.interleaved import run_forward_in_rounds
 from layerwise_jax.layers import LayerSequence
 from layerwise_jax.loop import Loop
-from layerwise_jax.on_device import sum_dtype
 from layerwise_jax.optimizer import StagedOptimizer, stage_optimizer
+from layerwise_jax.outputs import Outputs
 from layerwise_jax.placement import DATA, STAGE, Placement, Staged
 from layerwise_jax.plan import Plan
 from layerwise_jax.schedule import Schedule
@@ -30,7 +30,6 @@ from layerwise_jax.schedule_tables import tables
 from layerwise_jax.train_step import TrainStep, train_step
 from layerwise_jax.training import TrainingLoop
 
-Reduce = Literal["mean", "sum"]
 Remat = Literal["stage"]
 
 
@@ -65,7 +64,12 @@ class Pipeline:
     @property
     def parts(self) -> int:
         """Parts that the batch is split into: microbatches of all replicas."""
-        return self.loop.num_microbatches * self.mesh.shape.get(DATA, 1)
+        return self._outputs.parts
+
+    @cached_property
+    def _outputs(self) -> Outputs:
+        roles: tuple[Kind, ...] = tuple(role.kind for role in self.batching.outputs)
+        return Outputs(self.loop, roles, tuple(self.layers.signature.outputs_avals), self.mesh, self.reduce)
 
     def place(self, params: Any) -> Staged:
         """Every stage's weights on its own devices: see `Placement.place`."""
@@ -149,7 +153,7 @@ class Pipeline:
         training = TrainingLoop(
             self.loop,
             tables(self.schedule),
-            self._roles,
+            self._outputs.roles,
             seed,
             recomputes=self.remat == "stage",
             skips_bubbles=self.skip_bubbles,
@@ -173,16 +177,7 @@ class Pipeline:
         placed = [
             grad.astype(weight.dtype)[None] for grad, weight in zip(grads, weights, strict=True) if grad is not None
         ]
-        return self._finish_all(outputs), placed, [lax.expand_dims(weight, (0,)) for weight in weights_after]
-
-    @property
-    def _roles(self) -> tuple[str, ...]:
-        return tuple(role.kind for role in self.batching.outputs)
-
-    def _finish_all(self, outputs: Sequence[Any]) -> list[Any]:
-        """Outputs of all microbatches, from what was added up in the loop."""
-        rows = [x if role == "rows" else x[None] for x, role in zip(outputs, self._roles, strict=True)]
-        return [self._finish(position, x) for position, x in enumerate(rows)]
+        return self._outputs.of_batch(outputs), placed, [lax.expand_dims(weight, (0,)) for weight in weights_after]
 
     def optimizer(self, optimizer: Any, *, shard_over_data: bool = False) -> StagedOptimizer:
         """An optax optimiser for placed parameters, equal to it on the user's tree: see `stage_optimizer`."""
@@ -219,7 +214,7 @@ class Pipeline:
         over_batch = PartitionSpec(DATA) if DATA in self.mesh.axis_names else PartitionSpec()
         inputs = [PartitionSpec() if axis is None else over_batch for axis in self.loop.in_axes]
         slots = [PartitionSpec(STAGE)] * len(self.placement.slots)
-        return inputs, slots, [self._output_spec(position) for position in range(len(self.batching.outputs))]
+        return inputs, slots, self._outputs.specs()
 
     def _local(self, slots: Sequence[Any], inputs: Sequence[Any]) -> tuple[list, list, Any]:
         """On a device: its row of every slot, its inputs split into microbatches, its index on the data axis."""
@@ -234,51 +229,14 @@ class Pipeline:
     def _on_device(self, slots: Sequence[Any], inputs: Sequence[Any]) -> tuple[list, list]:
         weights, split, replica = self._local(slots, inputs)
         if self.loop.num_chunks > 1:
-            outputs, weights = run_forward_in_rounds(self.loop, self._roles, weights, split, replica)
-            return self._finish_all(outputs), [lax.expand_dims(weight, (0,)) for weight in weights]
+            outputs, weights = run_forward_in_rounds(self.loop, self._outputs.roles, weights, split, replica)
+            return self._outputs.of_batch(outputs), [lax.expand_dims(weight, (0,)) for weight in weights]
         outputs, weights = run_forward(self.loop, weights, split, replica)
-        results = [self._finish(position, rows) for position, rows in enumerate(outputs)]
-        return results, [lax.expand_dims(weight, (0,)) for weight in weights]
+        return self._outputs.of_rows(outputs), [lax.expand_dims(weight, (0,)) for weight in weights]
 
     def _microbatches(self, x: Any, axis: int | None) -> Any:
         count = self.loop.num_microbatches
         return x if axis is None else x.reshape(count, x.shape[0] // count, *x.shape[1:])
-
-    def _finish(self, position: int, rows: Any) -> Any:
-        """An output of all microbatches, from its rows on the stage that made it (zeros elsewhere)."""
-        role, aval = self.batching.outputs[position].kind, self.layers.signature.outputs_avals[position]
-        if role == "rows":
-            rows = rows.reshape(-1, *rows.shape[2:])
-            result = self._spread(rows) if self._is_spread(rows.shape[0]) else self._everywhere(rows)
-        elif role == "reduced":
-            result = self._reduce(rows, aval)
-        else:
-            result = self._everywhere(rows[0])
-        return wrap_key(result, aval) if is_key(aval) else result
-
-    def _reduce(self, rows: Any, aval: Any) -> Any:
-        over = (STAGE, DATA) if DATA in self.mesh.axis_names else STAGE
-        total = lax.psum(jnp.sum(rows, axis=0, dtype=sum_dtype(rows.dtype)), over)
-        return (total / self.parts if self.reduce == "mean" else total).astype(aval.dtype)
-
-    def _is_spread(self, num_rows: int) -> bool:
-        return num_rows % self.loop.num_devices == 0
-
-    def _spread(self, rows: Any) -> Any:
-        """A share of the rows on every stage: nothing is gathered that no one asked for."""
-        summed = lax.psum_scatter(_addable(rows), STAGE, scatter_dimension=0, tiled=True)
-        return summed.astype(rows.dtype)
-
-    def _everywhere(self, rows: Any) -> Any:
-        return lax.psum(_addable(rows), STAGE).astype(rows.dtype)
-
-    def _output_spec(self, position: int) -> PartitionSpec:
-        if self.batching.outputs[position].kind != "rows":
-            return PartitionSpec()
-        rows = self.layers.signature.outputs_avals[position].shape[0] * self.loop.num_microbatches
-        axes = [DATA] if DATA in self.mesh.axis_names else []
-        axes += [STAGE] if self._is_spread(rows) else []
-        return PartitionSpec(tuple(axes)) if axes else PartitionSpec()
 
     def _sum_copies(self, grads: list[Any]) -> list[Any]:
         """On a device: every copy of a tied weight gets the sum of all copies' gradients."""
@@ -299,7 +257,3 @@ class Pipeline:
             if grads[j] is not None and any(frozen):
                 grads[j] = jnp.where(jnp.asarray(frozen)[device], 0, grads[j])
         return grads
-
-
-def _addable(x: Any) -> Any:
-    return x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x

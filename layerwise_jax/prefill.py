@@ -100,11 +100,11 @@ class Prefill:
 
 
 def check_prefill(prefill_fn: Callable | None, prefill_length: int | None) -> None:
-    """Refuse a function without a length, a length without a function, and lengths below 1."""
-    if (prefill_fn is None) != (prefill_length is None) or (prefill_length is not None and prefill_length < 1):
+    """Refuse a function without a length and a length without a function."""
+    if (prefill_fn is None) != (prefill_length is None):
         raise ValueError(
             f"prefill_length is {prefill_length}, prefill_fn is {'not ' if prefill_fn else ''}None; a function and the "
-            "number of tokens that it reads, at least one, are wanted, or neither."
+            "number of tokens that it reads are wanted, or neither."
         )
 
 

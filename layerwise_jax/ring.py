@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from layerwise_jax.generation import Generation, generate
 from layerwise_jax.inner_sharding import InnerSharding
 from layerwise_jax.layers import LayerSequence
-from layerwise_jax.placement import STAGE, Staged
+from layerwise_jax.placement import Staged
 from layerwise_jax.plan import Plan
 from layerwise_jax.prefill import Prefill
-from layerwise_jax.ring_loop import Places, Prompts, RingLoop
+from layerwise_jax.ring_loop import Places, RingLoop
+from layerwise_jax.ring_program import ring_program, weights_of
 from layerwise_jax.ring_state import (
     by_arrival,
     from_arrival,
@@ -29,6 +29,7 @@ from layerwise_jax.ring_state import (
     rotated,
     start_places,
 )
+from layerwise_jax.sampling import data_of_keys
 from layerwise_jax.step_program import KEYS
 
 
@@ -130,7 +131,7 @@ class DecodeRing:
             raise ValueError("The sampler draws tokens, and no keys came; a random key a sequence is wanted.")
         if keys is None:
             return np.zeros((self.num_groups, *aval.shape), aval.dtype)
-        return np.asarray(jax.random.key_data(keys)).reshape(self.num_groups, *aval.shape)
+        return data_of_keys(keys, self.num_groups, self.group_size)
 
     def _by_leaf(self, cache: Any) -> dict[int, Any]:
         leaves, tree = jax.tree.flatten(cache)
@@ -157,7 +158,7 @@ class DecodeRing:
                 f"{list(shape)} groups and sequences and a step or more."
             )
         places, arrived = self.compiled(staged, places, wanted.shape[0])(
-            self._slots(staged), places, by_arrival(self.ring, wanted, -1), None
+            weights_of(self.ring, staged), places, by_arrival(self.ring, wanted, -1), None
         )
         return places, self._tokens(arrived)
 
@@ -169,8 +170,8 @@ class DecodeRing:
         """The program of so many steps, compiled the first time that it is asked for."""
         if steps not in self._compiled:
             forced = jax.ShapeDtypeStruct((steps + 1, self.ring.length, self.group_size), jnp.int32)
-            program = self._program_of(self.ring, None)
-            self._compiled[steps] = program.lower(self._slots(staged), places, forced, None).compile()
+            program = ring_program(self.ring, self.mesh)
+            self._compiled[steps] = program.lower(weights_of(self.ring, staged), places, forced, None).compile()
         return self._compiled[steps]
 
     def prefill(
@@ -197,7 +198,7 @@ class DecodeRing:
             raise ValueError("This ring has no prefill_fn; give one to decode_ring, with prefill_length.")
         held = self.reader.prompts(self.mesh, prompts, lengths, self.group_size)
         forced = np.broadcast_to(np.asarray(following, np.int32), (1, self.num_groups, self.group_size))
-        inputs = (self._slots(staged), places, by_arrival(self.ring, forced, -1), held)
+        inputs = (weights_of(self.ring, staged), places, by_arrival(self.ring, forced, -1), held)
         places, arrived = self.compiled_prefill(staged, places)(*inputs)
         return places, self._tokens(arrived)[0]
 
@@ -208,50 +209,9 @@ class DecodeRing:
             forced = jax.ShapeDtypeStruct((2, self.ring.length, self.group_size), jnp.int32)
             shape = (self.num_groups, self.group_size, self.reader.length)
             prompts = self.reader.prompts(self.mesh, np.zeros(shape), np.zeros(shape[:2]), self.group_size)
-            program = self._program_of(self.reader.ring, prompts)
-            self._compiled["prefill"] = program.lower(self._slots(staged), places, forced, prompts).compile()
+            program = ring_program(self.reader.ring, self.mesh, prompts)
+            self._compiled["prefill"] = program.lower(weights_of(self.ring, staged), places, forced, prompts).compile()
         return self._compiled["prefill"]
-
-    def _slots(self, staged: Staged) -> list[Any]:
-        names = [
-            slot.name for j, slot in enumerate(self.ring.loop.placement.slots) if j not in self.ring.loop.state_slots
-        ]
-        if not isinstance(staged, dict) or set(staged) != set(names):
-            raise ValueError("These are not this ring's placed parameters. Call ring.place(params) first.")
-        return [staged[name] for name in names]
-
-    def _program_of(self, loop: RingLoop, prompts: Prompts | None) -> Any:
-        """(weights, places, forced, prompts) to (places, tokens by arrival), jitted over the mesh."""
-        by_stage = PartitionSpec(STAGE)
-        specs = [PartitionSpec(STAGE, *self.ring.specs.get(j, ())) for j in range(len(self.ring.loop.placement.slots))]
-        state = set(self.ring.loop.state_slots)
-        rows: list[Any] = [by_stage] * self.ring.length
-        places = Places([{j: specs[j] for j in state}] * self.ring.length, rows, rows, rows, rows)
-        mapped = jax.shard_map(
-            partial(self._on_device, loop),
-            mesh=self.mesh,
-            in_specs=(
-                [spec for j, spec in enumerate(specs) if j not in state],
-                places,
-                PartitionSpec(),
-                jax.tree.map(lambda _: by_stage, prompts),
-            ),
-            out_specs=(places, by_stage),
-            check_vma=False,
-        )
-        return jax.jit(mapped, donate_argnums=1)
-
-    def _on_device(
-        self, loop: RingLoop, weights: list[Any], places: Places, forced: Any, prompts: Prompts | None
-    ) -> tuple[Places, Any]:
-        rows = iter(weights)
-        state = set(self.ring.loop.state_slots)
-        slots = [
-            None if j in state else lax.squeeze(next(rows), (0,)) for j in range(len(self.ring.loop.placement.slots))
-        ]
-        local, read = jax.tree.map(lambda x: lax.squeeze(x, (0,)), (places, prompts))
-        after, tokens = loop.run(slots, local, forced, read)
-        return jax.tree.map(lambda x: lax.expand_dims(x, (0,)), after), tokens[None]
 
     def restart(self, places: Places, mask: Any, tokens: Any, positions: Any, keys: Any = None) -> Places:
         """The places with new sequences where `mask` is true. The places are donated.

@@ -7,7 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from layerwise_jax.arguments import whole
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,10 @@ class Sampler:
     top_k: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature is {self.temperature}; 0 (the likeliest token) or more is wanted.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; at least one token to draw from, or None for all, is wanted.")
+        if not isinstance(self.temperature, int | float | np.number) or not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature!r}; 0 (the likeliest token) or more is wanted.")
+        if self.top_k is not None:
+            whole("top_k", self.top_k)
 
     @property
     def is_greedy(self) -> bool:
@@ -56,3 +59,24 @@ class Sampler:
             return jax.random.categorical(key, logits / self.temperature).astype(jnp.int32)
         likeliest, tokens = lax.top_k(logits, min(self.top_k, logits.shape[0]))
         return tokens[jax.random.categorical(key, likeliest / self.temperature)].astype(jnp.int32)
+
+
+def data_of_keys(keys: Any, *shape: int) -> np.ndarray:
+    """The data of random keys, or of such data itself: uint32[*shape, words of a key].
+
+    Raises:
+      ValueError: these are no keys, or keys of another number or implementation.
+    """
+    try:
+        data = np.asarray(jax.random.key_data(keys))
+    except TypeError as error:
+        raise ValueError(
+            f"keys came as {type(keys).__name__}; an array of random keys is wanted: jax.random.split(key, number)."
+        ) from error
+    one = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    if data.shape != (*shape, *one.shape):
+        raise ValueError(
+            f"keys came with data of the shape {list(data.shape)}; {[*shape, *one.shape]} is wanted: a random key a "
+            "sequence, of JAX's default implementation."
+        )
+    return data

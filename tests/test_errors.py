@@ -67,9 +67,9 @@ def test_more_stages_than_layers() -> None:
 
 
 def test_no_stages_and_no_microbatches(stage_mesh: Callable[..., Mesh]) -> None:
-    refuses(lambda: stage(num_stages=0), "num_stages is 0", "at least one")
+    refuses(lambda: stage(num_stages=0), "num_stages is 0", "from 1 up")
     layers = lw.trace_layers(fn, PARAMS, X)
-    refuses(lambda: lw.build_pipeline(layers, (0, 2, 4), stage_mesh(2), 0), "num_microbatches is 0", "at least one")
+    refuses(lambda: lw.build_pipeline(layers, (0, 2, 4), stage_mesh(2), 0), "num_microbatches is 0", "from 1 up")
 
 
 @pytest.mark.parametrize("boundaries", [(0, 2, 2, 4), (0, 1, 3), (1, 4), (0, 5, 4), (0, 1, 2, 3, 4, 4)])

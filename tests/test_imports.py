@@ -16,13 +16,13 @@ FLOORS = {
     3: ["__init__"],
     2: [
         (
-            "measure microbatch optimizer_trace optimizer_rows optimizer_run optimizer train_step loop on_device "
-            "forward residuals linearize stash stage_vjp training interleaved sampling batch_roles batch_scale "
-            "batch_single batch_pairs batch_derivatives batch_elementwise batch_shapes batch_products batch_attention "
-            "batch_indexing "
-            "batch_draws batch_control batch_walk batch_outputs batching inner_sharding step_program step_rows "
-            "ring_message ring_loop ring_state prefill generation ring compiling pipeline checkpoint build detect "
-            "entry decode comparison_advice comparison comparison_trace"
+            "measure microbatch optimizer_trace optimizer_rows optimizer_run optimizer_state optimizer train_step loop "
+            "on_device forward residuals linearize stash stage_vjp training interleaved sampling batch_roles "
+            "batch_scale batch_single batch_pairs batch_derivatives batch_elementwise batch_shapes batch_products "
+            "batch_attention batch_indexing batch_draws batch_control batch_walk batch_outputs outputs batching "
+            "inner_sharding step_program step_rows ring_message ring_loop ring_state ring_program prefill generation "
+            "ring compiling pipeline checkpoint build detect entry decode comparison_advice comparison "
+            "comparison_trace"
         ),
     ],
     1: [
@@ -42,6 +42,7 @@ FLOORS = {
     0: [
         "_jax",
         "schedule schedule_check schedule_generators schedule_simulate schedule_tables",
+        "arguments",
         "cost json_fields device_spec devices gpu_target buffers_wire buffers flops aot xla_options persisting",
     ],
 }

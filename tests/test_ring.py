@@ -173,20 +173,21 @@ def assert_same_tokens(got: Sequence[np.ndarray], want: Sequence[np.ndarray]) ->
     assert [list(tokens) for tokens in got] == [list(tokens) for tokens in want]
 
 
-@pytest.mark.parametrize("selects", [True, False])
 @pytest.mark.parametrize(
-    ("model", "layers", "num_stages", "num_groups", "group_size"),
+    ("model", "layers", "num_stages", "num_groups", "group_size", "selects"),
     [
-        ("gpt", 4, 1, None, 2),
-        ("gpt", 4, 2, None, 2),
-        ("gpt", 4, 4, 2, 1),
-        ("gpt", 4, 2, 3, 2),
-        ("gpt", 5, 3, None, 1),
-        ("gpt", 8, 8, None, 1),
-        ("recurrent", 4, 2, None, 2),
-        ("recurrent", 5, 4, 5, 1),
-        ("closed", 4, 2, None, 2),
-        ("counting", 4, 2, None, 2),
+        ("gpt", 4, 1, None, 2, True),
+        ("gpt", 4, 2, None, 2, True),
+        ("gpt", 4, 2, None, 2, False),
+        ("gpt", 4, 4, 2, 1, False),
+        ("gpt", 4, 2, 3, 2, True),
+        ("gpt", 5, 3, None, 1, True),
+        ("gpt", 5, 3, None, 1, False),
+        ("gpt", 8, 8, None, 1, True),
+        ("recurrent", 4, 2, None, 2, False),
+        ("recurrent", 5, 4, 5, 1, True),
+        ("closed", 4, 2, None, 2, True),
+        ("counting", 4, 2, None, 2, False),
     ],
 )
 def test_tokens_are_those_of_the_unstaged_loop(
@@ -270,7 +271,7 @@ def test_sequences_that_are_not_rows_of_the_cache_end_together() -> None:
 
 
 def test_stages_are_given_once_and_at_least_one() -> None:
-    with pytest.raises(ValueError, match="num_stages is 0; at least one"):
+    with pytest.raises(ValueError, match="num_stages is 0"):
         make_ring("gpt", 4, 0, 1)
     with pytest.raises(ValueError, match="num_stages is 1 and the partition has 2 stages"):
         make_ring("gpt", 4, 1, 1, partition=(0, 2, 4))
@@ -406,12 +407,19 @@ def test_what_cannot_be_a_ring_is_refused(stage_mesh: Callable[..., Mesh]) -> No
         make(lambda p, c, t, x: (gpt_step(p, c, t, x)[0][:, None], c))
     with pytest.raises(ValueError, match="another cache than it got"):
         make(lambda p, c, t, x: (gpt_step(p, c, t, x)[0], c[:-1]))
-    with pytest.raises(ValueError, match="at least one of each"):
+    with pytest.raises(ValueError, match="group_size is 0"):
         make(gpt_step, group_size=0)
+    for name, wrong in {"num_groups": 2.5, "num_stages": 3.0, "pad_token": "x", "stop_tokens": 3}.items():
+        with pytest.raises(ValueError, match=f"{name} is {wrong!r}"):
+            make(gpt_step, **{name: wrong})
+    with pytest.raises(ValueError, match=r"sampler is 'greedy'.*lw\.Sampler"):
+        make(gpt_step, sampler="greedy")
     with pytest.raises(ValueError, match="a ring for each replica"):
         make(gpt_step, mesh=stage_mesh(2, data=2))
     with pytest.raises(ValueError, match="temperature is -1"):
         Sampler(-1)
+    with pytest.raises(ValueError, match="temperature is 'hot'"):
+        Sampler("hot")
     with pytest.raises(ValueError, match="top_k is 0"):
         Sampler(1.0, 0)
 
@@ -427,13 +435,25 @@ def test_wrong_arguments_are_refused() -> None:
         ring.start(np.zeros((2, 2)), caches=[gpt_cache(4, 2)])
     with pytest.raises(ValueError, match="placed parameters"):
         ring.generate({}, [np.asarray([1])], 1)
-    with pytest.raises(ValueError, match="at least one of each"):
+    with pytest.raises(ValueError, match="No prompt came"):
         ring.generate(staged, [], 1)
+    with pytest.raises(ValueError, match=r"max_new_tokens is 1\.5"):
+        ring.generate(staged, [[1]], 1.5)
+    with pytest.raises(ValueError, match="steps_per_call is 0"):
+        ring.generate(staged, [[1]], 1, steps_per_call=0)
     with pytest.raises(ValueError, match=r"Prompt 1 came as int32\[0\]"):
         ring.generate(staged, [np.asarray([1]), np.asarray([], np.int32)], 1)
     with pytest.raises(ValueError, match=r"Prompt 0 came as float64\[1\]"):
         ring.generate(staged, [[1.5]], 1)
+    with pytest.raises(
+        ValueError, match="Prompt 0 has tokens from -1 to 2"
+    ):  # -1 stands for none among those of a ring
+        ring.generate(staged, [[1, -1, 2]], 1)
     with pytest.raises(ValueError, match=r"forced came as \[3, 1, 2\]"):
         ring(staged, ring.start(np.zeros((2, 2))), np.full((3, 1, 2), -1))
-    with pytest.raises(ValueError, match="1 keys came for 2 prompts"):
+    with pytest.raises(ValueError, match=r"shape \[1, 2\]; \[2, 2\] is wanted"):
         ring.generate(staged, [np.asarray([1])] * 2, 1, keys=jax.random.split(jax.random.key(0), 1))
+    with pytest.raises(ValueError, match=r"shape \[1, 4\]; \[1, 2\] is wanted.*default implementation"):
+        ring.generate(staged, [np.asarray([1])], 1, keys=jax.random.split(jax.random.key(0, impl="rbg"), 1))
+    with pytest.raises(ValueError, match="keys came as list"):
+        ring.generate(staged, [np.asarray([1])], 1, keys=[0])
