@@ -87,7 +87,8 @@ def check(case: Case, pipeline: Pipeline, tx: optax.GradientTransformation, **op
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equal_with_tied_weights(name: str, stage_mesh: Callable) -> None:
-    case, pipeline = pipeline_of("gpt", stage_mesh(2))
+    """One block's weights on every stage, an embedding on the first, a head on the last."""
+    case, pipeline = pipeline_of("shared_blocks", stage_mesh(2))
     check(case, pipeline, OPTIMIZERS[name]())
 
 
