@@ -22,6 +22,19 @@ def wholes(name: str, values: Any, least: int = 0) -> tuple[int, ...]:
     return tuple(whole(f"{name}[{index}]", value, least) for index, value in enumerate(values))
 
 
+def int32(name: str, values: Any, shape: tuple[int, ...], least: int = 0) -> np.ndarray:
+    """int32 of a shape, from `least` up."""
+    came = np.asarray(values)
+    if came.shape != shape:
+        raise ValueError(f"{name} came as {list(came.shape)}; {list(shape)} is wanted.")
+    with np.errstate(invalid="ignore"):
+        held = came.astype(np.int32)
+    if (held != came).any() or (held < least).any():
+        numbers = f"{came.min()} to {came.max()}"
+        raise ValueError(f"{name} came with {numbers}; whole numbers from {least} to 2**31 - 1 are wanted.")
+    return held
+
+
 def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     """One of the words."""
     if value not in choices:

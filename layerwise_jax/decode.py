@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from layerwise_jax._jax import is_key
 from layerwise_jax.arguments import whole, wholes
+from layerwise_jax.cache_rows import find_cache_rows
 from layerwise_jax.entry import stage_mesh
 from layerwise_jax.inner_sharding import InnerSharding
 from layerwise_jax.layers import LayerSequence
@@ -65,9 +66,10 @@ def decode_ring(
       step_fn: `step_fn(params, cache, tokens, positions) -> (logits, cache)` for int32[sequences] tokens at
         int32[sequences] positions: logits are float[sequences, vocabulary], the cache comes back with the same types.
       params: its parameters, arrays or `jax.ShapeDtypeStruct`.
-      cache: the cache of one group as it is before the first token, likewise; types alone stand for zeros. Every leaf
-        belongs to one layer. Sequences are its first axis; what has another there (a counter) they share, so that a
-        group starts and ends together.
+      cache: the cache of one group as it is before the first token, likewise; types alone stand for zeros. A leaf that
+        changes belongs to one layer, or is stacked over layers, as by a scan over them. Sequences are its first axis,
+        or the one behind that of the layers; what has them nowhere (a counter) they share, so that a group starts and
+        ends together.
       group_size: sequences of a group, the rows of `tokens`.
       num_groups: groups in flight; None for as many as there are stages, which keeps all of them busy.
       mesh: a mesh with an axis `stage`; None for one of the first local devices.
@@ -99,6 +101,9 @@ def decode_ring(
     stop_tokens = wholes("stop_tokens", stop_tokens)
     check_prefill(prefill_fn, prefill_length)
     sharding = InnerSharding.of(mesh, (params, cache), (param_specs, cache_specs))
+    rows = find_cache_rows(step_fn, *sharding.shards, group_size, sharding.axes)
+    step_fn, cache_specs, cache = rows.step(step_fn), rows.specs(cache_specs), rows.split(cache)
+    sharding = InnerSharding.of(mesh, (params, cache), (param_specs, cache_specs))
     layers, state = trace_step(step_fn, sampler or Sampler(), *sharding.shards, group_size, sharding.axes)
     num_stages = _num_stages(mesh, num_stages, partition, len(layers))
     mesh = mesh or stage_mesh(num_stages)
@@ -113,6 +118,7 @@ def decode_ring(
     loop = RingLoop(step, num_groups, selecting, specs, stop_tokens, pad_token)
     prefill = None
     if prefill_fn is not None and prefill_length is not None:
+        prefill_fn = rows.step(prefill_fn)
         prefill = Prefill.of(
             layers,
             loop,
@@ -122,7 +128,7 @@ def decode_ring(
         )
         check_rows(prefill_fn, *sharding.shards, group_size, num_groups, prefill_length, sharding.axes)
     draws = sampler is not None and not sampler.is_greedy
-    return DecodeRing(layers, mesh, loop, _plan(layers, cut, loop), sharding, group_size, cache, draws, prefill)
+    return DecodeRing(layers, mesh, loop, _plan(layers, cut, loop), sharding, group_size, cache, rows, draws, prefill)
 
 
 def _check(mesh: Mesh | None, sampler: Sampler | None, cache: Any, **numbers: int | None) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from layerwise_jax import _jax
 from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal, ShapedArray, Tracer
 from layerwise_jax.program import Op, Operand, Program, Remat, Value, Weight
+from layerwise_jax.stacked_rows import StackedRows, leading_spans
 
 FROM_WEIGHTS, FROM_INPUTS = 1, 2
 
@@ -69,6 +70,7 @@ class _Flattener:
 
     def __init__(self, sliceable: frozenset[int], is_differentiable: bool):
         self.sliceable = sliceable
+        self.is_differentiable = is_differentiable
         self.opened = _jax.CALL_PRIMITIVES | (frozenset() if is_differentiable else _jax.CUSTOM_RULE_PRIMITIVES)
         self.ops: list[Op] = []
         self.avals: list[Any] = []
@@ -78,6 +80,7 @@ class _Flattener:
         self.leaf_values: list[Value] = []
         self.slices: dict[int, dict[tuple[int, int], Value]] = {}
         self.casts: dict[Value, Op] = {}
+        self.stacked = StackedRows()
 
     def flatten(self, jaxpr: Jaxpr, num_weight_leaves: int) -> Program:
         values = [self.value(var.aval) for var in jaxpr.invars]
@@ -157,9 +160,8 @@ class _Flattener:
             return self.run(_jax.inner_jaxpr(eqn), operands, (*remats, remat))
         if name == "scan" and self._scans_layers(eqn, operands):
             return self._open_scan(eqn, operands, remats)
-        if name == "slice" and (rows := _leading_rows(eqn)) and (view := self._rows_of(operands[0], *rows)) is not None:
-            return [view]
-        return self.emit(eqn, operands, remats)
+        rows = self._rows_taken(eqn, operands, remats)
+        return self.emit(eqn, operands, remats) if rows is None else rows
 
     def emit(self, eqn: JaxprEqn, operands: Sequence[Operand], remats: tuple[Remat, ...]) -> list[Value]:
         flags = 0
@@ -170,6 +172,8 @@ class _Flattener:
         self.ops.append(op)
         if op.name == "convert_element_type":
             self.casts[results[0]] = op
+        if not self.is_differentiable:
+            self.stacked.note(op)
         return list(results)
 
     def replay(self, fn: Callable, operands: Sequence[Operand], remats: tuple[Remat, ...]) -> list[Operand]:
@@ -198,11 +202,27 @@ class _Flattener:
         return [*carry, *stacked]
 
     def _row(self, operand: Operand, i: int, remats: tuple[Remat, ...]) -> Operand:
+        if (rows := self.stacked.rows(operand)) is not None:
+            return rows[i]
         view = self._rows_of(operand, i, i + 1)
         if view is None:  # the index is an operand, so that the iterations are the same operations
             index = Literal(np.int32(i), ShapedArray((), np.dtype(np.int32)))
             return self.replay(_take, [operand, index], remats)[0]
         return self.replay(lambda x: jax.lax.squeeze(x, (0,)), [view], remats)[0]
+
+    def _rows_taken(
+        self, eqn: JaxprEqn, operands: list[Operand], remats: tuple[Remat, ...]
+    ) -> Sequence[Operand] | None:
+        """Rows of a parameter leaf, or of what was stacked, where an equation takes such; None where it does not."""
+        name, spans = eqn.primitive.name, leading_spans(eqn) or []
+        if name == "squeeze" and eqn.params["dimensions"] == (0,):
+            row = self.stacked.row_in(operands[0])
+            return None if row is None else [row]
+        if name == "unstack" and spans:
+            is_known = self.stacked.rows(operands[0]) is not None or self._rows_of(operands[0], *spans[0]) is not None
+            return [self._row(operands[0], start, remats) for start, _ in spans] if is_known else None
+        views = [self._rows_of(operands[0], *span) for span in spans]
+        return [view for view in views if view is not None] if views and None not in views else None
 
     def _rows_of(self, operand: Operand, start: int, stop: int) -> Value | None:
         """The rows of a parameter leaf, of rows of one, or of a cast of either (the cast then follows the slice)."""
@@ -233,15 +253,6 @@ class _Flattener:
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     row = jax.lax.dynamic_slice(x, (index, *[jnp.int32(0)] * (x.ndim - 1)), (1, *x.shape[1:]))
     return jax.lax.squeeze(row, (0,))
-
-
-def _leading_rows(eqn: JaxprEqn) -> tuple[int, int] | None:
-    """(start, stop) where a slice takes whole rows of the first axis."""
-    shape = _jax.avals_of(eqn.invars)[0].shape
-    start, stop, strides = (eqn.params[k] for k in ("start_indices", "limit_indices", "strides"))
-    whole = tuple(start[1:]) == (0,) * (len(shape) - 1) and tuple(stop[1:]) == tuple(shape[1:])
-    unit = strides is None or all(stride == 1 for stride in strides)
-    return (start[0], stop[0]) if shape and whole and unit else None
 
 
 def _names_devices(eqn: JaxprEqn) -> bool:

@@ -152,17 +152,25 @@ class Placement:
     def fill(
         self, slot: Slot, leaves: Sequence[Any] | Mapping[int, Any], mesh: Mesh, spec: PartitionSpec = UNSHARDED
     ) -> Any:
-        """One slot, given all leaves of the parameters; abstract if any of its own is.
+        """One slot, given all leaves of the parameters: see `fill_rows`."""
+        held = [None if weight is None else leaves[weight.leaf] for weight in slot.weights]
+        if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in held):
+            held = [
+                leaf if weight is None else weight.of(leaf) for weight, leaf in zip(slot.weights, held, strict=True)
+            ]
+        return self.fill_rows(slot, held, mesh, spec)
+
+    def fill_rows(self, slot: Slot, rows: Sequence[Any], mesh: Mesh, spec: PartitionSpec = UNSHARDED) -> Any:
+        """One slot, given its rows, None where it holds nothing; abstract if any of them is.
 
         `spec` is how a row is sharded over other axes of the mesh than `stage`; the slot's type is that of a shard.
         """
         sharding = NamedSharding(mesh, PartitionSpec(STAGE, *spec))
         shape = (self.num_devices, *whole_shape(slot.aval.shape, spec, mesh))
-        held = [leaves[weight.leaf] for weight in slot.weights if weight is not None]
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in held):
+        if any(isinstance(row, jax.ShapeDtypeStruct) for row in rows):
             return jax.ShapeDtypeStruct(shape, slot.aval.dtype, sharding=sharding)
         empty = np.zeros(shape[1:], slot.aval.dtype) if spec else _zeros(slot.aval)
-        rows = [empty if weight is None else weight.of(leaves[weight.leaf]) for weight in slot.weights]
+        rows = [empty if row is None else row for row in rows]
         if any(isinstance(row, Tracer) for row in rows):
             return jax.lax.with_sharding_constraint(jnp.stack(rows), sharding)
         shards = [

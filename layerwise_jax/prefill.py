@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from layerwise_jax.alignment import Alignment, align_stages
+from layerwise_jax.arguments import int32
 from layerwise_jax.layers import LayerSequence
 from layerwise_jax.placement import Placement
 from layerwise_jax.program import Weight
@@ -75,13 +76,9 @@ class Prefill:
         Raises:
           ValueError: other shapes, or lengths that this ring cannot read.
         """
-        tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
         shape = (self.ring.num_groups, num_sequences)
-        if tokens.shape != (*shape, self.length) or lengths.shape != shape:
-            raise ValueError(
-                f"Prompts came as {list(tokens.shape)}, lengths as {list(lengths.shape)}; [groups, sequences, length] "
-                f"= {[*shape, self.length]} and {list(shape)} are wanted."
-            )
+        tokens = int32("prompts", tokens, (*shape, self.length))
+        lengths = int32("lengths", lengths, shape)
         self._check_lengths(lengths)
         return Prompts(rotated(self.ring, mesh, tokens), rotated(self.ring, mesh, lengths))
 
@@ -126,12 +123,12 @@ def _stage_prefill(
 def _check_held(
     layers: LayerSequence, cache: Mapping[int, Weight], stages: tuple[Stage, ...], step: StepProgram
 ) -> None:
-    names, state = layers.signature.params_names, set(step.loop.state.values())
+    names, state, copies = layers.signature.params_names, set(step.loop.state.values()), step.loop.placement.copies()
     for s, stage in enumerate(stages):
         held = step.loop.placement.slot_of(s)
         renewed = {cache[p] for p in stage.outputs if p in cache}
         wrong = [weight for weight in (*stage.weights.values(), *renewed) if weight not in held]
-        wrong += [weight for weight in renewed if weight not in state]
+        wrong += [weight for weight in renewed if weight not in state or len(copies[weight]) > 1]
         if wrong:
             raise CutError(
                 f"prefill_fn uses {names[wrong[0].leaf][3:]} in stage {s} ({stage.layers[0]} to {stage.layers[-1]}), "

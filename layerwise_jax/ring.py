@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from layerwise_jax.arguments import int32
+from layerwise_jax.cache_rows import CacheRows
 from layerwise_jax.generation import Generation, generate
 from layerwise_jax.inner_sharding import InnerSharding
 from layerwise_jax.layers import LayerSequence
@@ -22,9 +24,9 @@ from layerwise_jax.ring_loop import Places, RingLoop
 from layerwise_jax.ring_program import ring_program, weights_of
 from layerwise_jax.ring_state import (
     by_arrival,
+    first_cache,
     from_arrival,
     gather_cache,
-    place_caches,
     restarted,
     rotated,
     start_places,
@@ -44,7 +46,8 @@ class DecodeRing:
       plan: its stages; a microbatch of the plan is a group.
       sharding: how parameters and cache are sharded inside a stage.
       group_size: sequences of a group.
-      cache: the first cache of a group.
+      cache: the first cache of a group, what is stacked over layers as a list of rows.
+      rows: which leaves of the user's cache are stacked.
       draws: whether tokens are drawn, which takes a key a sequence.
       reader: the pass that reads prompts at once; None if they are read a token a step.
     """
@@ -56,6 +59,7 @@ class DecodeRing:
     sharding: InnerSharding
     group_size: int
     cache: Any
+    rows: CacheRows
     draws: bool = False
     reader: Prefill | None = None
     _compiled: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -110,17 +114,14 @@ class DecodeRing:
           caches: every group's cache, where there is something in it already; None for the first cache.
         """
         shape = (self.num_groups, self.group_size)
-        tokens = np.asarray(tokens, np.int32)
-        if tokens.shape != shape:
-            raise ValueError(f"tokens came as {list(tokens.shape)}; [groups, sequences] = {list(shape)} is wanted.")
-        held = [self.cache] * self.num_groups if caches is None else list(caches)
+        held = [self.cache] * self.num_groups if caches is None else [self._cache(each) for each in caches]
         if len(held) != self.num_groups:
             raise ValueError(f"{len(held)} caches came for {self.num_groups} groups; one each is wanted.")
         return start_places(
             self.ring,
             self.mesh,
-            tokens,
-            np.broadcast_to(np.asarray(positions, np.int32), shape),
+            int32("tokens", tokens, shape),
+            int32("positions", np.broadcast_to(positions, shape), shape),
             self._key_data(keys),
             [self._by_leaf(cache) for cache in held],
         )
@@ -133,11 +134,19 @@ class DecodeRing:
             return np.zeros((self.num_groups, *aval.shape), aval.dtype)
         return data_of_keys(keys, self.num_groups, self.group_size)
 
+    def _cache(self, cache: Any) -> Any:
+        """A group's cache as the ring has it."""
+        split = self.rows.split(cache)
+        for (path, came), wanted in zip(
+            jax.tree_util.tree_leaves_with_path(split), jax.tree.leaves(self.cache), strict=True
+        ):
+            types = [f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in (came, wanted)]
+            if types[0] != types[1]:
+                raise ValueError(f"A cache's {jax.tree_util.keystr(path)} came as {types[0]}; {types[1]} is wanted.")
+        return split
+
     def _by_leaf(self, cache: Any) -> dict[int, Any]:
-        leaves, tree = jax.tree.flatten(cache)
-        if tree != jax.tree.structure(self.cache):
-            raise ValueError(f"A cache came as {tree}; {jax.tree.structure(self.cache)} is wanted.")
-        return {self.num_params + i: leaf for i, leaf in enumerate(leaves)}
+        return {self.num_params + i: leaf for i, leaf in enumerate(jax.tree.leaves(cache))}
 
     def __call__(self, staged: Staged, places: Places, forced: Any) -> tuple[Places, np.ndarray]:
         """Generate a token for every sequence, as often as `forced` has steps. The places are donated.
@@ -150,16 +159,12 @@ class DecodeRing:
         Returns:
           The places afterwards. Tokens int32[steps, groups, sequences], `forced` ones included.
         """
-        wanted = np.asarray(forced, np.int32)
-        shape = (self.num_groups, self.group_size)
-        if wanted.ndim != 3 or wanted.shape[1:] != shape or not len(wanted):
-            raise ValueError(
-                f"forced came as {list(wanted.shape)}; [steps, groups, sequences] is wanted, with "
-                f"{list(shape)} groups and sequences and a step or more."
-            )
-        places, arrived = self.compiled(staged, places, wanted.shape[0])(
-            weights_of(self.ring, staged), places, by_arrival(self.ring, wanted, -1), None
-        )
+        steps = len(np.atleast_1d(forced))
+        if not steps:
+            raise ValueError("forced came with 0 steps; a step or more is wanted.")
+        wanted = int32("forced", forced, (steps, self.num_groups, self.group_size), least=-1)
+        inputs = (weights_of(self.ring, staged), places, by_arrival(self.ring, wanted, -1), None)
+        places, arrived = self.compiled(staged, places, steps)(*inputs)
         return places, self._tokens(arrived)
 
     def _tokens(self, arrived: jax.Array) -> np.ndarray:
@@ -197,7 +202,8 @@ class DecodeRing:
         if self.reader is None:
             raise ValueError("This ring has no prefill_fn; give one to decode_ring, with prefill_length.")
         held = self.reader.prompts(self.mesh, prompts, lengths, self.group_size)
-        forced = np.broadcast_to(np.asarray(following, np.int32), (1, self.num_groups, self.group_size))
+        shape = (1, self.num_groups, self.group_size)
+        forced = int32("following", np.broadcast_to(following, shape), shape, least=-1)
         inputs = (weights_of(self.ring, staged), places, by_arrival(self.ring, forced, -1), held)
         places, arrived = self.compiled_prefill(staged, places)(*inputs)
         return places, self._tokens(arrived)[0]
@@ -208,7 +214,8 @@ class DecodeRing:
         if "prefill" not in self._compiled:
             forced = jax.ShapeDtypeStruct((2, self.ring.length, self.group_size), jnp.int32)
             shape = (self.num_groups, self.group_size, self.reader.length)
-            prompts = self.reader.prompts(self.mesh, np.zeros(shape), np.zeros(shape[:2]), self.group_size)
+            nothing = np.zeros(shape, np.int32)
+            prompts = self.reader.prompts(self.mesh, nothing, nothing[..., 0], self.group_size)
             program = ring_program(self.reader.ring, self.mesh, prompts)
             self._compiled["prefill"] = program.lower(weights_of(self.ring, staged), places, forced, prompts).compile()
         return self._compiled["prefill"]
@@ -223,7 +230,9 @@ class DecodeRing:
           positions: where they stand, likewise.
           keys: random keys [groups, sequences]; None where nothing is drawn.
         """
-        mask = np.asarray(mask, bool)
+        mask, shape = np.asarray(mask), (self.num_groups, self.group_size)
+        if mask.shape != shape or mask.dtype != bool:
+            raise ValueError(f"mask came as {mask.dtype}{list(mask.shape)}; bool{list(shape)} is wanted.")
         if not self.keeps_rows and (mask.any(axis=1) != mask.all(axis=1)).any():
             raise ValueError(
                 f"mask came as {mask.tolist()}; the sequences of a group share a part of the cache, so all or none "
@@ -231,10 +240,10 @@ class DecodeRing:
             )
         fresh = Places(
             caches=[],
-            tokens=rotated(self.ring, self.mesh, np.asarray(tokens, np.int32)),
-            positions=rotated(self.ring, self.mesh, np.asarray(positions, np.int32)),
+            tokens=rotated(self.ring, self.mesh, int32("tokens", tokens, shape)),
+            positions=rotated(self.ring, self.mesh, int32("positions", positions, shape)),
             keys=rotated(self.ring, self.mesh, self._key_data(keys)),
-            done=rotated(self.ring, self.mesh, np.zeros((self.num_groups, self.group_size), bool)),
+            done=rotated(self.ring, self.mesh, np.zeros(shape, bool)),
         )
         return self._restart(rotated(self.ring, self.mesh, mask), places, fresh, self._first_cache)
 
@@ -243,8 +252,7 @@ class DecodeRing:
         """The first cache, a row a stage; None if it is all zeros."""
         if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.cache)):
             return None
-        everywhere = [self._by_leaf(self.cache)] * self.num_groups
-        return place_caches(self.ring, self.mesh, self.ring.loop.num_stages - 1, everywhere)
+        return first_cache(self.ring, self.mesh, self._by_leaf(self.cache))
 
     @cached_property
     def _restart(self) -> Any:
@@ -260,7 +268,7 @@ class DecodeRing:
         """One group's cache as the user's tree."""
         found = gather_cache(self.ring, places, group)
         leaves, tree = jax.tree.flatten(self.cache)
-        return jax.tree.unflatten(tree, [found[self.num_params + i] for i in range(len(leaves))])
+        return self.rows.join(tree.unflatten([found[self.num_params + i] for i in range(len(leaves))]))
 
     def generate(
         self,

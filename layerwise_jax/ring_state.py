@@ -65,35 +65,38 @@ def place_caches(ring: RingLoop, mesh: Mesh, place: int, caches: Sequence[Mappin
       place: the place.
       caches: the leaves of every group's cache, by leaf; types alone stand for zeros.
     """
-    leaves = _leaves_at(ring, place, caches)
-    return {j: _fill(ring, mesh, j, leaves) for j in ring.loop.state_slots}
+    return {j: _fill(ring, mesh, j, _rows_at(ring, place, j, caches)) for j in ring.loop.state_slots}
 
 
-def _leaves_at(ring: RingLoop, place: int, caches: Sequence[Mapping[int, Any]]) -> dict[int, Any]:
-    """The leaves that a place holds: every leaf is one stage's, and its group is the one that is there."""
-    found: dict[int, Any] = {}
-    for weight, places in ring.loop.placement.copies().items():
-        for slot, stage in places:
-            if slot in ring.loop.state_slots:
-                group = group_of(ring, place, stage)
-                leaf = caches[group or 0][weight.leaf]
-                found[weight.leaf] = _zeros(leaf) if group is None else leaf
-    return found
+def _rows_at(ring: RingLoop, place: int, j: int, caches: Sequence[Mapping[int, Any]]) -> list[Any]:
+    """What each stage holds of a slot at a place: of the group that is there."""
+    rows = []
+    for stage, weight in enumerate(ring.loop.placement.slots[j].weights):
+        group = group_of(ring, place, stage)
+        leaf = None if weight is None else caches[group or 0][weight.leaf]
+        rows.append(_zeros(leaf) if group is None and leaf is not None else leaf)
+    return rows
+
+
+def first_cache(ring: RingLoop, mesh: Mesh, leaves: Mapping[int, Any]) -> dict[int, Any]:
+    """The cache slots with every stage's part of one cache, whether or not there is a group on each stage."""
+    slots = ring.loop.placement.slots
+    rows = {j: [None if w is None else leaves[w.leaf] for w in slots[j].weights] for j in ring.loop.state_slots}
+    return {j: _fill(ring, mesh, j, each) for j, each in rows.items()}
 
 
 def _zeros(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
-def _fill(ring: RingLoop, mesh: Mesh, j: int, leaves: Mapping[int, Any]) -> jax.Array:
+def _fill(ring: RingLoop, mesh: Mesh, j: int, rows: Sequence[Any]) -> jax.Array:
     placement, slot, spec = ring.loop.placement, ring.loop.placement.slots[j], ring.specs.get(j, PartitionSpec())
-    held = [leaves[weight.leaf] for weight in slot.weights if weight is not None]
-    if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in held):
+    if all(row is None or isinstance(row, jax.ShapeDtypeStruct) for row in rows):
         shape = (len(slot.weights), *whole_shape(slot.aval.shape, spec, mesh))
         sharding = NamedSharding(mesh, PartitionSpec(STAGE, *spec))
         return jax.jit(lambda: jnp.zeros(shape, slot.aval.dtype), out_shardings=sharding)()
-    concrete = {i: np.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x for i, x in leaves.items()}
-    return placement.fill(slot, concrete, mesh, spec)
+    concrete = [np.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x for x in rows]
+    return placement.fill_rows(slot, concrete, mesh, spec)
 
 
 def gather_cache(ring: RingLoop, places: Places, group: int) -> dict[int, np.ndarray]:

@@ -79,7 +79,7 @@ def trace_step(
 
     def step(both: Any, tokens: Any, positions: Any, keys: Any) -> tuple[Any, Any]:
         logits, new = step_fn(both[0], both[1], tokens, positions)
-        _check_step("The step" if prompt_length is None else "prefill_fn", logits, new, both[1], num_sequences)
+        check_step_outputs("The step" if prompt_length is None else "prefill_fn", logits, new, both[1], num_sequences)
         return sampler(logits, keys, positions if prompt_length is None else positions - 1), new
 
     both = (params, cache)
@@ -115,7 +115,8 @@ def step_inputs(num_sequences: int, prompt_length: int | None = None) -> tuple[A
     return tokens, ints, jax.ShapeDtypeStruct((num_sequences, *key.shape), key.dtype)
 
 
-def _check_step(name: str, logits: Any, new: Any, cache: Any, num_sequences: int) -> None:
+def check_step_outputs(name: str, logits: Any, new: Any, cache: Any, num_sequences: int) -> None:
+    """Refuse what is not logits and a cache like the one that was given."""
     if getattr(logits, "ndim", None) != 2 or logits.shape[0] != num_sequences:
         came = f"{logits.dtype}{list(logits.shape)}" if hasattr(logits, "shape") else type(logits).__name__
         raise ValueError(
@@ -128,21 +129,26 @@ def _check_step(name: str, logits: Any, new: Any, cache: Any, num_sequences: int
 
 
 def _find_cache(layers: LayerSequence, num_params: int) -> dict[int, Weight]:
-    """Outputs that replace a leaf of the cache; leaves that come back as they were are no state."""
+    """The output that is the next value of every leaf of the cache."""
     program = layers.program
-    held = {weight.leaf: (value, weight) for value, weight in program.weights.items() if weight.start is None}
+    held = {weight.leaf: weight for weight in program.weights.values() if weight.start is None}
     found = {}
     for position in range(1, len(program.outputs)):
         leaf = num_params + position - 1
         if leaf not in held:
             raise CutError(
-                f"The cache{layers.signature.params_names[leaf][3:]} is stacked over layers, which live on several "
-                "stages. Give every layer a leaf of its own."
+                f"The cache{layers.signature.params_names[leaf][3:]} is used in slices, which live on several stages. "
+                "Give every layer a leaf of its own."
             )
-        value, weight = held[leaf]
-        if program.outputs[position] != value:
-            found[position] = weight
+        found[position] = held[leaf]
     return found
+
+
+def renewed(layers: LayerSequence, cache: Mapping[int, Weight]) -> dict[int, Weight]:
+    """What of the cache does not come back as it was: a memory that layers only read is no one stage's."""
+    program = layers.program
+    values = {weight: value for value, weight in program.weights.items()}
+    return {position: weight for position, weight in cache.items() if program.outputs[position] != values[weight]}
 
 
 def stage_step(
@@ -171,7 +177,7 @@ def cut_step(
     """The stages between `boundaries`, if a ring can run them: see `stage_step`."""
     check_stageable(layers.program, axes)
     stages = cut_stages(layers, boundaries)
-    check_state(dict(cache), stages)
+    check_state(renewed(layers, cache), stages)
     _check_tokens(layers, stages)
     return stages
 
@@ -199,7 +205,7 @@ def assemble(
         state=dict(cache),
         body_slots=body_slots,
     )
-    body, own = _split_state(loop)
+    body, own = _split_state(loop, renewed(layers, cache))
     avals = [
         layers.program.avals[value] for value, weight in layers.program.weights.items() if weight in cache.values()
     ]
@@ -217,14 +223,14 @@ def _check_tokens(layers: LayerSequence, stages: Sequence[Stage]) -> None:
             )
 
 
-def _split_state(loop: Loop) -> tuple[dict[int, int], list[dict[int, Operand]]]:
+def _split_state(loop: Loop, state: Mapping[int, Weight]) -> tuple[dict[int, int], list[dict[int, Operand]]]:
     """What replaces the cache: results of the common body by slot, and for every stage the values of its own."""
     body: dict[int, int] = {}
     own: list[dict[int, Operand]] = []
     for s, stage in enumerate(loop.stages):
         made = {x: j for j, x in enumerate(loop.alignment.parts[s].shape.made)}
         slot_of = loop.placement.slot_of(s)
-        new = {slot_of[loop.state[p]]: x for p, x in stage.outputs.items() if p in loop.state}
+        new = {slot_of[state[p]]: x for p, x in stage.outputs.items() if p in state}
         in_body = {j: made[x] for j, x in new.items() if isinstance(x, int) and x in made}
         assert s == 0 or in_body == body, "equal bodies replace their caches alike"
         body = in_body

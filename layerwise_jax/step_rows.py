@@ -43,7 +43,9 @@ def check_rows(
             return False
         raise BatchError(
             f"The sequences of a batch are generated in {num_groups} groups; a sequence is a row of whatever in the "
-            f"cache has {num_sequences} of them on its first axis. One group (num_groups=1) may mix its own. {error}"
+            f"cache has {num_sequences} of them on its first axis; on its second where it is stacked over layers, read "
+            "in rows (cache[i], or by a scan) and made of rows (jnp.stack). One group (num_groups=1) may mix its own. "
+            f"{error}"
         ) from error
     return True
 

@@ -147,6 +147,28 @@ def test_a_scan_over_part_of_a_stack_is_cut_into_its_rows() -> None:
     assert spans == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6)]
 
 
+ROWS_OF = {
+    "iterated": list,
+    "unstacked": jnp.unstack,
+    "indexed": lambda stack: [stack[i] for i in range(4)],
+    "split": lambda stack: [part[0] for part in jnp.split(stack, 4)],
+}
+
+
+@pytest.mark.parametrize("way", ROWS_OF)
+def test_a_stack_is_cut_into_its_rows_however_they_are_taken(way: str) -> None:
+    def fn(stack: jax.Array, x: jax.Array) -> jax.Array:
+        for weight in ROWS_OF[way](stack):
+            x = jnp.tanh(x @ weight)
+        return x
+
+    stack = jax.random.normal(jax.random.key(0), (4, 3, 3))
+    layers = trace_layers(fn, stack, jnp.ones((2, 3)))
+    assert len(layers) == 4
+    assert {(w.start, w.stop) for w in layers.program.weights.values()} == {(0, 1), (1, 2), (2, 3), (3, 4)}
+    np.testing.assert_array_equal(layers(stack, jnp.ones((2, 3))), fn(stack, jnp.ones((2, 3))))
+
+
 def test_a_stack_that_is_used_whole_stays_whole() -> None:
     def fn(stack: jax.Array, x: jax.Array) -> jax.Array:
         x, _ = jax.lax.scan(lambda x, weight: (jnp.tanh(x @ weight), None), x, stack)

@@ -429,7 +429,7 @@ def test_wrong_arguments_are_refused() -> None:
     staged = ring.place(gpt(4))
     with pytest.raises(ValueError, match="another tree"):
         ring.place({"embed": draw(VOCABULARY, WIDTH)})
-    with pytest.raises(ValueError, match=r"\[groups, sequences\]"):
+    with pytest.raises(ValueError, match=r"tokens came as \[1, 2\]; \[2, 2\] is wanted"):
         ring.start(np.zeros((1, 2)))
     with pytest.raises(ValueError, match="2 groups; one each"):
         ring.start(np.zeros((2, 2)), caches=[gpt_cache(4, 2)])
