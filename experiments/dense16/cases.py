@@ -18,7 +18,8 @@ MIB = 2**20
 STREAMED_BYTES = 256 * MIB
 # Layers by the MiB of their weights in 16 bits: (heads, width of the feed-forward).
 LAYER_SIZES = {8: (4, 3072), 16: (8, 2048), 24: (8, 4096), 32: (8, 6144), 48: (8, 10_240)}
-RESIDENT_MIB = (8, 16, 32, 48)
+# Sequences of a group and the positions of each, so that caches are small beside the weights.
+RESIDENT_GROUPS = ((8, 128), (32, 128), (128, 16), (128, 32))
 CACHE_BYTES = 45 * 10**9  # the most that the caches of one stage's loop may take
 
 
@@ -99,9 +100,9 @@ def residency_cases(scale: Scale) -> list[tuple[StageCase, StageCase]]:
         model = replace(toy_model(1), layers=1, batch=2)
         return [(StageCase(model, 2, 1, 4, 2), StageCase(model, 2, 4, 4, 2))]
     found = []
-    for microbatch in (8, 32):
-        for heads, mlp in (LAYER_SIZES[mib] for mib in RESIDENT_MIB):
-            model = replace(PRESETS["l2"], layers=1, heads=heads, mlp=mlp, batch=microbatch)
+    for microbatch, context in RESIDENT_GROUPS:
+        for heads, mlp in LAYER_SIZES.values():
+            model = replace(PRESETS["l2"], layers=1, heads=heads, mlp=mlp, batch=microbatch, context=context)
             copies = 2 * -(-STREAMED_BYTES // (2 * model.layer_bytes))
             cases = [StageCase(model, 2, sets, copies, rounds=128 // copies) for sets in (1, copies)]
             found.append((cases[0], cases[1]))

@@ -123,20 +123,21 @@ def _share_read(counters: Record | None) -> str:
 
 def residency_grid(runs: Sequence[Run]) -> Grid | None:
     """A row a size of a stage and number of sequences: its weights read again every tick, against others in turn."""
-    found: dict[tuple[float, int], dict[str, Record]] = {}
+    found: dict[tuple[float, int, int], dict[str, Record]] = {}
     for record in records_of(runs, "residency"):
-        found.setdefault((record["stage_weight_bytes"], record["batch"]), {})[record["weights"]] = record
+        key = record["stage_weight_bytes"], record["batch"], record["context"]
+        found.setdefault(key, {}).setdefault(record["weights"], record)
     rows = []
-    for (size, batch), both in sorted(found.items()):
+    for (size, batch, context), both in sorted(found.items()):
         times = [both[name]["seconds_per_step"] if name in both else None for name in RESIDENCY]
         gain = f"{times[1] / times[0]:.2f}" if times[0] and times[1] else "-"
         cells = [f"{1e6 * seconds:.1f}" if seconds else "-" for seconds in times]
         counters = [counters_of(runs, both[name]) if name in both else None for name in RESIDENCY]
         caches = [each["groups"] * each["group_cache_bytes"] for each in counters if each]
         reads = [each["dram_bytes_per_tick"] if each else None for each in counters]
-        rows.append([_megabytes(size), str(batch), _megabytes(max(caches, default=None)), *cells, gain])
+        rows.append([_megabytes(size), str(batch), str(context), _megabytes(max(caches, default=None)), *cells, gain])
         rows[-1] += map(_megabytes, reads)
-    columns = ["MB of weights", "sequences", "MB of both caches", "us a layer, the same weights"]
+    columns = ["MB of weights", "sequences", "positions", "MB of both caches", "us a layer, the same weights"]
     columns += ["other weights in turn", "gain", "MB read from DRAM a tick, the same weights", "other weights in turn"]
     return Grid("", columns, rows) if rows else None
 
