@@ -26,6 +26,7 @@ from layerwise_jax.program import Operand, Weight, nbytes
 from layerwise_jax.refusals import check_stageable, check_state
 from layerwise_jax.sampling import Sampler
 from layerwise_jax.stages import CutError, Stage, cut_stages
+from layerwise_jax.state_order import renew_early
 from layerwise_jax.wiring import wire
 
 StepFunction = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
@@ -89,6 +90,7 @@ def trace_step(
     jaxpr, outputs = traced(both, *inputs)
     # No gradient is taken; a derivative's rule could only keep equal layers apart.
     program = flatten(jaxpr, len(leaves), is_differentiable=False)
+    program = renew_early(program, range(1, len(program.outputs)))
     output_leaves, outputs_tree = jax.tree.flatten(outputs)
     avals = [var.aval for var in jaxpr.invars]
     signature = Signature(

@@ -20,9 +20,9 @@ FLOORS = {
             "on_device forward residuals linearize stash stage_vjp training interleaved sampling batch_roles "
             "batch_scale batch_single batch_pairs batch_derivatives batch_elementwise batch_shapes batch_products "
             "batch_attention batch_indexing batch_draws batch_control batch_walk batch_outputs outputs batching "
-            "inner_sharding step_program cache_rows step_rows ring_message ring_loop ring_state ring_program prefill "
-            "generation ring compiling pipeline checkpoint build detect entry decode comparison_advice comparison "
-            "comparison_trace"
+            "inner_sharding state_order step_program cache_rows step_rows ring_message ring_loop ring_state "
+            "ring_program prefill generation ring compiling pipeline checkpoint build detect entry decode "
+            "comparison_advice comparison comparison_trace"
         ),
     ],
     1: [

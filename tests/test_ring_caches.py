@@ -62,6 +62,13 @@ def scanned_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[
     return x @ params["embed"].T, new
 
 
+def rounded_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
+    """States of 8 bits, all of them read at the start and rounded at the end."""
+    wide = [{"state": held["state"].astype(jnp.float32) / 64, "memory": held["memory"]} for held in cache]
+    logits, new = listed_step(params, wide, tokens, positions)
+    return logits, [{**held, "state": jnp.round(64 * held["state"]).astype(jnp.int8)} for held in new]
+
+
 def filled_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
     """One array for all layers, changed in place."""
     x = params["embed"][tokens]
@@ -86,10 +93,16 @@ def shared_cache(sequences: int, seed: int = 2) -> Any:
     return {**scanned_cache(sequences, seed), "memory": listed_cache(sequences, seed)[0]["memory"]}
 
 
+def rounded_cache(sequences: int, seed: int = 2) -> list[Any]:
+    held = listed_cache(sequences, seed)
+    return [{**each, "state": jnp.round(16 * each["state"]).astype(jnp.int8)} for each in held]
+
+
 FORMS: dict[str, tuple[Step, Callable[..., Any]]] = {
     "listed": (listed_step, listed_cache),
     "shared": (shared_step, shared_cache),
     "scanned": (scanned_step, scanned_cache),
+    "rounded": (rounded_step, rounded_cache),
 }
 
 
