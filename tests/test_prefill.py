@@ -255,3 +255,36 @@ def test_wrong_prompts_are_refused() -> None:
         ring.prefill(staged, places, prompts, lengths + LENGTH)
     with pytest.raises(ValueError, match="no prefill_fn"):
         _ring(None, num_stages=2, prefill_length=None).prefill(staged, places, prompts, lengths)
+
+
+def _stacked(rows: Any) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+
+def _scanned_blocks(params: Any, cache: Any, x: Any, positions: Any) -> tuple[Any, Any]:
+    def body(x: Any, of_layer: Any) -> tuple[Any, Any]:
+        block, held = of_layer
+        x, (new,) = _blocks({"blocks": [block]}, [held], x, positions, None)
+        return x, new
+
+    return jax.lax.scan(body, x, (params["blocks"], cache))
+
+
+def _scanned_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
+    x, new = _scanned_blocks(params, cache, params["embed"][tokens][:, None], positions[:, None])
+    return (x @ params["head"])[:, 0], new
+
+
+def _scanned_prefill(params: Any, cache: Any, tokens: Any, lengths: Any) -> tuple[Any, Any]:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x, new = _scanned_blocks(params, cache, params["embed"][tokens], positions)
+    return _last(x @ params["head"], lengths), new
+
+
+def test_prompts_are_read_into_caches_that_a_scan_stacks() -> None:
+    params, cache = {**PARAMS, "blocks": _stacked(PARAMS["blocks"])}, _stacked(_cache(2))
+    options = {"prefill_fn": _scanned_prefill, "prefill_length": LENGTH, "group_size": 2, "num_stages": 2}
+    ring = lw.decode_ring(_scanned_step, params, cache, **options)
+    generation = ring.generate(ring.place(params), PROMPTS, NEW)
+    for tokens, prompt in zip(generation.tokens, PROMPTS, strict=True):
+        np.testing.assert_array_equal(tokens, _unstaged(prompt))
