@@ -53,19 +53,38 @@ def write(buffer: jax.Array, row: jax.Array, positions: jax.Array) -> jax.Array:
     )
 
 
+def gpt_block(block: Any, held: Any, x: jax.Array, positions: Any) -> tuple[jax.Array, Any]:
+    query, key, value = jnp.split(x @ block["qkv"], 3, axis=-1)
+    keys, values = write(held["k"], key, positions), write(held["v"], value, positions)
+    scores = jnp.einsum("bd,btd->bt", query, keys) / 4
+    seen = jnp.arange(CONTEXT)[None] <= positions[:, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e9))
+    x = x + jnp.einsum("bt,btd->bd", weights, values) @ block["out"]
+    x = x + jnp.tanh(x @ block["up"]) @ block["down"]
+    return x, {"k": keys, "v": values}
+
+
 def gpt_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
     """Explicit caches by position, a row a sequence."""
     x, new = params["embed"][tokens], []
     for block, held in zip(params["blocks"], cache, strict=True):
-        query, key, value = jnp.split(x @ block["qkv"], 3, axis=-1)
-        keys, values = write(held["k"], key, positions), write(held["v"], value, positions)
-        scores = jnp.einsum("bd,btd->bt", query, keys) / 4
-        seen = jnp.arange(CONTEXT)[None] <= positions[:, None]
-        weights = jax.nn.softmax(jnp.where(seen, scores, -1e9))
-        x = x + jnp.einsum("bt,btd->bd", weights, values) @ block["out"]
-        x = x + jnp.tanh(x @ block["up"]) @ block["down"]
-        new.append({"k": keys, "v": values})
+        x, held = gpt_block(block, held, x, positions)
+        new.append(held)
     return x @ params["head"], new
+
+
+def scanned_gpt_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
+    """The same, its weights and caches stacked over layers."""
+
+    def body(x: Any, of_layer: Any) -> tuple[Any, Any]:
+        return gpt_block(*of_layer, x, positions)
+
+    x, new = lax.scan(body, params["embed"][tokens], (params["blocks"], cache))
+    return x @ params["head"], new
+
+
+def stacked(layers: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
 def recurrent_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
@@ -344,11 +363,14 @@ def places_of(ring: DecodeRing, mesh: Mesh) -> Places:
     return Places([caches] * length, rows, rows, keys, [typed(ring.group_size, dtype=jnp.bool_)] * length)
 
 
-def steady_round(mesh: Mesh, selects: bool = True) -> Any:
+def steady_round(mesh: Mesh, step: Step = gpt_step, **options: Any) -> Any:
     """(the instructions of a steady round, the compiled program, bytes of all caches)."""
-    types = jax.eval_shape(lambda: gpt(4))
-    cache = jax.eval_shape(lambda: gpt_cache(4, 3))
-    ring = decode_ring(gpt_step, types, cache, group_size=3, mesh=mesh, selects=selects)
+    types, cache = jax.eval_shape(lambda: (gpt(4), gpt_cache(4, 3)))
+    if step is scanned_gpt_step:
+        types, cache = jax.eval_shape(
+            lambda: ({**gpt(4), "blocks": stacked(gpt(4)["blocks"])}, stacked(gpt_cache(4, 3)))
+        )
+    ring = decode_ring(step, types, cache, group_size=3, mesh=mesh, **options)
     places = places_of(ring, mesh)
     compiled = ring.compiled(ring.place(types), places, 9)
     bodies = loop_bodies(read_module(compiled.as_text()))
@@ -364,10 +386,13 @@ MESHES = [
 ]
 
 
+@pytest.mark.parametrize("step", [gpt_step, scanned_gpt_step])
 @pytest.mark.parametrize("target", MESHES)
-def test_a_round_moves_no_cache_and_has_one_message_a_tick(target: str, stage_mesh: Callable[..., Mesh]) -> None:
+def test_a_round_moves_no_cache_and_has_one_message_a_tick(
+    target: str, step: Step, stage_mesh: Callable[..., Mesh]
+) -> None:
     mesh = stage_mesh(2) if target == "cpu" else absent_mesh(H100, {"stage": 2})
-    body, compiled, cache_bytes = steady_round(mesh)
+    body, compiled, cache_bytes = steady_round(mesh, step)
     opcodes = [instruction.opcode.removesuffix("-start") for instruction in body]
     assert opcodes.count("collective-permute") == 2  # a round of two stages has two ticks
     assert "conditional" not in opcodes
