@@ -1,195 +1,31 @@
-"""The decode ring: its tokens are those of the unstaged loop, exactly, and its compiled loop moves no cache."""
+"""The decode ring: its tokens are those of the unstaged loop, exactly."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo_text import loop_bodies, read_module
-from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
+from ring_models import (
+    NEW,
+    WIDTH,
+    assert_same_tokens,
+    gpt,
+    gpt_cache,
+    gpt_step,
+    make_ring,
+    mixing_step,
+    prompts_for,
+    recurrent_step,
+    tensor_step,
+    unstaged,
+)
 
-from layerwise_jax.aot import absent_mesh, can_compile_for_absent_gpus
 from layerwise_jax.batching import BatchError
 from layerwise_jax.decode import decode_ring
-from layerwise_jax.devices import H100
-from layerwise_jax.ring import DecodeRing
-from layerwise_jax.ring_loop import Places
 from layerwise_jax.sampling import Sampler
-from layerwise_jax.stages import CutError
-
-VOCABULARY, WIDTH, CONTEXT, NEW = 31, 16, 24, 6
-STOP = 3
-
-Step = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
-
-
-def draw(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape) / np.sqrt(shape[0]), jnp.float32)
-
-
-def gpt(layers: int) -> dict[str, Any]:
-    blocks = [{name: (i + 1.0) ** 0.1 * draw(*shape) for name, shape in SHAPES.items()} for i in range(layers)]
-    return {"embed": 3 * draw(VOCABULARY, WIDTH), "blocks": blocks, "head": draw(WIDTH, VOCABULARY)}
-
-
-SHAPES = {
-    "qkv": (WIDTH, 3 * WIDTH),
-    "out": (WIDTH, WIDTH),
-    "up": (WIDTH, 2 * WIDTH),
-    "down": (2 * WIDTH, WIDTH),
-}
-
-
-def gpt_cache(layers: int, sequences: int) -> list[Any]:
-    return [{name: jnp.zeros((sequences, CONTEXT, WIDTH)) for name in "kv"} for _ in range(layers)]
-
-
-def write(buffer: jax.Array, row: jax.Array, positions: jax.Array) -> jax.Array:
-    return jax.vmap(lambda buffer, row, at: lax.dynamic_update_slice(buffer, row[None], (at, 0)))(
-        buffer, row, positions
-    )
-
-
-def gpt_block(block: Any, held: Any, x: jax.Array, positions: Any) -> tuple[jax.Array, Any]:
-    query, key, value = jnp.split(x @ block["qkv"], 3, axis=-1)
-    keys, values = write(held["k"], key, positions), write(held["v"], value, positions)
-    scores = jnp.einsum("bd,btd->bt", query, keys) / 4
-    seen = jnp.arange(CONTEXT)[None] <= positions[:, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, -1e9))
-    x = x + jnp.einsum("bt,btd->bd", weights, values) @ block["out"]
-    x = x + jnp.tanh(x @ block["up"]) @ block["down"]
-    return x, {"k": keys, "v": values}
-
-
-def gpt_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
-    """Explicit caches by position, a row a sequence."""
-    x, new = params["embed"][tokens], []
-    for block, held in zip(params["blocks"], cache, strict=True):
-        x, held = gpt_block(block, held, x, positions)
-        new.append(held)
-    return x @ params["head"], new
-
-
-def scanned_gpt_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
-    """The same, its weights and caches stacked over layers."""
-
-    def body(x: Any, of_layer: Any) -> tuple[Any, Any]:
-        return gpt_block(*of_layer, x, positions)
-
-    x, new = lax.scan(body, params["embed"][tokens], (params["blocks"], cache))
-    return x @ params["head"], new
-
-
-def stacked(layers: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-
-
-def recurrent_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
-    """A state that every token changes: what an idle stage wrote would stay."""
-    x, new = params["embed"][tokens], []
-    for block, held in zip(params["blocks"], cache, strict=True):
-        state = jnp.tanh(held @ block["out"] + x)
-        x = x + state
-        new.append(state)
-    return x @ params["embed"].T, new
-
-
-@jax.custom_vjp
-def forward_only(x: jax.Array) -> jax.Array:
-    """A kernel without a usable derivative, as cuDNN's attention of one query is."""
-    return jnp.tanh(x)
-
-
-def _refuse(*_: Any) -> Any:
-    raise NotImplementedError("There is no derivative.")
-
-
-forward_only.defvjp(_refuse, _refuse)
-
-
-def closed_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
-    """Kernels without derivatives, and a norm between the last block and the head."""
-    x, new = params["embed"][tokens], []
-    for block, held in zip(params["blocks"], cache, strict=True):
-        state = forward_only(held @ block["out"] + x)
-        x = x + state @ block["qkv"][:, :WIDTH]
-        new.append(state)
-    return (x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)) @ params["head"], new
-
-
-def counting_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
-    """A counter that all sequences share, as Linen's `cache_index`."""
-    x, new = params["embed"][tokens], []
-    for block, held in zip(params["blocks"], cache, strict=True):
-        x = jnp.tanh((x + held["sum"]) @ block["out"]) + jnp.sin(held["index"].astype(jnp.float32))
-        new.append({"index": held["index"] + 1, "sum": held["sum"] + x})
-    return x @ params["head"], new
-
-
-def recurrent_cache(layers: int, sequences: int) -> list[Any]:
-    return [jnp.zeros((sequences, WIDTH)) for _ in range(layers)]
-
-
-def counting_cache(layers: int, sequences: int) -> list[Any]:
-    return [{"index": jnp.int32(0), "sum": jnp.zeros((sequences, WIDTH))} for _ in range(layers)]
-
-
-MODELS: dict[str, tuple[Step, Callable[[int, int], Any]]] = {
-    "gpt": (gpt_step, gpt_cache),
-    "recurrent": (recurrent_step, recurrent_cache),
-    "closed": (closed_step, recurrent_cache),
-    "counting": (counting_step, counting_cache),
-}
-
-
-def unstaged(
-    model: str,
-    layers: int,
-    prompts: Sequence[np.ndarray],
-    sampler: Sampler | None = None,
-    keys: Any = None,
-    stop_tokens: Sequence[int] = (STOP,),
-) -> list[np.ndarray]:
-    """Every prompt by itself, a token at a time."""
-    step, make_cache = MODELS[model]
-    sampler, params, run, found = sampler or Sampler(), gpt(layers), jax.jit(step), []
-    for i, prompt in enumerate(prompts):
-        cache, token, new = make_cache(layers, 1), prompt[0], []
-        key = jnp.zeros((1, 2), jnp.uint32) if keys is None else jax.random.key_data(keys[i])[None]
-        for position in range(len(prompt) - 1 + NEW):
-            logits, cache = run(params, cache, jnp.asarray([token]), jnp.asarray([position]))
-            sampled = int(sampler(logits, key, jnp.asarray([position]))[0])
-            token = prompt[position + 1] if position + 1 < len(prompt) else sampled
-            if position + 1 >= len(prompt):
-                new.append(sampled)
-                if sampled in stop_tokens:
-                    break
-        found.append(np.asarray(new))
-    return found
-
-
-def make_ring(
-    model: str, layers: int, num_stages: int, group_size: int, abstract: bool = True, **options: Any
-) -> DecodeRing:
-    step, make_cache = MODELS[model]
-    cache = make_cache(layers, group_size)
-    if abstract:
-        cache = jax.eval_shape(lambda: cache)
-    options = {"stop_tokens": (STOP,), "num_stages": num_stages, **options}
-    return decode_ring(step, gpt(layers), cache, group_size=group_size, **options)
-
-
-def prompts_for(ring: DecodeRing, more: int = 0, same_length: bool = False) -> list[np.ndarray]:
-    rng = np.random.default_rng(7)
-    lengths = [3 if same_length else int(rng.integers(1, 5)) for _ in range(ring.num_sequences + more)]
-    return [rng.integers(0, VOCABULARY, size=length) for length in lengths]
-
-
-def assert_same_tokens(got: Sequence[np.ndarray], want: Sequence[np.ndarray]) -> None:
-    assert [list(tokens) for tokens in got] == [list(tokens) for tokens in want]
 
 
 @pytest.mark.parametrize(
@@ -314,21 +150,6 @@ def test_calls_go_on_where_the_last_one_stopped_and_caches_come_back() -> None:
     assert np.asarray(again.positions[0]).min() == 7
 
 
-def tensor_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
-    """A layer whose wide side is split over `tensor`; its cache too."""
-    x, new = params["embed"][tokens], []
-    for block, held in zip(params["blocks"], cache, strict=True):
-        wide = jnp.tanh(x @ block["up"] + held)
-        x = x + lax.psum(wide @ block["down"], "tensor")
-        new.append(held + wide)
-    return x @ params["head"], new
-
-
-def mixing_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
-    logits, cache = tensor_step(params, cache, tokens, positions)
-    return logits - logits.mean(axis=0), cache
-
-
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
 def test_tensor_ways_inside_a_stage(num_stages: int, stage_mesh: Callable[..., Mesh]) -> None:
     split = {"qkv": PartitionSpec(), "out": PartitionSpec(), "up": PartitionSpec(None, "tensor")}
@@ -347,138 +168,3 @@ def test_tensor_ways_inside_a_stage(num_stages: int, stage_mesh: Callable[..., M
     uneven = [jax.ShapeDtypeStruct((1, 2 * WIDTH + 1), jnp.float32)] * 4
     with pytest.raises(ValueError, match="does not split 2 ways"):
         decode_ring(tensor_step, gpt(4), uneven, mesh=stage_mesh(num_stages, tensor=2), **options)
-
-
-def places_of(ring: DecodeRing, mesh: Mesh) -> Places:
-    """The types of what `start` returns."""
-    sharding, stages, length = NamedSharding(mesh, PartitionSpec("stage")), mesh.shape["stage"], ring.ring.length
-
-    def typed(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((stages, *shape), dtype, sharding=sharding)
-
-    slots = ring.ring.loop.placement.slots
-    caches = {j: typed(*slots[j].aval.shape, dtype=slots[j].aval.dtype) for j in ring.ring.loop.state_slots}
-    rows: list[Any] = [typed(ring.group_size)] * length
-    keys: list[Any] = [typed(ring.group_size, 2, dtype=jnp.uint32)] * length
-    return Places([caches] * length, rows, rows, keys, [typed(ring.group_size, dtype=jnp.bool_)] * length)
-
-
-def steady_round(mesh: Mesh, step: Step = gpt_step, **options: Any) -> Any:
-    """(the instructions of a steady round, the compiled program, bytes of all caches)."""
-    types, cache = jax.eval_shape(lambda: (gpt(4), gpt_cache(4, 3)))
-    if step is scanned_gpt_step:
-        types, cache = jax.eval_shape(
-            lambda: ({**gpt(4), "blocks": stacked(gpt(4)["blocks"])}, stacked(gpt_cache(4, 3)))
-        )
-    ring = decode_ring(step, types, cache, group_size=3, mesh=mesh, **options)
-    places = places_of(ring, mesh)
-    compiled = ring.compiled(ring.place(types), places, 9)
-    bodies = loop_bodies(read_module(compiled.as_text()))
-    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(places.caches)) // mesh.size
-    return max(bodies, key=len), compiled, held
-
-
-MESHES = [
-    "cpu",
-    pytest.param(
-        "h100", marks=pytest.mark.skipif(not can_compile_for_absent_gpus(), reason="no compiler for absent GPUs")
-    ),
-]
-
-
-@pytest.mark.parametrize("step", [gpt_step, scanned_gpt_step])
-@pytest.mark.parametrize("target", MESHES)
-def test_a_round_moves_no_cache_and_has_one_message_a_tick(
-    target: str, step: Step, stage_mesh: Callable[..., Mesh]
-) -> None:
-    mesh = stage_mesh(2) if target == "cpu" else absent_mesh(H100, {"stage": 2})
-    body, compiled, cache_bytes = steady_round(mesh, step)
-    opcodes = [instruction.opcode.removesuffix("-start") for instruction in body]
-    assert opcodes.count("collective-permute") == 2  # a round of two stages has two ticks
-    assert "conditional" not in opcodes
-    assert "while" not in opcodes
-    moves = ("copy", "copy-start", "dynamic-slice", "slice")
-    sizes = [instruction.num_elements or 0 for instruction in body if instruction.opcode in moves]
-    assert max(sizes, default=0) < WIDTH * WIDTH  # the least of a weight and of a cache
-    stats = compiled.memory_analysis()
-    assert stats.alias_size_in_bytes >= cache_bytes
-
-
-def test_a_branch_is_seen_where_there_is_one(stage_mesh: Callable[..., Mesh]) -> None:
-    """The control of the test above: embedding and head under conditions."""
-    body, _, _ = steady_round(stage_mesh(2), selects=False)
-    assert any(instruction.opcode == "while" for instruction in body)
-
-
-def test_what_cannot_be_a_ring_is_refused(stage_mesh: Callable[..., Mesh]) -> None:
-    params, cache = gpt(4), jax.eval_shape(lambda: gpt_cache(4, 2))
-
-    def mixing(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
-        logits, cache = gpt_step(params, cache, tokens, positions)
-        return logits - logits.mean(axis=0), cache
-
-    def rereading(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
-        logits, cache = gpt_step(params, cache, tokens, positions)
-        return logits + (params["head"].T @ params["head"])[tokens], cache
-
-    def make(step: Step, cache: Any = cache, **options: Any) -> DecodeRing:
-        return decode_ring(step, params, cache, **{"group_size": 2, "num_stages": 2, **options})
-
-    with pytest.raises(BatchError, match="in 2 groups"):
-        make(mixing)
-    with pytest.raises(CutError, match="reads the tokens"):
-        make(rereading)
-    with pytest.raises(ValueError, match="one row a sequence"):
-        make(lambda p, c, t, x: (gpt_step(p, c, t, x)[0][:, None], c))
-    with pytest.raises(ValueError, match="another cache than it got"):
-        make(lambda p, c, t, x: (gpt_step(p, c, t, x)[0], c[:-1]))
-    with pytest.raises(ValueError, match="group_size is 0"):
-        make(gpt_step, group_size=0)
-    for name, wrong in {"num_groups": 2.5, "num_stages": 3.0, "pad_token": "x", "stop_tokens": 3}.items():
-        with pytest.raises(ValueError, match=f"{name} is {wrong!r}"):
-            make(gpt_step, **{name: wrong})
-    with pytest.raises(ValueError, match=r"sampler is 'greedy'.*lw\.Sampler"):
-        make(gpt_step, sampler="greedy")
-    with pytest.raises(ValueError, match="a ring for each replica"):
-        make(gpt_step, mesh=stage_mesh(2, data=2))
-    with pytest.raises(ValueError, match="temperature is -1"):
-        Sampler(-1)
-    with pytest.raises(ValueError, match="temperature is 'hot'"):
-        Sampler("hot")
-    with pytest.raises(ValueError, match="top_k is 0"):
-        Sampler(1.0, 0)
-
-
-def test_wrong_arguments_are_refused() -> None:
-    ring = make_ring("gpt", 4, 2, 2)
-    staged = ring.place(gpt(4))
-    with pytest.raises(ValueError, match="another tree"):
-        ring.place({"embed": draw(VOCABULARY, WIDTH)})
-    with pytest.raises(ValueError, match=r"tokens came as \[1, 2\]; \[2, 2\] is wanted"):
-        ring.start(np.zeros((1, 2)))
-    with pytest.raises(ValueError, match="2 groups; one each"):
-        ring.start(np.zeros((2, 2)), caches=[gpt_cache(4, 2)])
-    with pytest.raises(ValueError, match="placed parameters"):
-        ring.generate({}, [np.asarray([1])], 1)
-    with pytest.raises(ValueError, match="No prompt came"):
-        ring.generate(staged, [], 1)
-    with pytest.raises(ValueError, match=r"max_new_tokens is 1\.5"):
-        ring.generate(staged, [[1]], 1.5)
-    with pytest.raises(ValueError, match="steps_per_call is 0"):
-        ring.generate(staged, [[1]], 1, steps_per_call=0)
-    with pytest.raises(ValueError, match=r"Prompt 1 came as int32\[0\]"):
-        ring.generate(staged, [np.asarray([1]), np.asarray([], np.int32)], 1)
-    with pytest.raises(ValueError, match=r"Prompt 0 came as float64\[1\]"):
-        ring.generate(staged, [[1.5]], 1)
-    with pytest.raises(
-        ValueError, match="Prompt 0 has tokens from -1 to 2"
-    ):  # -1 stands for none among those of a ring
-        ring.generate(staged, [[1, -1, 2]], 1)
-    with pytest.raises(ValueError, match=r"forced came as \[3, 1, 2\]"):
-        ring(staged, ring.start(np.zeros((2, 2))), np.full((3, 1, 2), -1))
-    with pytest.raises(ValueError, match=r"shape \[1, 2\]; \[2, 2\] is wanted"):
-        ring.generate(staged, [np.asarray([1])] * 2, 1, keys=jax.random.split(jax.random.key(0), 1))
-    with pytest.raises(ValueError, match=r"shape \[1, 4\]; \[1, 2\] is wanted.*default implementation"):
-        ring.generate(staged, [np.asarray([1])], 1, keys=jax.random.split(jax.random.key(0, impl="rbg"), 1))
-    with pytest.raises(ValueError, match="keys came as list"):
-        ring.generate(staged, [np.asarray([1])], 1, keys=[0])
