@@ -17,13 +17,14 @@ from layerwise_jax.layers import LayerSequence
 from layerwise_jax.loop import Loop
 from layerwise_jax.measure import measured_by_shape
 from layerwise_jax.pipeline import Pipeline, Remat
-from layerwise_jax.placement import STAGE, assign_slots
+from layerwise_jax.placement import STAGE
 from layerwise_jax.plan import Plan, Sizes, make_plan
 from layerwise_jax.program import nbytes
 from layerwise_jax.refusals import check_draws, check_mesh, check_stageable, check_state, find_frozen, find_state
 from layerwise_jax.schedule import Schedule
 from layerwise_jax.schedule_check import check
 from layerwise_jax.schedule_generators import gpipe, interleaved_1f1b, one_f_one_b, zero_bubble
+from layerwise_jax.slots import assign_slots
 from layerwise_jax.stages import cut_stages
 from layerwise_jax.wiring import wire
 

@@ -21,10 +21,11 @@ from layerwise_jax.flatten import flatten
 from layerwise_jax.layers import LayerSequence, Signature, find_layers
 from layerwise_jax.loop import Loop
 from layerwise_jax.modules import modules_of, path_names
-from layerwise_jax.placement import Placement, assign_slots
+from layerwise_jax.placement import Placement
 from layerwise_jax.program import Operand, Weight, nbytes
 from layerwise_jax.refusals import check_stageable, check_state
 from layerwise_jax.sampling import Sampler
+from layerwise_jax.slots import assign_slots
 from layerwise_jax.stages import CutError, Stage, cut_stages
 from layerwise_jax.state_order import renew_early
 from layerwise_jax.wiring import wire

@@ -28,7 +28,7 @@ FLOORS = {
     1: [
         (
             "modules checkpoint_files program stacked_rows flatten structure layers optimizer_program inputs stages "
-            "alignment wiring slot_names placement refusals"
+            "alignment wiring slot_names placement slots refusals"
         ),
         "report plan verdict",
         (
