@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from layerwise_jax._jax import Literal
-from layerwise_jax.layers import LayerSequence, anchored_ops, free_ops_behind, free_producers
+from layerwise_jax.anchors import anchored_ops, free_ops_behind, free_producers
+from layerwise_jax.layers import LayerSequence
 from layerwise_jax.program import Op, Operand, Program, Value
 from layerwise_jax.stages import Stage
 from layerwise_jax.structure import Shape, shape_of

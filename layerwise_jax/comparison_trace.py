@@ -19,7 +19,8 @@ from layerwise_jax.detect import detect_device
 from layerwise_jax.device_spec import DeviceSpec
 from layerwise_jax.flops import PARTIAL_READS, PARTIAL_WRITES, REDUCTIONS
 from layerwise_jax.inputs import batch_size
-from layerwise_jax.layers import CONTRACTIONS, LayerSequence, trace_layers
+from layerwise_jax.layer_search import CONTRACTIONS
+from layerwise_jax.layers import LayerSequence, trace_layers
 from layerwise_jax.measure import measure_costs
 from layerwise_jax.program import Weight, nbytes
 from layerwise_jax.sampling import Sampler

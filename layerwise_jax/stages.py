@@ -12,7 +12,8 @@ from itertools import pairwise
 from typing import Any
 
 from layerwise_jax._jax import AbstractRef, Literal, source_line
-from layerwise_jax.layers import LayerSequence, anchored_ops, free_ops_behind, free_producers
+from layerwise_jax.anchors import anchored_ops, free_ops_behind, free_producers
+from layerwise_jax.layers import LayerSequence
 from layerwise_jax.program import Op, Operand, Program, Rows, Value, Weight, evaluate
 
 

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from layerwise_jax import _jax
 from layerwise_jax.alignment import Alignment, align_stages
 from layerwise_jax.flatten import flatten
-from layerwise_jax.layers import LayerSequence, Signature, find_layers
+from layerwise_jax.layer_search import find_layers
+from layerwise_jax.layers import LayerSequence, Signature
 from layerwise_jax.loop import Loop
 from layerwise_jax.modules import modules_of, path_names
 from layerwise_jax.placement import Placement

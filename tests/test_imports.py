@@ -27,8 +27,8 @@ FLOORS = {
     ],
     1: [
         (
-            "modules checkpoint_files program stacked_rows flatten structure layers optimizer_program inputs stages "
-            "alignment wiring slot_names placement slots refusals"
+            "modules checkpoint_files program stacked_rows flatten structure anchors layer_search layers "
+            "optimizer_program inputs stages alignment wiring slot_names placement slots refusals"
         ),
         "report plan verdict",
         (

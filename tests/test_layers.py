@@ -10,7 +10,8 @@ import pytest
 from zoo import CASES
 from zoo_case import TIME, WIDTH
 
-from layerwise_jax.layers import LayerSequence, anchored_ops, live_bytes, trace_layers
+from layerwise_jax.anchors import anchored_ops, live_bytes
+from layerwise_jax.layers import LayerSequence, trace_layers
 
 ROWS = 2
 FLOAT = 4

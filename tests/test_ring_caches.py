@@ -22,7 +22,7 @@ def draw(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-PARAMS = {"embed": draw(0, VOCABULARY, WIDTH), "layers": {"kernel": draw(1, LAYERS, WIDTH, WIDTH) / np.sqrt(WIDTH)}}
+PARAMS = {"embed": draw(0, VOCABULARY, WIDTH), "layers": draw(1, LAYERS, WIDTH, WIDTH) / np.sqrt(WIDTH)}
 
 
 def layer(weight: jax.Array, x: jax.Array, state: jax.Array, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -35,7 +35,7 @@ def layer(weight: jax.Array, x: jax.Array, state: jax.Array, memory: jax.Array) 
 def listed_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
     """A leaf a layer; every layer has a memory of its own."""
     x, new = params["embed"][tokens], []
-    for weight, held in zip(params["layers"]["kernel"], cache, strict=True):
+    for weight, held in zip(params["layers"], cache, strict=True):
         x, state = layer(weight, x, held["state"], held["memory"])
         new.append({"state": state, "memory": held["memory"]})
     return x @ params["embed"].T, new
@@ -44,7 +44,7 @@ def listed_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[A
 def shared_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
     """One memory for all layers, as an encoder's output; states in rows, stacked again at the end."""
     x, new = params["embed"][tokens], []
-    for i, weight in enumerate(params["layers"]["kernel"]):
+    for i, weight in enumerate(params["layers"]):
         x, state = layer(weight, x, cache["state"][i], cache["memory"])
         new.append(state)
     return x @ params["embed"].T, {"state": jnp.stack(new), "memory": cache["memory"]}
@@ -58,7 +58,7 @@ def scanned_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[
         x, state = layer(weight, x, held["state"], held["memory"])
         return x, {"state": state, "memory": held["memory"]}
 
-    x, new = lax.scan(body, params["embed"][tokens], (params["layers"]["kernel"], cache))
+    x, new = lax.scan(body, params["embed"][tokens], (params["layers"], cache))
     return x @ params["embed"].T, new
 
 
@@ -72,7 +72,7 @@ def rounded_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[
 def filled_step(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
     """One array for all layers, changed in place."""
     x = params["embed"][tokens]
-    for i, weight in enumerate(params["layers"]["kernel"]):
+    for i, weight in enumerate(params["layers"]):
         x, state = layer(weight, x, cache["state"][i], cache["memory"])
         cache = {**cache, "state": cache["state"].at[i].set(state)}
     return x @ params["embed"].T, cache
@@ -158,7 +158,7 @@ def test_an_array_of_all_layers_that_is_changed_in_place_is_refused() -> None:
 def split_step(params: Any, cache: jax.Array, tokens: Any, positions: Any) -> tuple[jax.Array, jax.Array]:
     """Every layer's state is split over `tensor` within its rows."""
     x, new = params["embed"][tokens], []
-    for weight, held in zip(params["layers"]["kernel"], cache, strict=False):
+    for weight, held in zip(params["layers"], cache, strict=False):
         state = jnp.tanh(held + x @ weight)
         x = x + lax.psum(state @ weight.T, "tensor")
         new.append(state)
@@ -167,7 +167,7 @@ def split_step(params: Any, cache: jax.Array, tokens: Any, positions: Any) -> tu
 
 def test_rows_of_a_stack_are_sharded_and_its_layers_are_not(stage_mesh: Callable[..., Mesh]) -> None:
     kernel = PartitionSpec(None, None, "tensor")
-    specs = {"embed": PartitionSpec(), "layers": {"kernel": kernel}}
+    specs = {"embed": PartitionSpec(), "layers": kernel}
     cache, options = draw(4, LAYERS, 2, WIDTH), {"group_size": 2, "param_specs": specs, "num_groups": 2}
     found = []
     for mesh in (stage_mesh(2, tensor=2), stage_mesh(1, tensor=1)):
