@@ -105,4 +105,5 @@ RULES: dict[str, Callable[[RunBody, Step], list[Role]]] = {
     "while": _while,
     "cond": _cond,
     **dict.fromkeys([*_jax.CALL_PRIMITIVES, *_jax.REMAT_PRIMITIVES, *_jax.CUSTOM_RULE_PRIMITIVES], _call),
+    **dict.fromkeys(_jax.HIGH_LEVEL_PRIMITIVES, _call),
 }

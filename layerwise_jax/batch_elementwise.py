@@ -21,7 +21,9 @@ polygamma polynomial population_count pow random_clone random_fold_in random_gam
 random_unwrap random_wrap regularized_incomplete_beta rem round rsqrt shift_left shift_right_arithmetic
 shift_right_logical sign sin sinh sqrt square tan tanh threefry2x32 xor zeta
 """.split()
-LINEAR = "add add_any copy copy_p imag neg pvary real reduce_precision sharding_constraint stop_gradient sub".split()
+LINEAR = (
+    "add add_any copy copy_p imag name neg pvary real reduce_precision sharding_constraint stop_gradient sub".split()
+)
 
 # Of numbers that are known, such as the length of a batch on its way to a divisor.
 FOLDED: dict[str, Callable[..., Any]] = {

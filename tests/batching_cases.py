@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 BATCH, TIME, WIDTH = 8, 3, 4
 IN_AXES = {"x": 0, "tokens": 0, "keys": 0, "key": None, "step": None}
@@ -284,6 +285,9 @@ ACCEPTED: dict[str, Accepted] = {
     "custom derivative": rows(lambda x: jax.nn.relu(x) + jax.nn.silu(x)),
     "custom derivative with weights": Accepted(lambda w, i: clip_gradient(w, i["x"])),
     "checkpoint and jit": rows(jax.checkpoint(jax.jit(jnp.sin))),
+    "a name for a checkpoint's policy": rows(lambda x: checkpoint_name(jnp.sin(x), "sine")),
+    "a search in a table": rows(lambda x: jnp.searchsorted(jnp.arange(3.0), x)),
+    "interpolation": rows(lambda x: jnp.interp(x, jnp.arange(3.0), jnp.arange(3.0) ** 2)),
     "linear algebra": rows(lambda x: jnp.linalg.cholesky(jnp.einsum("btd,bsd->bts", x, x) + 5 * jnp.eye(TIME))),
     "fast Fourier transform": rows(lambda x: jnp.abs(jnp.fft.fft(x))),
     "row numbers as data": rows(lambda x: x + jnp.arange(examples(x))[:, None, None]),

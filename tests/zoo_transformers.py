@@ -5,10 +5,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from zoo_case import BATCH, VOCABULARY, WIDTH, Case, draw_tokens, language_model
 from zoo_linen import variables_of
 
 HEADS = 4
+SAVED = jax.checkpoint_policies.save_only_these_names("fed_forward")
 
 
 def feed_forward(x: jax.Array) -> jax.Array:
@@ -31,7 +33,7 @@ class Block(nn.Module):
         if self.cross:
             attend = nn.MultiHeadDotProductAttention(HEADS, name="cross_attention")
             x = x + attend(nn.LayerNorm()(x), memory, mask=memory_mask)
-        y = feed_forward(nn.LayerNorm()(x))
+        y = checkpoint_name(feed_forward(nn.LayerNorm()(x)), "fed_forward")
         return x + nn.Dropout(self.dropout, broadcast_dims=(0,) if self.shared_mask else (), deterministic=False)(y)
 
 
@@ -53,7 +55,7 @@ class GPT(nn.Module):
 
     def blocks(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         # Within a scan nothing can be merged with the recomputation, and the barrier against it would only cost.
-        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        block = nn.remat(Block, prevent_cse=not self.scan, policy=SAVED) if self.remat else Block
         options = {"dropout": self.dropout, "shared_mask": self.shared_mask}
         if self.scan:
             layers = nn.scan(
