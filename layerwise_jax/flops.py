@@ -14,7 +14,8 @@ from typing import Any
 MOVES = frozenset(
     "broadcast_in_dim reshape transpose squeeze expand_dims slice pad concatenate rev iota copy copy_p split select_n "
     "convert_element_type bitcast_convert_type reduce_precision stop_gradient device_put sharding_constraint pvary "
-    "name stack unstack ppermute all_gather all_to_all axis_index optimization_barrier random_wrap random_unwrap".split()
+    "ppermute all_gather all_to_all axis_index optimization_barrier random_wrap random_unwrap name stack "
+    "unstack".split()
 )
 # Read only the rows that they are asked for, and write as much.
 PARTIAL_READS = frozenset({"gather", "dynamic_slice"})
