@@ -170,7 +170,7 @@ def test_a_ratio_takes_each_strategy_in_its_best_shape() -> None:
 def test_residency_puts_times_and_counters_of_one_stage_into_one_row(folder: Path) -> None:
     grid = residency_grid(load_runs(folder))
     assert grid is not None
-    assert [list(row) for row in grid.rows] == [["33.0", "8", "8.0", "10.0", "13.0", "1.30", "3.3", "-"]]
+    assert [list(row) for row in grid.rows] == [["33.0", "8", "128", "8.0", "10.0", "13.0", "1.30", "3.3", "-"]]
 
 
 def test_a_stages_row_says_what_share_it_reads_from_dram(folder: Path) -> None:

@@ -14,11 +14,13 @@ MICROBATCHES = (1, 2, 4, 8)
 SHORTER_THAN_EIGHT = {"resnet", "resnet_train", "gpt_dropout", "gpt_dropout_shared", "gpt_dropout_keys"}
 
 WHOLE_TABLE = set(product(CASES, STAGES, MICROBATCHES))
-# Every model at three numbers of stages, each with another number of microbatches: both go round, row by row.
+# Models that take long to compile; of them there are many alike.
+TRANSFORMERS = {name for name in CASES if name.startswith("gpt_")} | {"encoder_decoder", "shared_blocks"}
+# Every model at two or three numbers of stages, each with another number of microbatches: both go round, row by row.
 COVERING_TABLE = [
     (name, STAGES[(row + column) % len(STAGES)], MICROBATCHES[(row + column) % len(MICROBATCHES)])
     for row, name in enumerate(CASES)
-    for column in range(3)
+    for column in range(2 if name in TRANSFORMERS else 3)
 ]
 
 
@@ -37,7 +39,7 @@ def test_staged_equals_unstaged_in_the_rest_of_the_table(
 
 def test_the_covering_table_leaves_nothing_out() -> None:
     """Over the models it has every pair of a number of stages and one of microbatches."""
-    assert len(set(COVERING_TABLE)) == 3 * len(CASES)
+    assert len(set(COVERING_TABLE)) == 3 * len(CASES) - len(TRANSFORMERS)
     assert {(num_stages, count) for _, num_stages, count in COVERING_TABLE} == set(product(STAGES, MICROBATCHES))
 
 

@@ -89,7 +89,7 @@ def draw_way(data: st.DataObject, num_stages: int, stage_mesh: Callable[..., Mes
     return stage_mesh(num_devices), options
 
 
-@settings(max_examples=16, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # to shrink takes minutes
+@settings(max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # to shrink takes minutes
 @given(programs(min_layers=3, max_layers=7), st.data())
 def test_a_compiled_pipeline_has_the_values_and_gradients_of_the_program(
     stage_mesh: Callable[..., Mesh], program: RandomProgram, data: st.DataObject
