@@ -60,7 +60,7 @@ def check_new_step(directory: Path, step: Any, keep: Any) -> None:
     Raises:
       ValueError: the step is no integer, or not later than all others; `keep` is not positive.
     """
-    check_step(step)
+    whole("step", step, least=0)
     if keep is not None:
         whole("keep", keep)
     if (latest := max(saved_steps(directory), default=-1)) >= step:
@@ -68,15 +68,6 @@ def check_new_step(directory: Path, step: Any, keep: Any) -> None:
             f"Step {step} cannot be saved into {directory}, which has step {latest} already: nothing is overwritten. "
             "Pass a later step, or another directory."
         )
-
-
-def check_step(step: Any) -> None:
-    """Refuse what is no step.
-
-    Raises:
-      ValueError: it is no integer, or negative.
-    """
-    whole("step", step, least=0)
 
 
 def write_step(directory: Path, step: int, trees: Mapping[str, Any], keep: int | None) -> None:
@@ -99,13 +90,14 @@ def find_step(directory: Path, step: int | None) -> int:
     """The step itself if it is there; for None, the latest.
 
     Raises:
+      ValueError: the step is no integer, or negative.
       CheckpointError: there is none.
     """
     steps = saved_steps(directory)
     if step is None and steps:
         return steps[-1]
     if step is not None:
-        check_step(step)
+        whole("step", step, least=0)
     if step in steps:
         return operator.index(step)
     wanted, there = "the latest step" if step is None else f"step {step}", f"steps {_listed(steps)}"

@@ -91,7 +91,7 @@ class _Flattener:
         for value in inputs:
             self.flags[value] = FROM_INPUTS
         outputs = self.run(jaxpr, values, ())
-        ops = _without_dead_code(self.ops, outputs)
+        ops = without_dead_code(self.ops, outputs)
         weights = self._placed_weights(ops, outputs)
         return Program(
             ops=tuple(ops),
@@ -261,7 +261,7 @@ def _names_devices(eqn: JaxprEqn) -> bool:
     return any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)
 
 
-def _without_dead_code(ops: Sequence[Op], outputs: Sequence[Operand]) -> list[Op]:
+def without_dead_code(ops: Sequence[Op], outputs: Sequence[Operand]) -> list[Op]:
     """Drop operations whose results nothing uses and that have no effect."""
     used = {x for x in outputs if not isinstance(x, Literal)}
     kept = []

@@ -20,6 +20,8 @@ from layerwise_jax.program import Program, Value, Weight
 # Operations with which a module begins anew when it is used a second time.
 CONTRACTIONS = frozenset("dot_general conv_general_dilated ragged_dot gather custom_vjp_call pallas_call scan".split())
 
+WeightsOf = Mapping[Value, frozenset[Weight]]
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -31,11 +33,11 @@ class Layer:
 
 def find_layers(program: Program, modules: Sequence[Module | None]) -> tuple[Layer, ...]:
     """The layers of a program, given the module of every parameter leaf; None for state, which belongs to its user."""
-    anchors = anchored_ops(program)
-    runs = _runs_of_modules(program, anchors, modules)
+    anchors, weights_of = anchored_ops(program), _weights_behind(program)
+    runs = _runs_of_modules(program, anchors, modules, weights_of)
     if not runs:
         return ()
-    widths, parted = live_bytes(program, anchors), _positions_that_part_state(program, anchors, modules)
+    widths, parted = live_bytes(program, anchors), _positions_that_part_state(program, anchors, modules, weights_of)
     starts = [0]
     for (_, _, last), (_, first, _) in pairwise(runs):
         candidates = range(last + 1, first + 1)
@@ -47,9 +49,10 @@ def find_layers(program: Program, modules: Sequence[Module | None]) -> tuple[Lay
     )
 
 
-def _positions_that_part_state(program: Program, anchors: Sequence[int], modules: Sequence[Module | None]) -> set[int]:
+def _positions_that_part_state(
+    program: Program, anchors: Sequence[int], modules: Sequence[Module | None], weights_of: WeightsOf
+) -> set[int]:
     """The positions at which a cut would leave uses of one leaf of state on both sides."""
-    weights_of = _weights_behind(program)
     uses: dict[Weight, list[int]] = {}
     for position, i in enumerate(anchors):
         for weight in set().union(*(weights_of.get(x, frozenset()) for x in program.ops[i].values)):
@@ -59,10 +62,9 @@ def _positions_that_part_state(program: Program, anchors: Sequence[int], modules
 
 
 def _runs_of_modules(
-    program: Program, anchors: Sequence[int], modules: Sequence[Module | None]
+    program: Program, anchors: Sequence[int], modules: Sequence[Module | None], weights_of: WeightsOf
 ) -> list[tuple[str, int, int]]:
     """(module, first, last): maximal runs of anchored positions that read one module's parameters."""
-    weights_of = _weights_behind(program)
     with_state = _contractions_with_state(program, weights_of, modules)
     runs: list[tuple[str, int, int]] = []
     contracted: set[Weight] = set()
@@ -88,9 +90,7 @@ def _runs_of_modules(
     return runs
 
 
-def _contractions_with_state(
-    program: Program, weights_of: Mapping[Value, frozenset[Weight]], modules: Sequence[Module | None]
-) -> set[Value]:
+def _contractions_with_state(program: Program, weights_of: WeightsOf, modules: Sequence[Module | None]) -> set[Value]:
     """What comes from contractions of weights with state, which meet no data: a recurrent layer may begin with one."""
     found: set[Value] = set()
     for op in program.ops:
@@ -100,7 +100,7 @@ def _contractions_with_state(
     return found
 
 
-def _weights_behind(program: Program) -> dict[Value, frozenset[Weight]]:
+def _weights_behind(program: Program) -> WeightsOf:
     """For every value that comes from weights alone: which."""
     flags = source_flags(program)
     behind = {value: frozenset([weight]) for value, weight in program.weights.items()}

@@ -159,7 +159,8 @@ class DecodeRing:
         Returns:
           The places afterwards. Tokens int32[steps, groups, sequences], `forced` ones included.
         """
-        steps = len(np.atleast_1d(forced))
+        forced = np.atleast_1d(forced)
+        steps = len(forced)
         if not steps:
             raise ValueError("forced came with 0 steps; a step or more is wanted.")
         wanted = int32("forced", forced, (steps, self.num_groups, self.group_size), least=-1)

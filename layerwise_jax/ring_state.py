@@ -70,12 +70,8 @@ def place_caches(ring: RingLoop, mesh: Mesh, place: int, caches: Sequence[Mappin
 
 def _rows_at(ring: RingLoop, place: int, j: int, caches: Sequence[Mapping[int, Any]]) -> list[Any]:
     """What each stage holds of a slot at a place: of the group that is there."""
-    rows = []
-    for stage, weight in enumerate(ring.loop.placement.slots[j].weights):
-        group = group_of(ring, place, stage)
-        leaf = None if weight is None else caches[group or 0][weight.leaf]
-        rows.append(_zeros(leaf) if group is None and leaf is not None else leaf)
-    return rows
+    held = [(weight, group_of(ring, place, s)) for s, weight in enumerate(ring.loop.placement.slots[j].weights)]
+    return [None if weight is None or group is None else caches[group][weight.leaf] for weight, group in held]
 
 
 def first_cache(ring: RingLoop, mesh: Mesh, leaves: Mapping[int, Any]) -> dict[int, Any]:
@@ -85,17 +81,14 @@ def first_cache(ring: RingLoop, mesh: Mesh, leaves: Mapping[int, Any]) -> dict[i
     return {j: _fill(ring, mesh, j, each) for j, each in rows.items()}
 
 
-def _zeros(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
-
-
 def _fill(ring: RingLoop, mesh: Mesh, j: int, rows: Sequence[Any]) -> jax.Array:
+    """One slot, given its rows; zeros where there is nothing, or a type alone."""
     placement, slot, spec = ring.loop.placement, ring.loop.placement.slots[j], ring.specs.get(j, PartitionSpec())
-    if all(row is None or isinstance(row, jax.ShapeDtypeStruct) for row in rows):
+    concrete = [None if isinstance(row, jax.ShapeDtypeStruct) else row for row in rows]
+    if all(row is None for row in concrete):
         shape = (len(slot.weights), *whole_shape(slot.aval.shape, spec, mesh))
         sharding = NamedSharding(mesh, PartitionSpec(STAGE, *spec))
         return jax.jit(lambda: jnp.zeros(shape, slot.aval.dtype), out_shardings=sharding)()
-    concrete = [np.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x for x in rows]
     return placement.fill_rows(slot, concrete, mesh, spec)
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from itertools import accumulate, pairwise
 
-from jax.extend.core import JaxprEqn, Literal
-
-from layerwise_jax import _jax
+from layerwise_jax._jax import JaxprEqn, Literal, avals_of
 from layerwise_jax.program import Op, Operand, Value
 
 Span = tuple[int, int]
@@ -51,7 +49,7 @@ def leading_spans(eqn: JaxprEqn) -> list[Span] | None:
     if name == "split" and params["axis"] == 0:
         return list(pairwise(accumulate(params["sizes"], initial=0)))
     if name == "slice" and (params["strides"] is None or all(stride == 1 for stride in params["strides"])):
-        shape, start, stop = _jax.avals_of(eqn.invars)[0].shape, params["start_indices"], params["limit_indices"]
+        shape, start, stop = avals_of(eqn.invars)[0].shape, params["start_indices"], params["limit_indices"]
         is_whole = tuple(start[1:]) == (0,) * (len(shape) - 1) and tuple(stop[1:]) == tuple(shape[1:])
         return [(start[0], stop[0])] if shape and is_whole else None
     return None
@@ -59,6 +57,6 @@ def leading_spans(eqn: JaxprEqn) -> list[Span] | None:
 
 def _adds_leading_axis(eqn: JaxprEqn) -> bool:
     """Whether a broadcast makes an array the one row of another."""
-    shape = _jax.avals_of(eqn.invars)[0].shape
+    shape = avals_of(eqn.invars)[0].shape
     axes = tuple(range(1, len(shape) + 1))
     return eqn.params["shape"] == (1, *shape) and eqn.params["broadcast_dimensions"] == axes

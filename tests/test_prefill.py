@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
+from ring_models import stacked
 
 import layerwise_jax as lw
 from layerwise_jax.batching import BatchError
@@ -257,10 +258,6 @@ def test_wrong_prompts_are_refused() -> None:
         _ring(None, num_stages=2, prefill_length=None).prefill(staged, places, prompts, lengths)
 
 
-def _stacked(rows: Any) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
-
-
 def _scanned_blocks(params: Any, cache: Any, x: Any, positions: Any) -> tuple[Any, Any]:
     def body(x: Any, of_layer: Any) -> tuple[Any, Any]:
         block, held = of_layer
@@ -282,7 +279,7 @@ def _scanned_prefill(params: Any, cache: Any, tokens: Any, lengths: Any) -> tupl
 
 
 def test_prompts_are_read_into_caches_that_a_scan_stacks() -> None:
-    params, cache = {**PARAMS, "blocks": _stacked(PARAMS["blocks"])}, _stacked(_cache(2))
+    params, cache = {**PARAMS, "blocks": stacked(PARAMS["blocks"])}, stacked(_cache(2))
     options = {"prefill_fn": _scanned_prefill, "prefill_length": LENGTH, "group_size": 2, "num_stages": 2}
     ring = lw.decode_ring(_scanned_step, params, cache, **options)
     generation = ring.generate(ring.place(params), PROMPTS, NEW)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+from ring_models import stacked
 
 from layerwise_jax.batching import BatchError
 from layerwise_jax.decode import decode_ring
@@ -86,7 +87,7 @@ def listed_cache(sequences: int, seed: int = 2) -> list[Any]:
 
 
 def scanned_cache(sequences: int, seed: int = 2) -> Any:
-    return jax.tree.map(lambda *rows: jnp.stack(rows), *listed_cache(sequences, seed))
+    return stacked(listed_cache(sequences, seed))
 
 
 def shared_cache(sequences: int, seed: int = 2) -> Any:
