@@ -1,4 +1,6 @@
-"""What the experiments' binaries have in common: flags are all they take, and emulated devices are asked for first."""
+"""What the experiments' binaries have in common: flags are all they take, and emulated devices are
+asked for first.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -16,7 +18,9 @@ def refuse_words(argv: Sequence[str]) -> None:
       UsageError: naming it.
     """
     if len(argv) > 1:
-        raise app.UsageError(f"nothing is taken besides flags, which begin with --; came {list(argv[1:])}")
+        raise app.UsageError(
+            f"nothing is taken besides flags, which begin with --; came {list(argv[1:])}"
+        )
 
 
 def use_emulated(console: Console, count: int) -> None:

@@ -15,6 +15,8 @@ def update_page(page: Path, parts: Mapping[str, str]) -> None:
     for name, part in parts.items():
         marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         if not marks.search(text):
-            raise ValueError(f"{page} has no marks '<!-- {name} -->' and '<!-- end of {name} -->'; put them in.")
+            raise ValueError(
+                f"{page} has no marks '<!-- {name} -->' and '<!-- end of {name} -->'; put them in."
+            )
         text = marks.sub(lambda found, part=part: f"{found[1]}{part}\n{found[2]}", text)
     page.write_text(text, encoding="utf-8")

@@ -1,4 +1,5 @@
-"""Run a neural network layer-wise: every device holds a contiguous group of layers that fits its on-chip cache.
+"""Run a neural network layer-wise: every device holds a contiguous group of layers that fits its
+on-chip cache.
 
     import layerwise_jax as lw
 
@@ -6,10 +7,11 @@
     print(pipeline.plan)
     staged = pipeline.place(params)
     logits = jax.jit(pipeline)(staged, tokens)
-    loss, grads = jax.jit(pipeline.value_and_grad)(staged, batch)  # where the function returns a scalar loss
-    params = pipeline.gather(staged)
+    loss, grads = jax.jit(pipeline.value_and_grad)(staged, batch)  # where the function returns a
+    scalar loss params = pipeline.gather(staged)
 
-Names are loaded when they are first used, so that planning, which is plain numbers, does not import JAX.
+Names are loaded when they are first used, so that planning, which is plain numbers, does not import
+JAX.
 """
 
 from __future__ import annotations
@@ -18,70 +20,90 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layerwise_jax.batching import BatchError
+    from layerwise_jax.batch.analysis import BatchError
     from layerwise_jax.build import build_pipeline
-    from layerwise_jax.checkpoint import (
+    from layerwise_jax.checkpoint.files import CheckpointError
+    from layerwise_jax.checkpoint.save import (
         Checkpoint,
         checkpoint_steps,
         read_checkpoint,
         restore_checkpoint,
         save_checkpoint,
     )
-    from layerwise_jax.checkpoint_files import CheckpointError
-    from layerwise_jax.comparison import Comparison, compare_dense, compare_work
-    from layerwise_jax.comparison_trace import compare, compare_decode
-    from layerwise_jax.cost import LayerCost
-    from layerwise_jax.decode import decode_ring
-    from layerwise_jax.detect import detect_device
-    from layerwise_jax.device_spec import DeviceSpec
-    from layerwise_jax.devices import A100, B200, CPU, H100, H200, L4, L40S
-    from layerwise_jax.entry import layerwise, stage_mesh
-    from layerwise_jax.generation import Generation
-    from layerwise_jax.layers import LayerSequence, trace_layers
-    from layerwise_jax.measure import measure_costs
-    from layerwise_jax.partition import CapacityError, Partition, partition_layers, solve, solve_measured
+    from layerwise_jax.comparison import compare, compare_decode
+    from layerwise_jax.cost.device import DeviceSpec
+    from layerwise_jax.cost.devices import A100, B200, CPU, H100, H200, L4, L40S
+    from layerwise_jax.cost.layer_cost import LayerCost
+    from layerwise_jax.decode.build import decode_ring
+    from layerwise_jax.decode.generation import Generation
+    from layerwise_jax.decode.ring import DecodeRing
+    from layerwise_jax.decode.sampling import Sampler
+    from layerwise_jax.entry import layerwise
+    from layerwise_jax.measure.detect import detect_device
+    from layerwise_jax.measure.layers import measure_costs
+    from layerwise_jax.mesh import stage_mesh
+    from layerwise_jax.partition.solver import (
+        CapacityError,
+        Partition,
+        partition_layers,
+        solve,
+        solve_measured,
+    )
     from layerwise_jax.pipeline import Pipeline
     from layerwise_jax.plan import Plan
-    from layerwise_jax.ring import DecodeRing
-    from layerwise_jax.sampling import Sampler
-    from layerwise_jax.schedule import Schedule, ScheduleError
-    from layerwise_jax.simulate import predict
-    from layerwise_jax.simulate_calibration import Calibration
-    from layerwise_jax.simulate_fit import fit_calibration
-    from layerwise_jax.simulate_prediction import Prediction
-    from layerwise_jax.simulate_strategy import Strategy
-    from layerwise_jax.simulate_work import StepWork, dense_decode, dense_prefill
-    from layerwise_jax.stages import CutError
+    from layerwise_jax.schedule.table import Schedule, ScheduleError
+    from layerwise_jax.simulate.calibration import Calibration
+    from layerwise_jax.simulate.comparison import Comparison, compare_dense, compare_work
+    from layerwise_jax.simulate.fit import fit_calibration
+    from layerwise_jax.simulate.prediction import Prediction
+    from layerwise_jax.simulate.predictor import predict
+    from layerwise_jax.simulate.strategy import Strategy
+    from layerwise_jax.simulate.work import StepWork, dense_decode, dense_prefill
+    from layerwise_jax.stage.cut import CutError
+    from layerwise_jax.trace.layers import LayerSequence, trace_layers
 
 _HOMES = {
-    "entry": ("layerwise", "stage_mesh"),
-    "layers": ("trace_layers", "LayerSequence"),
-    "measure": ("measure_costs",),
-    "partition": ("partition_layers", "solve", "solve_measured", "Partition", "CapacityError"),
+    "entry": ("layerwise",),
+    "mesh": ("stage_mesh",),
+    "trace.layers": ("trace_layers", "LayerSequence"),
+    "measure.layers": ("measure_costs",),
+    "partition.solver": (
+        "partition_layers",
+        "solve",
+        "solve_measured",
+        "Partition",
+        "CapacityError",
+    ),
     "build": ("build_pipeline",),
     "pipeline": ("Pipeline",),
     "plan": ("Plan",),
-    "cost": ("LayerCost",),
-    "device_spec": ("DeviceSpec",),
-    "devices": ("A100", "B200", "CPU", "H100", "H200", "L4", "L40S"),
-    "detect": ("detect_device",),
-    "batching": ("BatchError",),
-    "stages": ("CutError",),
-    "checkpoint": ("save_checkpoint", "restore_checkpoint", "read_checkpoint", "checkpoint_steps", "Checkpoint"),
-    "comparison_trace": ("compare", "compare_decode"),
-    "comparison": ("Comparison", "compare_work", "compare_dense"),
-    "simulate": ("predict",),
-    "simulate_work": ("StepWork", "dense_decode", "dense_prefill"),
-    "simulate_strategy": ("Strategy",),
-    "simulate_prediction": ("Prediction",),
-    "simulate_calibration": ("Calibration",),
-    "simulate_fit": ("fit_calibration",),
-    "decode": ("decode_ring",),
-    "ring": ("DecodeRing",),
-    "generation": ("Generation",),
-    "sampling": ("Sampler",),
-    "schedule": ("Schedule", "ScheduleError"),
-    "checkpoint_files": ("CheckpointError",),
+    "cost.layer_cost": ("LayerCost",),
+    "cost.device": ("DeviceSpec",),
+    "cost.devices": ("A100", "B200", "CPU", "H100", "H200", "L4", "L40S"),
+    "measure.detect": ("detect_device",),
+    "batch.analysis": ("BatchError",),
+    "stage.cut": ("CutError",),
+    "checkpoint.save": (
+        "save_checkpoint",
+        "restore_checkpoint",
+        "read_checkpoint",
+        "checkpoint_steps",
+        "Checkpoint",
+    ),
+    "comparison": ("compare", "compare_decode"),
+    "simulate.comparison": ("Comparison", "compare_work", "compare_dense"),
+    "simulate.predictor": ("predict",),
+    "simulate.work": ("StepWork", "dense_decode", "dense_prefill"),
+    "simulate.strategy": ("Strategy",),
+    "simulate.prediction": ("Prediction",),
+    "simulate.calibration": ("Calibration",),
+    "simulate.fit": ("fit_calibration",),
+    "decode.build": ("decode_ring",),
+    "decode.ring": ("DecodeRing",),
+    "decode.generation": ("Generation",),
+    "decode.sampling": ("Sampler",),
+    "schedule.table": ("Schedule", "ScheduleError"),
+    "checkpoint.files": ("CheckpointError",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -139,11 +161,20 @@ __all__ = [
 ]
 
 
+# Folders whose public names users reach as `lw.partition.solve`.
+_NAMESPACES = frozenset(
+    "batch checkpoint cost decode measure partition run schedule simulate stage trace train "
+    "xla".split()
+)
+
+
 def __getattr__(name: str) -> Any:
+    if name in _NAMESPACES:
+        return importlib.import_module(f"layerwise_jax.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'layerwise_jax' has no attribute '{name}'")
     return getattr(importlib.import_module(f"layerwise_jax.{_HOME_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_NAMESPACES})

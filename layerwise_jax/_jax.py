@@ -32,15 +32,18 @@ __all__ = [
     "source_line",
     "wrap_key",
 ]
-
 CALL_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "core_call"})
 REMAT_PRIMITIVES = frozenset({"remat", "remat2", "checkpoint"})
 CUSTOM_RULE_PRIMITIVES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
-HIGH_LEVEL_PRIMITIVES = frozenset({"call_hi_primitive"})  # of JAX 0.12: `searchsorted` as one operation, say
+HIGH_LEVEL_PRIMITIVES = frozenset(
+    {"call_hi_primitive"}
+)  # of JAX 0.12: `searchsorted` as one operation, say
 
 
 def bind(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    """Apply an equation's primitive to `operands`, in the context (precision, keys) in which it was traced."""
+    """Apply an equation's primitive to `operands`, in the context (precision, keys) in which it was
+    traced.
+    """
     params = eqn.primitive.get_bind_params(eqn.params)
     stack = _source_info.current_name_stack() + eqn.source_info.name_stack
     with _source_info.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
@@ -62,7 +65,9 @@ def inner_jaxpr(eqn: JaxprEqn) -> Jaxpr:
     """The body of a call, remat or scan equation; what a high-level operation comes down to."""
     if eqn.primitive.name in HIGH_LEVEL_PRIMITIVES:
         lowered: Any = eqn.primitive
-        return jax.make_jaxpr(lambda *args: lowered.to_lojax(*args, **eqn.params))(*avals_of(eqn.invars))
+        return jax.make_jaxpr(lambda *args: lowered.to_lojax(*args, **eqn.params))(
+            *avals_of(eqn.invars)
+        )
     return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
 
 
@@ -121,5 +126,7 @@ def emulate_devices(count: int) -> None:
 
 
 def is_partitionable(eqn: JaxprEqn) -> bool:
-    """Whether an equation was traced with random numbers that do not depend on how arrays are sharded."""
+    """Whether an equation was traced with random numbers that do not depend on how arrays are
+    sharded.
+    """
     return bool(eqn.ctx.threefry_partitionable)

@@ -1,237 +1,166 @@
-"""All strategies for one step side by side: predicted, measured where somebody did, and which to choose."""
+"""`compare`: what a model would take under every strategy, from its trace; no accelerator is
+needed.
+
+    print(lw.compare(model.apply, params, tokens, device=lw.H100, num_devices=16))
+    print(lw.compare_decode(step_fn, params, cache, batch=128, device=lw.H100, num_devices=16))
+
+Types suffice for parameters, inputs and caches, so that a model that fits no memory can be
+compared.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
+import jax
 
-from layerwise_jax.arguments import whole
-from layerwise_jax.comparison_advice import advise, rate_unit, shape_text, time_text
-from layerwise_jax.cost import LayerCost
-from layerwise_jax.device_spec import DeviceSpec
-from layerwise_jax.report import render
-from layerwise_jax.simulate import Prediction, Strategy, best_strategies, dense_decode, ideal_per_second, predict
-from layerwise_jax.simulate_calibration import STOCK, Calibration
-from layerwise_jax.simulate_records import Measurement, measurements
-from layerwise_jax.simulate_work import StepWork
-from layerwise_jax.verdict import Verdict, capacity_verdict
+from layerwise_jax.cost.device import DeviceSpec
+from layerwise_jax.cost.layer_cost import LayerCost
+from layerwise_jax.decode.sampling import Sampler
+from layerwise_jax.decode.step import StepFunction, trace_step
+from layerwise_jax.measure.detect import detect_device
+from layerwise_jax.measure.layers import measure_costs
+from layerwise_jax.simulate.calibration import STOCK, Calibration
+from layerwise_jax.simulate.comparison import Comparison, compare_work
+from layerwise_jax.simulate.work import LayerWork, StepWork, WorkKind
+from layerwise_jax.stage.cut import cut_stages
+from layerwise_jax.stage.inputs import batch_size
+from layerwise_jax.trace.flops import PARTIAL_READS, PARTIAL_WRITES, REDUCTIONS
+from layerwise_jax.trace.layer_search import CONTRACTIONS
+from layerwise_jax.trace.layers import LayerSequence, trace_layers
+from layerwise_jax.trace.program import Weight, nbytes
 
-COMPARISON_VERSION = 1
+# What XLA makes a kernel of, with whatever it fuses into it.
+KERNELS = CONTRACTIONS | REDUCTIONS | PARTIAL_READS | frozenset(PARTIAL_WRITES)
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """What every strategy takes for one step.
-
-    Attributes:
-      work: the step.
-      device: the device.
-      num_devices: how many of them.
-      calibration: how far programs are taken to stay behind the device's figures.
-      rows: a prediction for every strategy, the fastest first, those that fit no memory last.
-      alone: the same for one example alone, which is what its latency can be; none for training.
-      measured: for every row, the measurement that belongs to it, or None.
-    """
-
-    work: StepWork
-    device: DeviceSpec
-    num_devices: int
-    calibration: Calibration
-    rows: tuple[Prediction, ...]
-    alone: tuple[Prediction, ...]
-    measured: tuple[Measurement | None, ...]
-
-    @property
-    def best_throughput(self) -> Prediction:
-        """The most examples a second of what fits memory (of all, if nothing does)."""
-        return _first(self.rows)
-
-    @property
-    def best_latency(self) -> Prediction:
-        """The least seconds a step for one example alone. With the whole batch, fastest is best for throughput too."""
-        return _first(self.alone or self.rows)
-
-    @property
-    def advice(self) -> str:
-        """What to choose, whether layer-wise is it, and why."""
-        return advise(self.rows, self.best_latency if self.alone else None)
-
-    @property
-    def verdict(self) -> Verdict:
-        """The capacity law for these layers on these devices."""
-        costs = [LayerCost(layer.name, math.ceil(layer.weight_bytes), 0, 0) for layer in self.work.layers]
-        return capacity_verdict(costs, self.device, self.num_devices, bits=8 * self.work.weight_item_bytes)
-
-    @property
-    def ideal_per_second(self) -> float:
-        """Tokens a second if weights and caches were read once a step and nothing else took time."""
-        return ideal_per_second(self.work, self.device, self.num_devices)
-
-    def row(self, name: str | None = None, **mesh: int) -> Prediction:
-        """The fastest row of a strategy's name, of a mesh (`stage=2, tensor=8`), or of both.
-
-        Raises:
-          ValueError: there is none.
-        """
-        found = [
-            row
-            for row in self.rows
-            if name in (None, row.strategy.name) and all(row.strategy.mesh.get(a) == n for a, n in mesh.items())
-        ]
-        if not found:
-            known = ", ".join(shape_text(row) for row in self.rows)
-            raise ValueError(f"No row is called {name!r} with the mesh {mesh}; there are {known}.")
-        return found[0]
-
-    def with_rows(self, *strategies: Strategy) -> Comparison:
-        """With rows for these strategies too, on however many devices."""
-        more = [predict(self.work, strategy, self.device, self.calibration) for strategy in strategies]
-        return _sorted(self, [*zip(self.rows, self.measured, strict=True), *((row, None) for row in more)])
-
-    def beside(self, records: Iterable[Mapping[str, Any]]) -> Comparison:
-        """With what was measured of the same step on the same mesh: see `simulate_records` for the records.
-
-        Of several measurements for a row the last counts.
-        """
-        found = [each for each in measurements(records) if _is_same_work(each.work, self.work)]
-        measured = [
-            next((each for each in reversed(found) if _is_same_strategy(each.strategy, row, self.work)), old)
-            for row, old in zip(self.rows, self.measured, strict=True)
-        ]
-        return dataclasses.replace(self, measured=tuple(measured))
-
-    def to_json(self) -> str:
-        """All figures as JSON text."""
-        rows = []
-        for row, measured in zip(self.rows, self.measured, strict=True):
-            figures = row.to_dict()
-            if measured:
-                figures |= {"measured_step_seconds": measured.seconds, "error": measured.error(row)}
-            rows.append(figures)
-        document = {
-            "version": COMPARISON_VERSION,
-            "device": self.device.name,
-            "num_devices": self.num_devices,
-            "work": dataclasses.asdict(self.work),
-            "calibration": dataclasses.asdict(self.calibration),
-            "ideal_per_second": self.ideal_per_second,
-            "rows": rows,
-            "best_throughput": self.best_throughput.to_dict(),
-            "best_latency": self.best_latency.to_dict(),
-            "advice": self.advice,
-        }
-        return json.dumps(document, indent=1)
-
-    def __str__(self) -> str:
-        return render(_table(self)) + _footer(self)
+# With so few products a layer is an MLP or one matrix, and is summed once over tensor ways; a block
+# has attention too.
+ONE_SUM = 3
 
 
-def compare_work(work: StepWork, device: DeviceSpec, num_devices: int, calibration: Calibration = STOCK) -> Comparison:
-    """Predict a step for every way of spreading it over `num_devices`, and for one device alone.
+def compare(
+    fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    num_devices: int,
+    device: DeviceSpec | None = None,
+    in_axes: Any = 0,
+    dtype: str | None = None,
+    tokens: int = 1,
+    tensor_ways: int | None = None,
+    calibration: Calibration = STOCK,
+) -> Comparison:
+    """Predict a function for one device, replicas, tensor ways, stages and their products.
+
+    Every structurally distinct layer is compiled once for the device, which need not be there. A
+    function that returns one number (a loss) is taken to be trained: forward and backward, by 1F1B
+    where there are stages.
 
     Args:
-      work: the step.
-      device: the device.
-      num_devices: how many of them, all linked alike.
-      calibration: how far programs stay behind the device's figures; `fit_calibration` makes one from measurements.
+      fn: a JAX function `fn(params, *inputs)`.
+      params: its parameters, arrays or `jax.ShapeDtypeStruct`.
+      *inputs: its inputs at the full batch, likewise.
+      num_devices: devices to spread it over.
+      device: the device; None for the one that JAX has.
+      in_axes: as in `jax.vmap`: 0 for inputs with a batch axis in front, None for others.
+      dtype: what products are computed in; None for the dtype of the largest parameter.
+      tokens: tokens of an example, if tokens a second are wanted.
+      tensor_ways: how many ways a layer can be split at most, its heads say.
+      calibration: how far programs stay behind the device's figures.
 
     Raises:
-      ValueError: there is no device.
+      ValueError: there is nothing to stage in the function, or no one batch size in the inputs.
     """
-    num_devices = whole("num_devices", num_devices)
-    rows = best_strategies(work, num_devices, device, calibration)
-    alone = []
-    if work.kind != "training":
-        alone = best_strategies(dataclasses.replace(work, batch=1), num_devices, device, calibration)
-    found = Comparison(work, device, num_devices, calibration, (), _ranked(alone), ())
-    return _sorted(found, [(row, None) for row in rows])
+    device = device or detect_device()
+    layers = trace_layers(fn, params, *inputs)
+    batch = batch_size(inputs, in_axes)
+    outputs = layers.signature.outputs_avals
+    kind: WorkKind = "training" if len(outputs) == 1 and outputs[0].shape == () else "forward"
+    found = _layer_works(layers, measure_costs(layers, device), batch, [0.0] * len(layers))
+    kept = _dtype(layers.signature.params_avals)
+    work = StepWork(found, batch, kind, dtype or kept, tokens, tensor_ways, kept)
+    return compare_work(work, device, num_devices, calibration)
 
 
-def compare_dense(device: DeviceSpec, num_devices: int, calibration: Calibration = STOCK, **model: Any) -> Comparison:
-    """`compare_work` for token generation by a dense network, by default the 16-layer one: see `dense_decode`."""
-    return compare_work(dense_decode(**model), device, num_devices, calibration)
+def compare_decode(
+    step_fn: StepFunction,
+    params: Any,
+    cache: Any,
+    *,
+    batch: int,
+    num_devices: int,
+    device: DeviceSpec | None = None,
+    dtype: str | None = None,
+    tensor_ways: int | None = None,
+    calibration: Calibration = STOCK,
+) -> Comparison:
+    """Predict token generation likewise; layer-wise it is a ring (`decode_ring`).
+
+    Args:
+      step_fn: `step_fn(params, cache, tokens, positions) -> (logits, cache)`, as `decode_ring`
+        takes it.
+      params: its parameters, arrays or `jax.ShapeDtypeStruct`.
+      cache: the cache of all `batch` sequences, likewise, full: all of it is taken to be read in a
+        step.
+      batch: sequences.
+      num_devices: as in `compare`, like all that follow.
+      device: the device.
+      dtype: of the products.
+      tensor_ways: how many ways a layer can be split at most.
+      calibration: how far programs stay behind the device's figures.
+
+    Raises:
+      ValueError, CutError: as `decode_ring`.
+    """
+    device = device or detect_device()
+    layers, state = trace_step(step_fn, Sampler(), params, cache, batch)
+    costs = measure_costs(layers, device)
+    found = _layer_works(layers, costs, batch, _cache_bytes(layers, state))
+    kept = _dtype(layers.signature.params_avals[: len(jax.tree.leaves(params))])
+    work = StepWork(found, batch, "decode", dtype or kept, 1, tensor_ways, kept)
+    return compare_work(work, device, num_devices, calibration)
 
 
-def _rank(row: Prediction) -> tuple[bool, float, int]:
-    """What fits memory first, then the faster, of equals the one with fewer devices."""
-    return not row.fits_memory, row.step_seconds, row.strategy.num_devices
+def _layer_works(
+    layers: LayerSequence, costs: Sequence[LayerCost], batch: int, cache_bytes: Sequence[float]
+) -> tuple[LayerWork, ...]:
+    """The layers' work for one example, from costs of the batch; there a cache counts as weight and
+    as result.
+    """
+    works = []
+    for layer, cost, cached, sent in zip(
+        layers.layers, costs, cache_bytes, layers.boundary_bytes[1:], strict=True
+    ):
+        operations = [layers.program.ops[i].name for i in layer.anchors]
+        weights = cost.weight_bytes - cached
+        works.append(
+            LayerWork(
+                name=cost.name,
+                weight_bytes=weights,
+                flops=cost.flops / batch,
+                send_bytes=sent / batch,
+                activation_bytes=max(cost.activation_bytes + cost.buffer_bytes - cached, 0) / batch,
+                state_bytes=cached / batch,
+                kernels=sum(name in KERNELS for name in operations),
+                all_reduces=1 if sum(name in CONTRACTIONS for name in operations) <= ONE_SUM else 2,
+                # A layer that moves fewer bytes than it has weights looks rows up.
+                lookup_bytes=max(weights - cost.bytes_accessed, 0),
+            )
+        )
+    return tuple(works)
 
 
-def _ranked(rows: Iterable[Prediction]) -> tuple[Prediction, ...]:
-    return tuple(sorted(rows, key=_rank))
-
-
-def _first(rows: Sequence[Prediction]) -> Prediction:
-    return min(rows, key=_rank)
-
-
-def _sorted(comparison: Comparison, pairs: list[tuple[Prediction, Measurement | None]]) -> Comparison:
-    rows, measured = zip(*sorted(pairs, key=lambda pair: _rank(pair[0])), strict=True)
-    return dataclasses.replace(comparison, rows=rows, measured=measured)
-
-
-def _is_same_work(one: StepWork, other: StepWork) -> bool:
-    """Whether they have the same layers, by their bytes, for as many examples: names and dtypes of a width aside."""
-    if (one.kind, one.batch, len(one.layers)) != (other.kind, other.batch, len(other.layers)):
-        return False
-    return math.isclose(one.read_bytes, other.read_bytes) and math.isclose(one.state_bytes, other.state_bytes)
-
-
-def _is_same_strategy(strategy: Strategy, row: Prediction, work: StepWork) -> bool:
-    same_groups = strategy.num_groups(work.batch) == row.strategy.num_groups(work.batch)
-    return strategy.mesh == row.strategy.mesh and same_groups
-
-
-def _table(comparison: Comparison) -> Table:
-    work, unit = comparison.work, rate_unit(comparison.work)
-    table = Table(
-        title=f"{work.kind} of {len(work.layers)} layers, batch {work.batch}, on {comparison.num_devices} x "
-        f"{comparison.device.name}; ideally {comparison.ideal_per_second:,.0f} {unit}",
-        title_justify="left",
-        title_style="bold",
-    )
-    table.add_column("strategy", no_wrap=True)
-    table.add_column("d x s x t", no_wrap=True)
-    for name in ("groups", "step", unit, "bound", "GB each", "MB sent", "in cache"):
-        table.add_column(name, justify="right")
-    table.add_column("bound by")
-    has_measured = any(comparison.measured)
-    for name in ("measured", "error") if has_measured else ():
-        table.add_column(name, justify="right")
-    for row, measured in zip(comparison.rows, comparison.measured, strict=True):
-        table.add_row(*_cells(row), *(_beside(row, measured) if has_measured else ()))
-    return table
-
-
-def _cells(row: Prediction) -> list[str]:
+def _cache_bytes(layers: LayerSequence, state: Mapping[int, Weight]) -> list[float]:
+    """Bytes of the cache that every layer reads."""
+    avals, cached = layers.program.avals, set(state.values())
+    stages = cut_stages(layers, range(len(layers) + 1))
     return [
-        row.strategy.name,
-        " x ".join(str(size) for size in row.strategy.mesh.values()),
-        str(row.num_groups),
-        time_text(row.step_seconds),
-        f"{row.tokens_per_second:,.0f}",
-        f"{row.lower_bound_per_second:,.0f}",
-        f"{row.bytes_per_device / 1e9:.3g}{'' if row.fits_memory else '!'}",
-        f"{row.link_bytes / 1e6:,.3g}",
-        "yes" if row.is_resident else "no",
-        row.bound_by,
+        float(sum(nbytes(avals[x]) for x, weight in each.weights.items() if weight in cached))
+        for each in stages
     ]
 
 
-def _beside(row: Prediction, measured: Measurement | None) -> tuple[str, str]:
-    if measured is None:
-        return "", ""
-    return f"{measured.tokens_per_second:,.0f}", f"{measured.error(row):+.1%}"
-
-
-def _footer(comparison: Comparison) -> str:
-    lines = ["d x s x t: replicas (data), stages, tensor ways. GB each: the fullest device; ! is more than it has."]
-    lines += ["bound: what arithmetic and reading weights and caches allow, as often as the strategy reads them."]
-    lines += [comparison.advice, str(comparison.verdict), f"Constants: {comparison.calibration.source}."]
-    return "\n".join(lines) + "\n"
+def _dtype(avals: Sequence[Any]) -> str:
+    """The dtype of the largest parameter."""
+    return str(max(avals, key=nbytes).dtype)

@@ -8,25 +8,26 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
-from layerwise_jax.arguments import whole
-from layerwise_jax.batch_outputs import Reduce
-from layerwise_jax.build import ScheduleName, build_pipeline, check_choices
-from layerwise_jax.cost import LayerCost
-from layerwise_jax.detect import detect_device
-from layerwise_jax.device_spec import DeviceSpec
-from layerwise_jax.inputs import batch_size, first_rows
-from layerwise_jax.layers import LayerSequence, trace_layers
-from layerwise_jax.microbatch import Staging, StagingChoices, choose_staging
-from layerwise_jax.partition import CapacityError
+from layerwise_jax._arguments import checked_int
+from layerwise_jax.batch.outputs import Reduce
+from layerwise_jax.build import build_pipeline, check_choices
+from layerwise_jax.cost.capacity import capacity_bound, row_chunks_to_fit, streaming_notes
+from layerwise_jax.cost.device import DeviceSpec
+from layerwise_jax.cost.layer_cost import LayerCost
+from layerwise_jax.measure.detect import detect_device
+from layerwise_jax.measure.microbatch import Staging, StagingChoices, choose_staging
+from layerwise_jax.mesh import STAGE, check_mesh, stage_mesh
+from layerwise_jax.partition.solver import CapacityError
 from layerwise_jax.pipeline import Pipeline, Remat
-from layerwise_jax.placement import STAGE
 from layerwise_jax.plan import Sizes
-from layerwise_jax.program import nbytes
-from layerwise_jax.refusals import check_mesh, check_stageable
-from layerwise_jax.schedule import Schedule
-from layerwise_jax.verdict import capacity_verdict, row_chunks_to_fit, streaming_notes
+from layerwise_jax.schedule.generators import ScheduleName
+from layerwise_jax.schedule.table import Schedule
+from layerwise_jax.stage.checks import check_stageable
+from layerwise_jax.stage.inputs import batch_size, first_rows
+from layerwise_jax.trace.layers import LayerSequence, trace_layers
+from layerwise_jax.trace.program import nbytes
 
 
 def layerwise(
@@ -52,24 +53,31 @@ def layerwise(
     Args:
       fn: a JAX function `fn(params, *inputs)`: a Flax model's `apply`, a loss, or plain JAX.
       params: its parameters, arrays or `jax.ShapeDtypeStruct`.
-      *inputs: its inputs at the full batch, likewise; their leading axis is split into microbatches.
-      mesh: a mesh with an axis `stage` (and possibly `data`); None puts a stage on each local device.
-      num_stages: stages; None for as many as the mesh has devices on `stage`, or as there are layers. A multiple of
-        the devices with the schedule "interleaved_1f1b" (None: two a device).
-      num_microbatches: parts of the batch on each replica; "auto" for the fewest that fit and fill the pipeline.
+      *inputs: its inputs at the full batch, likewise; their leading axis is split into
+        microbatches.
+      mesh: a mesh with an axis `stage` (and possibly `data`); None puts a stage on each local
+        device.
+      num_stages: stages; None for as many as the mesh has devices on `stage`, or as there are
+        layers. A multiple of the devices with the schedule "interleaved_1f1b" (None: two a device).
+      num_microbatches: parts of the batch on each replica; "auto" for the fewest that fit and fill
+        the pipeline.
       device: the device to size stages for, which need not be there; None for the one that JAX has.
-      capacity: "l2" for the device's usable cache, a number of bytes, or None to balance without a cap. Stages that
-        share a device share its capacity. What a stage holds in its forward pass is held against it, not what training
-        stashes and accumulates besides (`measure_costs` with `backward=True` counts that).
+      capacity: "l2" for the device's usable cache, a number of bytes, or None to balance without a
+        cap. Stages that share a device share its capacity. What a stage holds in its forward pass
+        is held against it, not what training stashes and accumulates besides (`measure_costs` with
+        `backward=True` counts that).
       method: "dp" for the exact optimum, "greedy" for the paper's greedy layer aggregation.
       reduce: how outputs without a batch axis (a loss) combine over microbatches: "mean" or "sum".
-      in_axes: as in `jax.vmap`, over the inputs: 0 for what is split, None for what every microbatch gets whole.
+      in_axes: as in `jax.vmap`, over the inputs: 0 for what is split, None for what every
+        microbatch gets whole.
       state: picks from fn's outputs new values of some parameters, such as running averages.
       batch_statistics: "per_microbatch" if operations may mix the examples of a microbatch.
-      schedule: the order of forwards and backwards in training: a name, or a table of one's own (a `Schedule`).
-      remat: "stage" if backward runs a stage again from what it received, None if residuals are stashed.
-      trainable: which parameters `value_and_grad` differentiates: a tree of booleans, or a function from the types of
-        the parameters to one.
+      schedule: the order of forwards and backwards in training: a name, or a table of one's own (a
+        `Schedule`).
+      remat: "stage" if backward runs a stage again from what it received, None if residuals are
+        stashed.
+      trainable: which parameters `value_and_grad` differentiates: a tree of booleans, or a function
+        from the types of the parameters to one.
 
     Raises:
       CapacityError, BatchError, CutError, ValueError: what came, what was wanted, and what to do.
@@ -111,12 +119,16 @@ def layerwise(
 def _examples_of_a_replica(inputs: tuple[Any, ...], in_axes: Any, replicas: int) -> int:
     batch = batch_size(inputs, in_axes)
     if batch % replicas:
-        raise ValueError(f"A batch of {batch} does not split over {replicas} replicas (the mesh's axis 'data').")
+        raise ValueError(
+            f"A batch of {batch} does not split over {replicas} replicas (the mesh's axis 'data')."
+        )
     return batch // replicas
 
 
 def _trace(fn: Callable[..., Any], params: Any, microbatch: tuple[Any, ...]) -> LayerSequence:
-    """The layers of one microbatch, if they can be staged: to find out comes before anything is compiled."""
+    """The layers of one microbatch, if they can be staged: to find out comes before anything is
+    compiled.
+    """
     layers = trace_layers(fn, params, *microbatch)
     check_stageable(layers.program)
     return layers
@@ -143,7 +155,8 @@ def _stage(choices: StagingChoices, num_microbatches: int | str) -> Staging:
         count = int(num_microbatches) if isinstance(num_microbatches, int | np.integer) else 0
         if count < 1 or choices.num_examples % count:
             raise ValueError(
-                f"{choices.num_examples} examples on each replica do not split into {num_microbatches!r} microbatches. "
+                f"{choices.num_examples} examples on each replica do not split into "
+                f"{num_microbatches!r} microbatches. "
                 "Choose a whole number that divides them, or 'auto'."
             )
         return choices.measured(count)
@@ -163,7 +176,9 @@ def _with_verdict(error: CapacityError, choices: StagingChoices) -> CapacityErro
         return error
     if chunks == 1:
         return error.with_note(f"At one example a microbatch '{layer.name}' fits.")
-    return error.with_note(f"At one example a microbatch '{layer.name}' fits if its rows are run in {chunks} chunks.")
+    return error.with_note(
+        f"At one example a microbatch '{layer.name}' fits if its rows are run in {chunks} chunks."
+    )
 
 
 def _verdict(costs: Sequence[LayerCost], layers: LayerSequence, choices: StagingChoices) -> str:
@@ -172,7 +187,7 @@ def _verdict(costs: Sequence[LayerCost], layers: LayerSequence, choices: Staging
     capacity = None if choices.capacity is None else choices.capacity * shared
     weights = sum(nbytes(layers.program.avals[value]) for value in layers.program.weights)
     num_devices = choices.num_stages // shared
-    return str(capacity_verdict(costs, choices.device, num_devices, _bits(layers), capacity, weights))
+    return str(capacity_bound(costs, choices.device, num_devices, _bits(layers), capacity, weights))
 
 
 def _bits(layers: LayerSequence) -> int:
@@ -196,21 +211,6 @@ def _sizes(choices: StagingChoices, staging: Staging) -> Sizes:
     )
 
 
-def stage_mesh(num_devices: int) -> Mesh:
-    """A mesh of the first local devices, all on the axis `stage`.
-
-    Raises:
-      ValueError: there are fewer devices.
-    """
-    devices = jax.local_devices()
-    if len(devices) < num_devices:
-        raise ValueError(
-            f"{num_devices} stages need {num_devices} devices; there are {len(devices)}. Ask for fewer stages, or "
-            "emulate devices on the CPU: jax.config.update('jax_num_cpu_devices', n) before anything else."
-        )
-    return Mesh(np.array(devices[:num_devices]), (STAGE,), axis_types=(AxisType.Auto,))
-
-
 def _ways(
     mesh: Mesh | None,
     num_stages: int | None,
@@ -219,10 +219,15 @@ def _ways(
     params: Any,
     inputs: tuple[Any, ...],
 ) -> tuple[int, int, int]:
-    """(replicas, devices of each, stages) that were asked for, or that devices, schedule and layers suggest."""
-    num_stages = None if num_stages is None else whole("num_stages", num_stages)
+    """(replicas, devices of each, stages) that were asked for, or that devices, schedule and layers
+    suggest.
+    """
+    num_stages = None if num_stages is None else checked_int("num_stages", num_stages)
     if mesh is not None and not isinstance(mesh, Mesh):
-        raise ValueError(f"mesh came as {type(mesh).__name__}; a jax.sharding.Mesh with an axis 'stage' is wanted.")
+        raise ValueError(
+            f"mesh came as {type(mesh).__name__}; a jax.sharding.Mesh with an axis 'stage' is "
+            "wanted."
+        )
     if isinstance(schedule, Schedule) or schedule == "interleaved_1f1b":
         return _ways_around(mesh, num_stages, schedule)
     if mesh is not None:
@@ -245,6 +250,7 @@ def _ways_around(
     count: int = num_stages or 2 * num_devices
     if count % num_devices:
         raise ValueError(
-            f"{count} stages do not go round {num_devices} devices evenly; a multiple of the devices is wanted."
+            f"{count} stages do not go round {num_devices} devices evenly; a multiple of the "
+            "devices is wanted."
         )
     return check_mesh(mesh, num_devices) if mesh else 1, num_devices, count

@@ -13,22 +13,23 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from layerwise_jax.batch_outputs import Kind, Reduce
-from layerwise_jax.batching import Batching
-from layerwise_jax.compiling import CompiledPipeline, compile_pipeline
-from layerwise_jax.forward import run_forward
-from layerwise_jax.inputs import check_inputs
-from layerwise_jax.interleaved import run_forward_in_rounds
-from layerwise_jax.layers import LayerSequence
-from layerwise_jax.loop import Loop
-from layerwise_jax.optimizer import StagedOptimizer, stage_optimizer
-from layerwise_jax.outputs import Outputs
-from layerwise_jax.placement import DATA, STAGE, Placement, Staged
+from layerwise_jax.batch.analysis import BatchAnalysis
+from layerwise_jax.batch.outputs import Reduce, Reduction
+from layerwise_jax.mesh import DATA, STAGE
 from layerwise_jax.plan import Plan
-from layerwise_jax.schedule import Schedule
-from layerwise_jax.schedule_tables import tables
-from layerwise_jax.train_step import TrainStep, train_step
-from layerwise_jax.training import TrainingLoop
+from layerwise_jax.run.forward import run_forward
+from layerwise_jax.run.interleaved import run_forward_in_rounds
+from layerwise_jax.run.outputs import Outputs
+from layerwise_jax.run.ticks import TrainingLoop
+from layerwise_jax.schedule.arrays import lower_schedule
+from layerwise_jax.schedule.table import Schedule
+from layerwise_jax.stage.inputs import check_inputs
+from layerwise_jax.stage.placement import Placement, Staged
+from layerwise_jax.stage.staged_program import StagedProgram
+from layerwise_jax.trace.layers import LayerSequence
+from layerwise_jax.train.optimizer import StagedOptimizer, stage_optimizer
+from layerwise_jax.train.step import TrainStep, train_step
+from layerwise_jax.xla.option_trials import CompiledPipeline, compile_pipeline
 
 Remat = Literal["stage"]
 
@@ -37,13 +38,14 @@ Remat = Literal["stage"]
 class Pipeline:
     """A function run layer-wise: contiguous groups of its layers, each on its own device.
 
-    Calling it takes placed parameters and the full batch of inputs, and returns what the unstaged function returns.
+    Calling it takes placed parameters and the full batch of inputs, and returns what the unstaged
+    function returns.
     """
 
     layers: LayerSequence
     mesh: Mesh
-    loop: Loop
-    batching: Batching
+    loop: StagedProgram
+    batching: BatchAnalysis
     plan: Plan
     reduce: Reduce | None
     schedule: Schedule
@@ -56,10 +58,14 @@ class Pipeline:
 
     @property
     def trainable(self) -> tuple[bool, ...]:
-        """For every leaf of the parameters, whether it is trained: integers, state and what is frozen are not."""
+        """For every leaf of the parameters, whether it is trained: integers, state and what is
+        frozen are not.
+        """
         held_back = {weight.leaf for weight in (*self.loop.frozen, *self.loop.state.values())}
         avals = self.layers.signature.params_avals
-        return tuple(i not in held_back and jnp.issubdtype(a.dtype, jnp.inexact) for i, a in enumerate(avals))
+        return tuple(
+            i not in held_back and jnp.issubdtype(a.dtype, jnp.inexact) for i, a in enumerate(avals)
+        )
 
     @property
     def parts(self) -> int:
@@ -68,8 +74,10 @@ class Pipeline:
 
     @cached_property
     def _outputs(self) -> Outputs:
-        roles: tuple[Kind, ...] = tuple(role.kind for role in self.batching.outputs)
-        return Outputs(self.loop, roles, tuple(self.layers.signature.outputs_avals), self.mesh, self.reduce)
+        roles: tuple[Reduction, ...] = tuple(role.kind for role in self.batching.outputs)
+        return Outputs(
+            self.loop, roles, tuple(self.layers.signature.outputs_avals), self.mesh, self.reduce
+        )
 
     def place(self, params: Any) -> Staged:
         """Every stage's weights on its own devices: see `Placement.place`."""
@@ -82,16 +90,16 @@ class Pipeline:
     def __call__(self, staged: Staged, *inputs: Any) -> Any:
         """Run the function on a full batch.
 
-        `jax.grad` of a call gives every copy of a tied weight its own stage's share of the gradient; `value_and_grad`
-        of the pipeline gives each copy the whole.
+        `jax.grad` of a call gives every copy of a tied weight its own stage's share of the
+        gradient; `value_and_grad` of the pipeline gives each copy the whole.
 
         Args:
           staged: what `place` returned.
           *inputs: the inputs, as the traced function takes them, at the full batch.
 
         Returns:
-          What the function returns. If the pipeline has state: (what the function returns, with None in place of the
-          new state; the placed parameters with that state).
+          What the function returns. If the pipeline has state: (what the function returns, with
+          None in place of the new state; the placed parameters with that state).
 
         Raises:
           ValueError: inputs or placed parameters are not of the traced types.
@@ -103,7 +111,9 @@ class Pipeline:
         return self._value(results, slots)
 
     def _value(self, results: Sequence[Any], slots: Sequence[Any]) -> Any:
-        """What the caller gets: the function's outputs, and the placed parameters if they have new state."""
+        """What the caller gets: the function's outputs, and the placed parameters if they have new
+        state.
+        """
         outputs = [None if p in self.loop.state else x for p, x in enumerate(results)]
         tree = jax.tree.unflatten(self.layers.signature.outputs_tree, outputs)
         if not self.loop.state:
@@ -111,16 +121,19 @@ class Pipeline:
         return tree, {slot.name: x for slot, x in zip(self.placement.slots, slots, strict=True)}
 
     def value_and_grad(self, staged: Staged, *inputs: Any) -> tuple[Any, Staged]:
-        """The loss and its gradients, where the function returns a scalar loss, alone or first of a tuple.
+        """The loss and its gradients, where the function returns a scalar loss, alone or first of a
+        tuple.
 
-        Forward and backward run by the pipeline's schedule: memory is bounded by what the schedule stashes.
+        Forward and backward run by the pipeline's schedule: memory is bounded by what the schedule
+        stashes.
 
         Returns:
-          (value, gradients): `value` is what calling the pipeline returns, the gradients are placed as the parameters
-          are. A tied weight has the whole gradient in every copy, so that an optimiser which works leaf by leaf keeps
-          the copies equal. Integers and frozen weights have gradients of dtype `float0`, as integers have with
-          `jax.grad(allow_int=True)`. Those of state are zeros, and those of a frozen weight that stands at the same
-          place of the stages' common body as trained ones.
+          (value, gradients): `value` is what calling the pipeline returns, the gradients are placed
+          as the parameters are. A tied weight has the whole gradient in every copy, so that an
+          optimiser which works leaf by leaf keeps the copies equal. Integers and frozen weights
+          have gradients of dtype `float0`, as integers have with `jax.grad(allow_int=True)`. Those
+          of state are zeros, and those of a frozen weight that stands at the same place of the
+          stages' common body as trained ones.
 
         Raises:
           ValueError: the function's first output is not a floating-point scalar.
@@ -144,15 +157,22 @@ class Pipeline:
 
     @cached_property
     def _mapped_training(self) -> Callable[[Sequence[Any], Sequence[Any]], tuple[list, list, list]]:
-        """The training program over the mesh: (slots, input leaves) to (output leaves, gradients, slots)."""
+        """The training program over the mesh: (slots, input leaves) to (output leaves, gradients,
+        slots).
+        """
         inputs, slots, outputs = self._specs()
-        grads = [PartitionSpec(STAGE) for j in range(len(self.placement.slots)) if self.loop.has_gradient(j)]
-        # Every microbatch pulls the loss back: a mean, or what all of them have in common, by its share only.
+        grads = [
+            PartitionSpec(STAGE)
+            for j in range(len(self.placement.slots))
+            if self.loop.has_gradient(j)
+        ]
+        # Every microbatch pulls the loss back: a mean, or what all of them have in common, by its
+        # share only.
         adds = self.reduce == "sum" and self.batching.outputs[0].kind == "reduced"
         seed = 1.0 if adds else 1.0 / self.parts
         training = TrainingLoop(
             self.loop,
-            tables(self.schedule),
+            lower_schedule(self.schedule),
             self._outputs.roles,
             seed,
             recomputes=self.remat == "stage",
@@ -175,20 +195,33 @@ class Pipeline:
         if DATA in self.mesh.axis_names:
             grads = [None if g is None else lax.psum(g, DATA) for g in grads]
         placed = [
-            grad.astype(weight.dtype)[None] for grad, weight in zip(grads, weights, strict=True) if grad is not None
+            grad.astype(weight.dtype)[None]
+            for grad, weight in zip(grads, weights, strict=True)
+            if grad is not None
         ]
-        return self._outputs.of_batch(outputs), placed, [lax.expand_dims(weight, (0,)) for weight in weights_after]
+        return (
+            self._outputs.of_batch(outputs),
+            placed,
+            [lax.expand_dims(weight, (0,)) for weight in weights_after],
+        )
 
     def optimizer(self, optimizer: Any, *, shard_over_data: bool = False) -> StagedOptimizer:
-        """An optax optimiser for placed parameters, equal to it on the user's tree: see `stage_optimizer`."""
-        return stage_optimizer(self.placement, self.trainable, self.mesh, optimizer, shard_over_data=shard_over_data)
+        """An optax optimiser for placed parameters, equal to it on the user's tree: see
+        `stage_optimizer`.
+        """
+        return stage_optimizer(
+            self.placement, self.trainable, self.mesh, optimizer, shard_over_data=shard_over_data
+        )
 
     def train_step(self, optimizer: Any, *, shard_over_data: bool = False) -> TrainStep:
         """A jitted training step with an optax optimiser: see `TrainStep`."""
         return train_step(self, optimizer, shard_over_data=shard_over_data)
 
     def compile(
-        self, staged: Any, *inputs: Any, options: Literal["auto"] | Mapping[str, Any] | None = "auto"
+        self,
+        staged: Any,
+        *inputs: Any,
+        options: Literal["auto"] | Mapping[str, Any] | None = "auto",
     ) -> CompiledPipeline:
         """The pipeline compiled with XLA options of its own: see `compile_pipeline`."""
         return compile_pipeline(self, self.mesh, staged, inputs, options)
@@ -197,8 +230,10 @@ class Pipeline:
         aval = self.layers.signature.outputs_avals[0]
         if aval.shape or not jnp.issubdtype(aval.dtype, jnp.floating):
             raise ValueError(
-                f"value_and_grad needs a function whose first output is a floating-point scalar loss; this one's is "
-                f"{aval.dtype}{list(aval.shape)}. Stage a loss function, with reduce='mean' or reduce='sum'."
+                "value_and_grad needs a function whose first output is a floating-point scalar "
+                "loss; this one's is "
+                f"{aval.dtype}{list(aval.shape)}. Stage a loss function, with reduce='mean' or "
+                "reduce='sum'."
             )
 
     @cached_property
@@ -206,7 +241,11 @@ class Pipeline:
         """The program over the mesh: (slots, input leaves) to (output leaves, slots)."""
         inputs, slots, outputs = self._specs()
         return jax.shard_map(
-            self._on_device, mesh=self.mesh, in_specs=(slots, inputs), out_specs=(outputs, slots), check_vma=False
+            self._on_device,
+            mesh=self.mesh,
+            in_specs=(slots, inputs),
+            out_specs=(outputs, slots),
+            check_vma=False,
         )
 
     def _specs(self) -> tuple[list, list, list]:
@@ -217,20 +256,29 @@ class Pipeline:
         return inputs, slots, self._outputs.specs()
 
     def _local(self, slots: Sequence[Any], inputs: Sequence[Any]) -> tuple[list, list, Any]:
-        """On a device: its row of every slot, its inputs split into microbatches, its index on the data axis."""
+        """On a device: its row of every slot, its inputs split into microbatches, its index on the
+        data axis.
+        """
         weights = [lax.squeeze(slot, (0,)) for slot in slots]
         replica = lax.axis_index(DATA) if DATA in self.mesh.axis_names else jnp.int32(0)
         return (
             weights,
-            [self._microbatches(x, axis) for x, axis in zip(inputs, self.loop.in_axes, strict=True)],
+            [
+                self._microbatches(x, axis)
+                for x, axis in zip(inputs, self.loop.in_axes, strict=True)
+            ],
             replica,
         )
 
     def _on_device(self, slots: Sequence[Any], inputs: Sequence[Any]) -> tuple[list, list]:
         weights, split, replica = self._local(slots, inputs)
         if self.loop.num_chunks > 1:
-            outputs, weights = run_forward_in_rounds(self.loop, self._outputs.roles, weights, split, replica)
-            return self._outputs.of_batch(outputs), [lax.expand_dims(weight, (0,)) for weight in weights]
+            outputs, weights = run_forward_in_rounds(
+                self.loop, self._outputs.roles, weights, split, replica
+            )
+            return self._outputs.of_batch(outputs), [
+                lax.expand_dims(weight, (0,)) for weight in weights
+            ]
         outputs, weights = run_forward(self.loop, weights, split, replica)
         return self._outputs.of_rows(outputs), [lax.expand_dims(weight, (0,)) for weight in weights]
 

@@ -9,16 +9,90 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from layerwise_jax import json_fields
-from layerwise_jax.cost import LayerCost
-from layerwise_jax.report import plan_table
+from rich.table import Table
+from rich.text import Text
+
+from layerwise_jax import _json
+from layerwise_jax._tables import render, run_lengths
+from layerwise_jax.cost.layer_cost import LayerCost
+
+BAR_WIDTH = 20
+
+
+def plan_table(plan: Any) -> str:
+    """A plan as a table, a row a stage, with bounds and notes below."""
+    table = Table(title=_title(plan), title_justify="left", title_style="bold")
+    for name in ("stage", "layers"):
+        table.add_column(name, justify="left", overflow="fold")
+    for name in ("weights", "activations", "workspace", "total", "compiled"):
+        table.add_column(name, justify="right")
+    table.add_column(
+        "of the capacity" if plan.capacity else "of the largest", justify="left", no_wrap=True
+    )
+    table.add_column("sends", justify="right")
+    largest = plan.capacity or max(stage.size for stage in plan.stages) or 1
+    for s, stage in enumerate(plan.stages):
+        table.add_row(
+            str(s),
+            run_lengths(stage.layers),
+            *_sizes(stage),
+            _bar(stage.size / largest),
+            _bytes(stage.send_bytes),
+        )
+    return render(table) + "\n".join(_footer(plan)) + "\n"
+
+
+def _title(plan: Any) -> str:
+    capacity = f", {_bytes(plan.capacity)} each" if plan.capacity else ""
+    devices = "" if plan.num_devices == plan.num_stages else f" on {plan.num_devices} devices"
+    return (
+        f"{plan.num_stages} stages{devices}{capacity}, {plan.num_microbatches} microbatches "
+        f"({plan.device}; sizes from {plan.measured_on})"
+    )
+
+
+def _sizes(stage: Any) -> list[str]:
+    sizes = [
+        _bytes(n)
+        for n in (stage.weight_bytes, stage.activation_bytes, stage.buffer_bytes, stage.size)
+    ]
+    return [*sizes, "-" if stage.compiled_bytes is None else _bytes(stage.compiled_bytes)]
+
+
+def _footer(plan: Any) -> list[str]:
+    branch = "the rest under one branch" if plan.has_branch else "no branch"
+    proof = "" if plan.gap is None else f", lower bound {plan.lower_bound:.4g}, gap {plan.gap:.2%}"
+    fewest = f", fewest stages {plan.fewest_stages}" if plan.fewest_stages else ""
+    loop = f"layers of each stage that stand once in the loop: {plan.common_layers} ({branch})"
+    last = ", the last for the end of the last stage alone" if plan.has_last_tick else ""
+    idle = (
+        f"{plan.num_ticks} ticks{last}; bubble {plan.bubble_share:.1%}; padding "
+        f"{_bytes(plan.padding_bytes)}; {loop}"
+    )
+    lines = [idle, f"bottleneck {plan.bottleneck:.4g}{proof}{fewest}"]
+    return [*lines, *(f"note: {note}" for note in plan.notes)]
+
+
+def _bar(share: float) -> Text:
+    filled = min(BAR_WIDTH, round(share * BAR_WIDTH))
+    return Text("█" * filled + "░" * (BAR_WIDTH - filled) + f" {share:.0%}")
+
+
+def _bytes(count: float) -> str:
+    """Bytes in binary units, three significant digits."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.3g} {units[0]}"
+
 
 PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What was measured of the layers, for which device, by what, and the capacity that they were held against.
+    """What was measured of the layers, for which device, by what, and the capacity that they were
+    held against.
 
     `stage_bytes` is what each stage holds compiled as one program, where that was measured.
     """
@@ -38,7 +112,8 @@ class StagePlan:
     Attributes:
       layers: the names of its layers, in order.
       weight_bytes, activation_bytes, buffer_bytes: sums over its layers, of one microbatch.
-      compiled_bytes: what the stage holds at its peak, compiled as one program; None if that was not measured.
+      compiled_bytes: what the stage holds at its peak, compiled as one program; None if that was
+        not measured.
       send_bytes: bytes of one microbatch that cross the boundary after it.
     """
 
@@ -62,7 +137,8 @@ class Plan:
     Attributes:
       stages: the stages in order.
       capacity: bytes that a stage may hold, or None.
-      num_devices: devices that the stages of a replica go round; fewer than stages in an interleaved schedule.
+      num_devices: devices that the stages of a replica go round; fewer than stages in an
+        interleaved schedule.
       num_microbatches: microbatches of each replica; of a ring, its groups of sequences.
       num_ticks: ticks of the forward loop; of a ring, of a round.
       padding_bytes: bytes that all devices together hold in vain, because stages differ.
@@ -70,8 +146,8 @@ class Plan:
       has_branch: whether the loop has a branch on the stage index.
       device: the device that the sizes are for.
       measured_on: what compiled the layers to size them.
-      bottleneck, lower_bound, gap: the largest stage load, what no partition can beat, and their relative distance
-        (None if nothing was proven).
+      bottleneck, lower_bound, gap: the largest stage load, what no partition can beat, and their
+        relative distance (None if nothing was proven).
       fewest_stages: how many stages would do under the capacity, if counted.
       notes: the partition's limits, and warnings.
     """
@@ -100,7 +176,8 @@ class Plan:
     def bubble_share(self) -> float:
         """The share of all (device, tick) pairs without a microbatch.
 
-        (d - 1) / (v M + d - 1) in a pipeline of d devices with v stages each; in a ring what stages have beyond groups.
+        (d - 1) / (v M + d - 1) in a pipeline of d devices with v stages each; in a ring what stages
+        have beyond groups.
         """
         busy = self.num_microbatches * self.num_stages / self.num_devices
         idle = self.num_ticks - busy - self.has_last_tick
@@ -108,7 +185,9 @@ class Plan:
 
     @property
     def has_last_tick(self) -> bool:
-        """Whether there is one more tick, in which the last stage alone does what follows the common layers."""
+        """Whether there is one more tick, in which the last stage alone does what follows the
+        common layers.
+        """
         busy = self.num_microbatches * self.num_stages / self.num_devices
         return self.num_ticks - busy > max(self.num_devices - 1, 0)
 
@@ -124,9 +203,10 @@ class Plan:
         """A plan from `to_json`.
 
         Raises:
-          ValueError: not JSON, of another version, or with fields missing, unknown or of the wrong type.
+          ValueError: not JSON, of another version, or with fields missing, unknown or of the wrong
+            type.
         """
-        return json_fields.read(cls, text, PLAN_VERSION, "Plan again.")
+        return _json.read(cls, text, PLAN_VERSION, "Plan again.")
 
 
 def make_plan(
@@ -181,7 +261,9 @@ def _reasons(partition: Any) -> tuple[str, str]:
     return getattr(partition, "limits", ""), getattr(partition, "proof", "")
 
 
-def _stage_plan(costs: Sequence[LayerCost], compiled_bytes: int | None, send_bytes: int) -> StagePlan:
+def _stage_plan(
+    costs: Sequence[LayerCost], compiled_bytes: int | None, send_bytes: int
+) -> StagePlan:
     return StagePlan(
         layers=tuple(cost.name for cost in costs),
         weight_bytes=sum(cost.weight_bytes for cost in costs),

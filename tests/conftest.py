@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-NUM_DEVICES = 16  # enough for 8 stages in 2 ways of data parallelism; each costs four idle threads and no time
+# enough for 8 stages in 2 ways of data parallelism; each costs four idle threads and no time
+NUM_DEVICES = 16
 
-# Before the first use of a device, and in the process of every xdist worker: an accelerator that is there stays unused.
+# Before the first use of a device, and in the process of every xdist worker: an accelerator that is
+# there stays unused.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 
-# An example takes as long as its compilation. In continuous integration every run draws the same examples.
+# An example takes as long as its compilation. In continuous integration every run draws the same
+# examples.
 hypothesis.settings.register_profile(
     "layerwise",
     deadline=None,
@@ -29,7 +32,9 @@ hypothesis.settings.load_profile("layerwise")
 
 @pytest.fixture(scope="session")
 def stage_mesh() -> Callable[..., Mesh]:
-    """A maker of meshes: `stage_mesh(4)` has an axis `stage` of 4 devices, `stage_mesh(4, data=2)` also one `data`."""
+    """A maker of meshes: `stage_mesh(4)` has an axis `stage` of 4 devices, `stage_mesh(4, data=2)`
+    also one `data`.
+    """
 
     def make(num_stages: int, **ways: int) -> Mesh:
         axes = {"stage": num_stages, **ways}

@@ -1,4 +1,6 @@
-"""The promise: staged and unstaged, a model has the same outputs, the same loss and the same gradients."""
+"""The promise: staged and unstaged, a model has the same outputs, the same loss and the same
+gradients.
+"""
 
 import functools
 from collections.abc import Callable
@@ -6,17 +8,36 @@ from itertools import product
 
 import pytest
 from jax.sharding import Mesh
-from staging import Run, assert_trees_close, even_boundaries, run_staged, run_unstaged, stage_step, uneven_boundaries
-from zoo import CASES, Case
+
+from tests.models.zoo import CASES, Case
+from tests.support.staging import (
+    Run,
+    assert_trees_close,
+    even_boundaries,
+    run_staged,
+    run_unstaged,
+    stage_step,
+    uneven_boundaries,
+)
 
 STAGES = (1, 2, 3, 4, 8)
 MICROBATCHES = (1, 2, 4, 8)
-SHORTER_THAN_EIGHT = {"resnet", "resnet_train", "gpt_dropout", "gpt_dropout_shared", "gpt_dropout_keys"}
+SHORTER_THAN_EIGHT = {
+    "resnet",
+    "resnet_train",
+    "gpt_dropout",
+    "gpt_dropout_shared",
+    "gpt_dropout_keys",
+}
 
 WHOLE_TABLE = set(product(CASES, STAGES, MICROBATCHES))
 # Models that take long to compile; of them there are many alike.
-TRANSFORMERS = {name for name in CASES if name.startswith("gpt_")} | {"encoder_decoder", "shared_blocks"}
-# Every model at two or three numbers of stages, each with another number of microbatches: both go round, row by row.
+TRANSFORMERS = {name for name in CASES if name.startswith("gpt_")} | {
+    "encoder_decoder",
+    "shared_blocks",
+}
+# Every model at two or three numbers of stages, each with another number of microbatches: both go
+# round, row by row.
 COVERING_TABLE = [
     (name, STAGES[(row + column) % len(STAGES)], MICROBATCHES[(row + column) % len(MICROBATCHES)])
     for row, name in enumerate(CASES)
@@ -25,12 +46,16 @@ COVERING_TABLE = [
 
 
 @pytest.mark.parametrize(("name", "num_stages", "num_microbatches"), COVERING_TABLE)
-def test_staged_equals_unstaged(name: str, num_stages: int, num_microbatches: int, stage_mesh: Callable) -> None:
+def test_staged_equals_unstaged(
+    name: str, num_stages: int, num_microbatches: int, stage_mesh: Callable
+) -> None:
     check(CASES[name](), num_microbatches, stage_mesh(num_stages))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "num_stages", "num_microbatches"), sorted(WHOLE_TABLE - set(COVERING_TABLE)))
+@pytest.mark.parametrize(
+    ("name", "num_stages", "num_microbatches"), sorted(WHOLE_TABLE - set(COVERING_TABLE))
+)
 def test_staged_equals_unstaged_in_the_rest_of_the_table(
     name: str, num_stages: int, num_microbatches: int, stage_mesh: Callable
 ) -> None:
@@ -40,7 +65,9 @@ def test_staged_equals_unstaged_in_the_rest_of_the_table(
 def test_the_covering_table_leaves_nothing_out() -> None:
     """Over the models it has every pair of a number of stages and one of microbatches."""
     assert len(set(COVERING_TABLE)) == 3 * len(CASES) - len(TRANSFORMERS)
-    assert {(num_stages, count) for _, num_stages, count in COVERING_TABLE} == set(product(STAGES, MICROBATCHES))
+    assert {(num_stages, count) for _, num_stages, count in COVERING_TABLE} == set(
+        product(STAGES, MICROBATCHES)
+    )
 
 
 def check(case: Case, num_microbatches: int, mesh: Mesh) -> None:

@@ -1,4 +1,6 @@
-"""Every refusal says what came, what was wanted and what to do, and a refused call loses nothing."""
+"""Every refusal says what came, what was wanted and what to do, and a refused call loses
+nothing.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +30,9 @@ def loss_fn(params: list[jax.Array], x: jax.Array) -> jax.Array:
     return jnp.mean(fn(params, x))
 
 
-def stage(function: Function = fn, params: Any = PARAMS, *inputs: Any, **options: Any) -> lw.Pipeline:
+def stage(
+    function: Function = fn, params: Any = PARAMS, *inputs: Any, **options: Any
+) -> lw.Pipeline:
     """A pipeline of two stages and two microbatches, unless the options say otherwise."""
     defaults = {"num_stages": 2, "num_microbatches": 2, "capacity": None}
     return lw.layerwise(function, params, *(inputs or (X,)), **defaults | options)
@@ -49,7 +53,13 @@ def pipeline() -> lw.Pipeline:
 
 @pytest.mark.parametrize("count", [3, 16, 0, -2, "some", 2.0])
 def test_microbatches_that_do_not_divide_the_batch(count: Any) -> None:
-    refuses(lambda: stage(num_microbatches=count), "8 examples", f"{count!r} microbatches", "divides", "'auto'")
+    refuses(
+        lambda: stage(num_microbatches=count),
+        "8 examples",
+        f"{count!r} microbatches",
+        "divides",
+        "'auto'",
+    )
 
 
 def test_a_batch_that_does_not_divide_over_replicas(stage_mesh: Callable[..., Mesh]) -> None:
@@ -58,7 +68,11 @@ def test_a_batch_that_does_not_divide_over_replicas(stage_mesh: Callable[..., Me
 
 
 def test_inputs_without_one_batch_size() -> None:
-    refuses(lambda: stage(lambda params, x, y: fn(params, x + y[0]), PARAMS, X, X[:3]), "[3, 8]", "in_axes")
+    refuses(
+        lambda: stage(lambda params, x, y: fn(params, x + y[0]), PARAMS, X, X[:3]),
+        "[3, 8]",
+        "in_axes",
+    )
     refuses(lambda: stage(in_axes=None), "[]", "one batch size")
 
 
@@ -69,14 +83,27 @@ def test_more_stages_than_layers() -> None:
 def test_no_stages_and_no_microbatches(stage_mesh: Callable[..., Mesh]) -> None:
     refuses(lambda: stage(num_stages=0), "num_stages is 0", "from 1 up")
     layers = lw.trace_layers(fn, PARAMS, X)
-    refuses(lambda: lw.build_pipeline(layers, (0, 2, 4), stage_mesh(2), 0), "num_microbatches is 0", "from 1 up")
+    refuses(
+        lambda: lw.build_pipeline(layers, (0, 2, 4), stage_mesh(2), 0),
+        "num_microbatches is 0",
+        "from 1 up",
+    )
 
 
-@pytest.mark.parametrize("boundaries", [(0, 2, 2, 4), (0, 1, 3), (1, 4), (0, 5, 4), (0, 1, 2, 3, 4, 4)])
-def test_boundaries_that_are_none(stage_mesh: Callable[..., Mesh], boundaries: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "boundaries", [(0, 2, 2, 4), (0, 1, 3), (1, 4), (0, 5, 4), (0, 1, 2, 3, 4, 4)]
+)
+def test_boundaries_that_are_none(
+    stage_mesh: Callable[..., Mesh], boundaries: tuple[int, ...]
+) -> None:
     layers = lw.trace_layers(fn, PARAMS, X)
     mesh = stage_mesh(len(boundaries) - 1)
-    refuses(lambda: lw.build_pipeline(layers, boundaries, mesh, 1), str(boundaries), "4 layers", "end at 4")
+    refuses(
+        lambda: lw.build_pipeline(layers, boundaries, mesh, 1),
+        str(boundaries),
+        "4 layers",
+        "end at 4",
+    )
 
 
 def test_a_mesh_without_stages() -> None:
@@ -92,7 +119,12 @@ def test_a_mesh_for_other_stages(stage_mesh: Callable[..., Mesh]) -> None:
 
 def test_fewer_devices_than_stages() -> None:
     count = jax.local_device_count() + 1
-    refuses(lambda: stage(fn, PARAMS * count, num_stages=count), f"{count} devices", f"are {count - 1}", "fewer stages")
+    refuses(
+        lambda: stage(fn, PARAMS * count, num_stages=count),
+        f"{count} devices",
+        f"are {count - 1}",
+        "fewer stages",
+    )
     refuses(lambda: lw.stage_mesh(count), f"{count} devices", "jax_num_cpu_devices")
 
 
@@ -102,12 +134,17 @@ def test_fewer_devices_than_stages() -> None:
         (tuple(PARAMS), ["another tree", "came:   PyTreeDef((", "wanted: PyTreeDef(["]),
         (PARAMS[:3], ["another tree"]),
         ([*PARAMS[:3], PARAMS[3][:2]], ["[3]", "float32[2, 4]", "traced as float32[4, 4]"]),
-        ([PARAMS[0].astype(HALF), *PARAMS[1:]], ["[0]", "bfloat16[4, 4]", "traced as float32[4, 4]", "Convert it"]),
+        (
+            [PARAMS[0].astype(HALF), *PARAMS[1:]],
+            ["[0]", "bfloat16[4, 4]", "traced as float32[4, 4]", "Convert it"],
+        ),
         ([1.0, *PARAMS[1:]], ["[0]", "float32[]"]),
     ],
     ids=["tree", "length", "shape", "dtype", "scalar"],
 )
-def test_parameters_that_were_not_traced(pipeline: lw.Pipeline, params: Any, words: list[str]) -> None:
+def test_parameters_that_were_not_traced(
+    pipeline: lw.Pipeline, params: Any, words: list[str]
+) -> None:
     refuses(lambda: pipeline.place(params), *words)
 
 
@@ -130,34 +167,65 @@ def test_inputs_that_were_not_traced(pipeline: lw.Pipeline, inputs: Any, words: 
 def test_parameters_that_were_not_placed_here(pipeline: lw.Pipeline) -> None:
     for call in (lambda staged: pipeline(staged, X), pipeline.gather):
         refuses(lambda call=call: call(PARAMS), "came list", "pipeline.place(params)")
-        refuses(lambda call=call: call(stage(num_stages=1).place(PARAMS)), "came ['0', '1', '2', '3']", "place(params)")
+        refuses(
+            lambda call=call: call(stage(num_stages=1).place(PARAMS)),
+            "came ['0', '1', '2', '3']",
+            "place(params)",
+        )
     staged = pipeline.place(PARAMS)
     name = next(iter(staged))
-    refuses(lambda: pipeline({**staged, name: staged[name][:1]}, X), name, "float32[1, 4, 4]", "float32[2, 4, 4]")
+    refuses(
+        lambda: pipeline({**staged, name: staged[name][:1]}, X),
+        name,
+        "float32[1, 4, 4]",
+        "float32[2, 4, 4]",
+    )
 
 
 def test_a_scalar_without_reduce() -> None:
-    refuses(lambda: stage(loss_fn), "mean over the examples", "reduce='mean'", "reduce='sum'", error=lw.BatchError)
+    refuses(
+        lambda: stage(loss_fn),
+        "mean over the examples",
+        "reduce='mean'",
+        "reduce='sum'",
+        error=lw.BatchError,
+    )
 
 
 def test_gradients_of_what_is_no_loss(pipeline: lw.Pipeline) -> None:
     staged = pipeline.place(PARAMS)
-    refuses(lambda: pipeline.value_and_grad(staged, X), "scalar loss", "float32[4, 4]", "reduce='mean'")
+    refuses(
+        lambda: pipeline.value_and_grad(staged, X), "scalar loss", "float32[4, 4]", "reduce='mean'"
+    )
 
 
 def test_operations_that_mix_the_batch() -> None:
     def mixing(params: list[jax.Array], x: jax.Array) -> jax.Array:
         return fn(params, x) - jnp.mean(fn(params, x), axis=0)
 
-    refuses(lambda: stage(mixing), "test_errors.py", "batch_statistics='per_microbatch'", error=lw.BatchError)
+    refuses(
+        lambda: stage(mixing),
+        "test_errors.py",
+        "batch_statistics='per_microbatch'",
+        error=lw.BatchError,
+    )
 
 
 def test_capacity_below_one_layer() -> None:
     """The layer, its three sizes, the cap, and what would fit."""
     costs = lw.measure_costs(lw.trace_layers(fn, PARAMS, X[:4]))
     largest = max(costs, key=lambda cost: cost.size)
-    words = ["layer 0 '0'", "capacity is 50", "64 bytes of weights", f"{largest.activation_bytes} of activations"]
-    fit = ["of buffers", "Devices needed: 6 at fp32, 3 at fp16, 2 at fp8, 1 at 4 bits", "tensor ways: 2 at fp32"]
+    words = [
+        "layer 0 '0'",
+        "capacity is 50",
+        "64 bytes of weights",
+        f"{largest.activation_bytes} of activations",
+    ]
+    fit = [
+        "of buffers",
+        "Devices needed: 6 at fp32, 3 at fp16, 2 at fp8, 1 at 4 bits",
+        "tensor ways: 2 at fp32",
+    ]
     refuses(lambda: stage(capacity=50), *words, *fit, error=lw.CapacityError)
 
 
@@ -168,7 +236,9 @@ def test_capacity_that_only_small_microbatches_fit() -> None:
 
 
 def test_capacity_below_the_model() -> None:
-    refuses(lambda: stage(capacity=200, num_stages=1, num_microbatches=8), "200", error=lw.CapacityError)
+    refuses(
+        lambda: stage(capacity=200, num_stages=1, num_microbatches=8), "200", error=lw.CapacityError
+    )
 
 
 def test_options_that_do_not_exist() -> None:
@@ -177,16 +247,27 @@ def test_options_that_do_not_exist() -> None:
     refuses(lambda: stage(method="best"), "'best'", "'dp', 'greedy'")
     refuses(lambda: stage(schedule="3f2b"), "'3f2b'", "'1f1b'")
     four = jax.make_mesh((4,), ("stage",), axis_types=(jax.sharding.AxisType.Auto,))
-    refuses(lambda: stage(mesh=four, schedule="interleaved_1f1b"), "2 stages do not go round 4 devices evenly")
+    refuses(
+        lambda: stage(mesh=four, schedule="interleaved_1f1b"),
+        "2 stages do not go round 4 devices evenly",
+    )
     refuses(lambda: stage(loss_fn, reduce="max"), "reduce is 'max'", "'mean', 'sum' or None")
     refuses(lambda: stage(reduce="avg"), "reduce is 'avg'")
-    refuses(lambda: stage(batch_statistics="per_batch"), "batch_statistics is 'per_batch'", "'per_microbatch' or None")
+    refuses(
+        lambda: stage(batch_statistics="per_batch"),
+        "batch_statistics is 'per_batch'",
+        "'per_microbatch' or None",
+    )
     refuses(lambda: stage(remat="full"), "remat is 'full'", "'stage' or None")
 
 
 @pytest.mark.parametrize(
     ("axes", "words"),
-    [(1, ["in_axes has 1", "Transpose"]), ((0, 0), ["(0, 0)", "PyTreeDef((*,))"]), ({"x": 0}, ["{'x': 0}"])],
+    [
+        (1, ["in_axes has 1", "Transpose"]),
+        ((0, 0), ["(0, 0)", "PyTreeDef((*,))"]),
+        ({"x": 0}, ["{'x': 0}"]),
+    ],
 )
 def test_axes_that_do_not_fit_the_inputs(axes: Any, words: list[str]) -> None:
     refuses(lambda: stage(in_axes=axes), *words)
@@ -209,7 +290,9 @@ def test_a_function_that_closes_over_a_traced_array() -> None:
     def outer(y: jax.Array) -> Any:
         return lw.trace_layers(lambda params, x: fn(params, x + y), PARAMS, X)
 
-    refuses(lambda: jax.jit(outer)(X), "traced array (float32[8,4])", "as a parameter or as an input")
+    refuses(
+        lambda: jax.jit(outer)(X), "traced array (float32[8,4])", "as a parameter or as an input"
+    )
 
 
 def with_print(params: list[jax.Array], x: jax.Array) -> jax.Array:

@@ -1,9 +1,11 @@
-"""The house keeps its floors: imports point down, planning needs no JAX, one door to JAX's internals, small rooms."""
+"""Architecture tests: imports point down, planning needs no JAX, one shim for JAX internals."""
 
 import ast
 import functools
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,53 +13,27 @@ import pytest
 PACKAGE = "layerwise_jax"
 ROOT = Path(__file__).parents[1]
 
-# A module imports from the floors below its own and, on its own floor, from those before it in its flight of stairs.
-FLOORS = {
-    3: ["__init__"],
-    2: [
-        (
-            "measure microbatch optimizer_trace optimizer_rows optimizer_run optimizer_state optimizer train_step loop "
-            "on_device forward residuals linearize stash stage_vjp training interleaved sampling batch_roles "
-            "batch_scale batch_single batch_pairs batch_derivatives batch_elementwise batch_shapes batch_products "
-            "batch_attention batch_indexing batch_draws batch_control batch_walk batch_outputs outputs batching "
-            "inner_sharding state_order step_program cache_rows step_rows ring_message ring_loop ring_state "
-            "ring_program prefill generation ring compiling pipeline checkpoint build detect entry decode "
-            "comparison_advice comparison comparison_trace"
-        ),
-    ],
-    1: [
-        (
-            "modules checkpoint_files program stacked_rows flatten structure anchors layer_search layers "
-            "optimizer_program inputs stages alignment wiring slot_names placement slots refusals"
-        ),
-        "report plan verdict",
-        (
-            "partition_checks partition_problem partition_result partition_stage partition_sweep partition_certificate "
-            "partition_even partition_search partition_plan partition_bottleneck partition_greedy partition_objective "
-            "partition_measured partition simulate_work simulate_calibration simulate_stage simulate_strategy "
-            "simulate_training simulate_prediction simulate simulate_records simulate_fit"
-        ),
-        "timeline",
-    ],
-    0: [
-        "_jax",
-        "schedule schedule_check schedule_generators schedule_simulate schedule_tables",
-        "arguments",
-        "cost json_fields device_spec devices gpu_target buffers_wire buffers flops aot xla_options persisting",
-    ],
-}
-FLIGHTS = [(floor, flight.split()) for floor, flights in FLOORS.items() for flight in flights]
-
-# Modules that plan, by the first word of their names: plain numbers in and out.
-PLANNING = {"partition", "simulate", "schedule", "cost", "devices", "buffers"}
+# Folders and top modules in the order of processing, users' end first.
+# Each imports only from those after it.
+ORDER = """
+    __init__ entry comparison build checkpoint pipeline decode train run measure simulate batch
+    stage xla plan trace partition cost schedule mesh _tables _json _arguments _jax
+""".split()
+WITHOUT_JAX = {"partition", "schedule", "simulate", "cost", "plan", "_tables", "_json"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
+MAX_TOP_MODULES = 14
+MAX_FILES = 16  # of a folder, besides __init__
 MAX_LINES = 350
 MAX_FUNCTION_LINES = 60
 
-PATHS = {path.relative_to(ROOT / PACKAGE).with_suffix("").as_posix(): path for path in (ROOT / PACKAGE).rglob("*.py")}
+PATHS = {
+    path.relative_to(ROOT / PACKAGE).with_suffix("").as_posix().replace("/", "."): path
+    for path in (ROOT / PACKAGE).rglob("*.py")
+}
 MODULES = sorted(PATHS)
-PLANNING_MODULES = [name for name in MODULES if name.split("_")[0] in PLANNING]
+FOLDERS = sorted({module.split(".")[0] for module in MODULES if "." in module})
+PLAIN_MODULES = [module for module in MODULES if module.split(".")[0] in WITHOUT_JAX]
 
 
 @functools.cache
@@ -66,72 +42,107 @@ def parse(module: str) -> ast.Module:
 
 
 def imported(module: str) -> set[str]:
-    """The full names that a module imports anywhere in it, in functions and for type checkers too."""
+    """Full names that a module imports anywhere in it: in functions and for type checkers too."""
     names = set()
     for node in ast.walk(parse(module)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            source = ".".join([PACKAGE] * (node.level > 0) + [node.module] * (node.module is not None))
-            names |= {f"{source}.{alias.name}" for alias in node.names}
+            assert node.level == 0, f"{module}: imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
 def imported_modules(module: str) -> set[str]:
-    """The modules of the package that a module imports."""
-    inside = [name.split(".") for name in imported(module) if name.split(".")[0] == PACKAGE]
-    return {name[1] if len(name) > 2 or name[-1] in PATHS else "__init__" for name in inside}
+    """Modules of the package that a module imports; a folder stands for its `__init__`."""
+    return {
+        target
+        for name in imported(module)
+        if name.split(".")[0] == PACKAGE and (target := _module_of(name)) != module
+    }
 
 
-def place(module: str) -> tuple[int, list[str]]:
-    """The floor of a module and those before it in its flight; fails for one that FLOORS leaves out or names twice."""
-    places = [(floor, flight[: flight.index(module)]) for floor, flight in FLIGHTS if module in flight]
-    assert places, f"{module} is missing from FLOORS of {Path(__file__).name}: add it to the floor where it belongs"
-    assert len(places) == 1, f"{module} stands in {len(places)} places of FLOORS: leave it in one"
-    return places[0]
+def _module_of(name: str) -> str:
+    parts = name.split(".")[1:]
+    for end in range(len(parts), -1, -1):
+        for candidate in (".".join(parts[:end]), ".".join([*parts[:end], "__init__"])):
+            if candidate in PATHS:
+                return candidate
+    raise AssertionError(f"{name} is no module of {PACKAGE}")
 
 
-@pytest.mark.parametrize("module", sorted({*MODULES, *(module for _, flight in FLIGHTS for module in flight)}))
-def test_every_module_has_one_place(module: str):
-    assert module in PATHS, f"{module} is gone from the package: take it out of FLOORS of {Path(__file__).name}"
-    assert module not in place(module)[1]
+def folder_of(module: str) -> str:
+    return module.split(".")[0]
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module: str):
-    floor, before = place(module)
-    for other in imported_modules(module) - {module}:
-        assert place(other)[0] < floor or other in before, (
-            f"{module} (floor {floor}) imports {other} (floor {place(other)[0]}), neither on a floor below nor "
-            f"before it in its flight: move what they share down, or mend FLOORS of {Path(__file__).name}"
+def test_imports_point_down(module: str) -> None:
+    folder = folder_of(module)
+    assert folder in ORDER, f"{folder} is missing from ORDER of {Path(__file__).name}: add it"
+    for other in map(folder_of, imported_modules(module)):
+        assert ORDER.index(other) >= ORDER.index(folder), (
+            f"{module} imports {other}, which stands above {folder}: move what they share down, "
+            f"or correct ORDER of {Path(__file__).name}"
         )
 
 
+def test_order_names_what_exists() -> None:
+    assert set(ORDER) == {folder_of(module) for module in MODULES}
+
+
+def test_no_import_cycle() -> None:
+    graph = {module: imported_modules(module) for module in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import each other in a circle: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_are_small(folder: str) -> None:
+    by_directory: dict[Path, int] = {}
+    for path in (ROOT / PACKAGE / folder).rglob("*.py"):
+        by_directory[path.parent] = by_directory.get(path.parent, 0) + (path.stem != "__init__")
+    assert {d.name: n for d, n in by_directory.items() if n > MAX_FILES} == {}
+
+
+def test_the_top_is_small() -> None:
+    top = [module for module in MODULES if "." not in module]
+    assert len(top) <= MAX_TOP_MODULES, top
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_only_the_door_imports_jax_internals(module: str):
+def test_only_the_shim_imports_jax_internals(module: str) -> None:
     internals = {name for name in imported(module) if name.startswith(("jax._src", "jaxlib"))}
-    internals |= {ast.unparse(node) for node in ast.walk(parse(module)) if _is_internal_attribute(node)}
-    assert module == "_jax" or internals == set(), f"{module} reaches into {internals}: let _jax.py hand it out"
+    internals |= set(_internal_attributes(module))
+    assert module == "_jax" or internals == set(), (
+        f"{module} uses {internals}: export them from _jax.py"
+    )
 
 
-def _is_internal_attribute(node: ast.AST) -> bool:
-    return isinstance(node, ast.Attribute) and ast.unparse(node).startswith("jax._src")
+def _internal_attributes(module: str) -> Iterator[str]:
+    for node in ast.walk(parse(module)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("jax._src"):
+            yield ast.unparse(node)
 
 
-@pytest.mark.parametrize("module", PLANNING_MODULES)
-def test_planning_names_no_jax(module: str):
+@pytest.mark.parametrize("module", PLAIN_MODULES)
+def test_planning_names_no_jax(module: str) -> None:
     assert {name for name in imported(module) if name.split(".")[0] in JAX} == set()
 
 
-def test_planning_loads_no_jax():
-    imports = "\n".join(f"import {PACKAGE}.{module}" for module in PLANNING_MODULES)
+def test_planning_loads_no_jax() -> None:
+    names = [f"{PACKAGE}.{module}".removesuffix(".__init__") for module in PLAIN_MODULES]
+    imports = "\n".join(f"import {name}" for name in names)
     script = f"import sys\n{imports}\nprint(*sorted(set(sys.modules) & {JAX!r}))"
-    loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert loaded.split() == [], f"importing {', '.join(PLANNING_MODULES)} loads {loaded.strip()}"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert loaded.split() == [], f"importing {', '.join(names)} loads {loaded.strip()}"
 
 
 def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """The lines of a function but for its docstring."""
+    """Lines of a function without its docstring."""
     lines = (function.end_lineno or function.lineno) - function.lineno + 1
     first = function.body[0]
     is_docstring = ast.get_docstring(function) is not None
@@ -139,9 +150,13 @@ def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_rooms_are_small(module: str):
+def test_files_and_functions_are_short(module: str) -> None:
     lines = len(PATHS[module].read_text(encoding="utf-8").splitlines())
     assert lines <= MAX_LINES, f"{module} has {lines} lines: it is two modules"
-    functions = [node for node in ast.walk(parse(module)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    functions = [
+        node
+        for node in ast.walk(parse(module))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
     sizes = [(node.name, lines_of(node)) for node in functions]
     assert [pair for pair in sizes if pair[1] > MAX_FUNCTION_LINES] == []

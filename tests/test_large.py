@@ -1,4 +1,5 @@
-"""A model far larger than this machine is traced, cut, costed and partitioned, in bounded time and memory.
+"""A model far larger than this machine is traced, cut, costed and partitioned, in bounded time and
+memory.
 
 `python -m tests.test_large 48` prints what that takes for 48 blocks.
 """
@@ -18,10 +19,10 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.memory import peak_memory_bytes
-from layerwise_jax.layers import trace_layers
-from layerwise_jax.measure import measure_costs
-from layerwise_jax.partition import partition_layers
-from layerwise_jax.stages import cut_stages
+from layerwise_jax.measure.layers import measure_costs
+from layerwise_jax.partition.solver import partition_layers
+from layerwise_jax.stage.cut import cut_stages
+from layerwise_jax.trace.layers import trace_layers
 
 # The shape of GPT-3.
 WIDTH, HEADS, HIDDEN, VOCABULARY, CONTEXT = 12288, 96, 49152, 50257, 2048
@@ -66,7 +67,9 @@ class Laps:
 
 
 def plan_abstractly(depth: int) -> dict[str, Any]:
-    """Trace, cut, cost and partition a model of `depth` blocks, of which no weight is ever in memory."""
+    """Trace, cut, cost and partition a model of `depth` blocks, of which no weight is ever in
+    memory.
+    """
     laps, model = Laps(), GPT(depth)
     tokens = jax.ShapeDtypeStruct((1, CONTEXT), jnp.int32)
     params = laps.run("shapes", jax.eval_shape, model.init, jax.random.key(0), tokens)
@@ -87,7 +90,9 @@ def plan_abstractly(depth: int) -> dict[str, Any]:
 def test_a_model_of_175_billion_parameters_is_planned_in_30_seconds_and_a_gigabyte() -> None:
     command = [sys.executable, "-m", "tests.test_large", "96"]
     root = Path(__file__).parents[1]
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280, check=False)
+    run = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=280, check=False
+    )
     assert run.returncode == 0, run.stderr
     plan = json.loads(run.stdout)
     assert plan["params"] == 96 * BLOCK_PARAMS + (VOCABULARY + CONTEXT) * WIDTH + 2 * WIDTH

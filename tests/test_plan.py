@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh
 
+from layerwise_jax._tables import run_lengths
 from layerwise_jax.build import build_pipeline
-from layerwise_jax.cost import LayerCost
-from layerwise_jax.layers import trace_layers
-from layerwise_jax.measure import measure_costs
-from layerwise_jax.partition import partition_layers
-from layerwise_jax.plan import Plan, Sizes, StagePlan, make_plan
-from layerwise_jax.report import BAR_WIDTH, run_lengths
+from layerwise_jax.cost.layer_cost import LayerCost
+from layerwise_jax.measure.layers import measure_costs
+from layerwise_jax.partition.solver import partition_layers
+from layerwise_jax.plan import BAR_WIDTH, Plan, Sizes, StagePlan, make_plan
+from layerwise_jax.trace.layers import trace_layers
 
 KIB = 1024
 COSTS = (
@@ -28,7 +28,13 @@ COSTS = (
 
 
 def plan_of(partition: Any = (0, 2, 6), capacity: int | None = 20 * KIB, **fields: Any) -> Plan:
-    loop = {"num_devices": 2, "num_microbatches": 6, "num_ticks": 8, "common_layers": 1, "has_branch": True}
+    loop = {
+        "num_devices": 2,
+        "num_microbatches": 6,
+        "num_ticks": 8,
+        "common_layers": 1,
+        "has_branch": True,
+    }
     sizes = Sizes(COSTS, "a device", "its compiler", capacity, **fields)
     return make_plan(partition, sizes, send_bytes=[768, 0], padding_bytes=2 * KIB, **loop)
 
@@ -83,7 +89,10 @@ def test_runs_of_layers_are_joined(names: tuple[str, ...], wanted: str) -> None:
 def test_the_footer_gives_bubble_padding_and_loop() -> None:
     plan = plan_of()
     assert plan.bubble_share == 1 / 7
-    assert "8 ticks, the last for the end of the last stage alone; bubble 14.3%; padding 2 KiB" in str(plan)
+    assert (
+        "8 ticks, the last for the end of the last stage alone; bubble 14.3%; padding 2 KiB"
+        in str(plan)
+    )
     assert "layers of each stage that stand once in the loop: 1" in str(plan)
     assert "the rest under one branch" in str(plan)
     assert "no branch" in str(replace(plan, has_branch=False))
@@ -92,7 +101,11 @@ def test_the_footer_gives_bubble_padding_and_loop() -> None:
 def test_the_footer_gives_the_bounds_and_limits_of_a_partition() -> None:
     partition = partition_layers(COSTS, 2, 20 * KIB)
     plan = plan_of(partition, notes=("one thing more",))
-    assert (plan.bottleneck, plan.lower_bound, plan.gap) == (partition.bottleneck, partition.lower_bound, 0)
+    assert (plan.bottleneck, plan.lower_bound, plan.gap) == (
+        partition.bottleneck,
+        partition.lower_bound,
+        0,
+    )
     assert f"lower bound {partition.lower_bound:.4g}, gap 0.00%, fewest stages 2" in str(plan)
     for note in (partition.limits, "one thing more"):
         assert f"note: {note}" in str(plan)
@@ -105,7 +118,9 @@ def test_boundaries_alone_prove_nothing() -> None:
     assert "lower bound" not in str(plan)
 
 
-def test_the_plan_of_a_pipeline_has_the_numbers_of_the_pipeline(stage_mesh: Callable[..., Mesh]) -> None:
+def test_the_plan_of_a_pipeline_has_the_numbers_of_the_pipeline(
+    stage_mesh: Callable[..., Mesh],
+) -> None:
     def fn(params: list[jax.Array], x: jax.Array) -> jax.Array:
         for weight in params:
             x = jnp.tanh(x @ weight)
@@ -114,18 +129,27 @@ def test_the_plan_of_a_pipeline_has_the_numbers_of_the_pipeline(stage_mesh: Call
     params = [jnp.ones(shape) for shape in ((4, 8), (8, 8), (8, 8), (8, 3))]
     layers = trace_layers(fn, params, jnp.ones((2, 4)))
     costs = measure_costs(layers)
-    plan = build_pipeline(layers, [0, 1, 4], stage_mesh(2), 3, sizes=Sizes(costs, "here", "here")).plan
+    plan = build_pipeline(
+        layers, [0, 1, 4], stage_mesh(2), 3, sizes=Sizes(costs, "here", "here")
+    ).plan
     assert [stage.weight_bytes for stage in plan.stages] == [4 * 4 * 8, 4 * (8 * 8 + 8 * 8 + 8 * 3)]
     assert [stage.send_bytes for stage in plan.stages] == [2 * 8 * 4, 0]
-    assert [sum(cost.size for cost in costs[a:b]) for a, b in ((0, 1), (1, 4))] == [stage.size for stage in plan.stages]
+    assert [sum(cost.size for cost in costs[a:b]) for a, b in ((0, 1), (1, 4))] == [
+        stage.size for stage in plan.stages
+    ]
     assert (plan.num_stages, plan.num_microbatches) == (2, 3)
     # Each stage has slots for what only the other one holds.
     assert plan.padding_bytes == sum(stage.weight_bytes for stage in plan.stages)
 
 
-@pytest.mark.parametrize("partition", [(0, 2, 6), partition_layers(COSTS, 2, 20 * KIB)], ids=["boundaries", "proven"])
+@pytest.mark.parametrize(
+    "partition", [(0, 2, 6), partition_layers(COSTS, 2, 20 * KIB)], ids=["boundaries", "proven"]
+)
 def test_json_reads_back(partition: Any) -> None:
-    for plan in (plan_of(partition), plan_of(partition, None, stage_bytes=(1, 2), notes=("a note",))):
+    for plan in (
+        plan_of(partition),
+        plan_of(partition, None, stage_bytes=(1, 2), notes=("a note",)),
+    ):
         again = Plan.from_json(plan.to_json())
         assert again == plan
         assert all(isinstance(stage, StagePlan) for stage in again.stages)
@@ -144,22 +168,37 @@ def damaged(change: Callable[[dict[str, Any]], Any]) -> str:
         ("{", "not JSON"),
         (plan_of().to_json()[:-9], "not JSON"),
         ("[]", "version None"),
-        (damaged(lambda fields: fields.update(version=99)), "version 99; this library reads version 2"),
+        (
+            damaged(lambda fields: fields.update(version=99)),
+            "version 99; this library reads version 2",
+        ),
         (damaged(lambda fields: fields.pop("version")), "version None"),
         (damaged(lambda fields: fields.pop("stages")), "A Plan's JSON lacks the fields ['stages']"),
         (damaged(lambda fields: fields.update(colour="red")), "colour"),
         (damaged(lambda fields: fields.update(num_ticks="8")), "Plan.num_ticks is '8'; wanted int"),
-        (damaged(lambda fields: fields.update(num_ticks=True)), "Plan.num_ticks is True; wanted int"),
-        (damaged(lambda fields: fields.update(has_branch="yes")), "Plan.has_branch is 'yes'; wanted bool"),
+        (
+            damaged(lambda fields: fields.update(num_ticks=True)),
+            "Plan.num_ticks is True; wanted int",
+        ),
+        (
+            damaged(lambda fields: fields.update(has_branch="yes")),
+            "Plan.has_branch is 'yes'; wanted bool",
+        ),
         (damaged(lambda fields: fields.update(gap="small")), "Plan.gap is 'small'"),
         (damaged(lambda fields: fields.update(notes=None)), "Plan.notes is None"),
         (damaged(lambda fields: fields.update(notes=[1])), "Plan.notes is 1; wanted str"),
         (damaged(lambda fields: fields.update(stages=7)), "Plan.stages is 7"),
         (damaged(lambda fields: fields.update(stages=[7])), "A StagePlan has the fields"),
-        (damaged(lambda fields: fields["stages"][0].pop("layers")), "A StagePlan's JSON lacks the fields ['layers']"),
-        (damaged(lambda fields: fields["stages"][1].update(send_bytes=None)), "StagePlan.send_bytes is None"),
+        (
+            damaged(lambda fields: fields["stages"][0].pop("layers")),
+            "A StagePlan's JSON lacks the fields",
+        ),
+        (
+            damaged(lambda fields: fields["stages"][1].update(send_bytes=None)),
+            "StagePlan.send_bytes is",
+        ),
     ],
-)  # fmt: skip
+)
 def test_damaged_json_is_refused_by_name(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         Plan.from_json(text)

@@ -10,28 +10,39 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
-from random_programs import RandomProgram, programs
-from staging import compile_lightly
 
-from layerwise_jax.build import ScheduleName, build_pipeline
-from layerwise_jax.layers import LayerSequence, trace_layers
-from layerwise_jax.stages import cut_stages, run_stage
+from layerwise_jax.build import build_pipeline
+from layerwise_jax.schedule.generators import ScheduleName
+from layerwise_jax.stage.cut import cut_stages, run_stage
+from layerwise_jax.trace.layers import LayerSequence, trace_layers
+from tests.models.random_programs import RandomProgram, programs
+from tests.support.staging import compile_lightly
 
 EXAMPLES = 2  # in a microbatch
 
 
 def draw_boundaries(data: st.DataObject, num_layers: int, max_stages: int) -> list[int]:
-    inner = st.sets(st.integers(1, num_layers - 1), max_size=max_stages - 1) if num_layers > 1 else st.just(set())
+    inner = (
+        st.sets(st.integers(1, num_layers - 1), max_size=max_stages - 1)
+        if num_layers > 1
+        else st.just(set())
+    )
     return [0, *sorted(data.draw(inner, label="cuts")), num_layers]
 
 
-def rows_of(program: RandomProgram, inputs: Sequence[jax.Array], microbatch: int) -> list[jax.Array]:
+def rows_of(
+    program: RandomProgram, inputs: Sequence[jax.Array], microbatch: int
+) -> list[jax.Array]:
     rows = slice(microbatch * EXAMPLES, (microbatch + 1) * EXAMPLES)
     return [x if axis is None else x[rows] for x, axis in zip(inputs, program.in_axes, strict=True)]
 
 
-def run_stages(layers: LayerSequence, boundaries: Sequence[int], params: Any, inputs: Sequence[jax.Array]) -> Any:
-    """The stages in order, each given its own weights, its own inputs and what has arrived, and nothing else."""
+def run_stages(
+    layers: LayerSequence, boundaries: Sequence[int], params: Any, inputs: Sequence[jax.Array]
+) -> Any:
+    """The stages in order, each given its own weights, its own inputs and what has arrived, and
+    nothing else.
+    """
     program, leaves = layers.program, jax.tree.leaves(params)
     inputs_by_value = dict(zip(program.inputs, inputs, strict=True))
     outputs, arrived = {}, {}
@@ -66,7 +77,9 @@ def bits(x: jax.Array) -> np.ndarray:
 
 @settings(max_examples=200)
 @given(programs(), st.data())
-def test_stages_in_order_equal_the_program_bitwise(program: RandomProgram, data: st.DataObject) -> None:
+def test_stages_in_order_equal_the_program_bitwise(
+    program: RandomProgram, data: st.DataObject
+) -> None:
     check_stages_equal_the_program(program, data)
 
 
@@ -74,22 +87,39 @@ def test_stages_in_order_equal_the_program_bitwise(program: RandomProgram, data:
 @pytest.mark.timeout(3600)
 @settings(max_examples=5000)
 @given(programs(max_layers=16), st.data())
-def test_stages_of_many_programs_equal_them_bitwise(program: RandomProgram, data: st.DataObject) -> None:
+def test_stages_of_many_programs_equal_them_bitwise(
+    program: RandomProgram, data: st.DataObject
+) -> None:
     check_stages_equal_the_program(program, data)
 
 
-def draw_way(data: st.DataObject, num_stages: int, stage_mesh: Callable[..., Mesh]) -> tuple[Mesh, dict[str, Any]]:
-    """Devices for so many stages, and a way to train on them; bubbles compute on NaN unless they are skipped."""
+def draw_way(
+    data: st.DataObject, num_stages: int, stage_mesh: Callable[..., Mesh]
+) -> tuple[Mesh, dict[str, Any]]:
+    """Devices for so many stages, and a way to train on them; bubbles compute on NaN unless they
+    are skipped.
+    """
     schedule = data.draw(st.sampled_from(get_args(ScheduleName)), label="schedule")
-    chunks = [c for c in range(1, num_stages + 1) if num_stages % c == 0 and schedule == "interleaved_1f1b"]
+    chunks = [
+        c
+        for c in range(1, num_stages + 1)
+        if num_stages % c == 0 and schedule == "interleaved_1f1b"
+    ]
     num_devices = num_stages // data.draw(st.sampled_from(chunks or [1]), label="stages a device")
     remat = data.draw(st.sampled_from(["stage", None]), label="remat")
     skips = data.draw(st.booleans(), label="skips bubbles")
-    options = {"schedule": schedule, "remat": remat, "skip_bubbles": skips, "bubble_fill": float("nan")}
+    options = {
+        "schedule": schedule,
+        "remat": remat,
+        "skip_bubbles": skips,
+        "bubble_fill": float("nan"),
+    }
     return stage_mesh(num_devices), options
 
 
-@settings(max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # to shrink takes minutes
+@settings(
+    max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)  # to shrink takes minutes
 @given(programs(min_layers=3, max_layers=7), st.data())
 def test_a_compiled_pipeline_has_the_values_and_gradients_of_the_program(
     stage_mesh: Callable[..., Mesh], program: RandomProgram, data: st.DataObject
@@ -100,15 +130,21 @@ def test_a_compiled_pipeline_has_the_values_and_gradients_of_the_program(
         layers = trace_layers(program.loss_fn, params, *rows_of(program, inputs, 0))
         boundaries = draw_boundaries(data, len(layers), 4)
         mesh, options = draw_way(data, len(boundaries) - 1, stage_mesh)
-        pipeline = build_pipeline(layers, boundaries, mesh, count, in_axes=program.in_axes, reduce="mean", **options)
+        pipeline = build_pipeline(
+            layers, boundaries, mesh, count, in_axes=program.in_axes, reduce="mean", **options
+        )
         value, grads = compile_lightly(pipeline.value_and_grad)(pipeline.place(params), *inputs)
         wanted = compile_lightly(jax.value_and_grad(program.loss_fn, has_aux=True))(params, *inputs)
         tolerance = 1e-4 if program.has_casts else 1e-9
-        jax.tree.map(lambda x, y: assert_close(x, y, tolerance), (value, pipeline.gather(grads)), wanted)
+        jax.tree.map(
+            lambda x, y: assert_close(x, y, tolerance), (value, pipeline.gather(grads)), wanted
+        )
 
 
 def assert_close(x: jax.Array, y: jax.Array, tolerance: float) -> None:
     """Equal relative to the largest entry of the leaf."""
     assert (x.shape, x.dtype) == (y.shape, y.dtype)
     wanted = np.asarray(y, np.float64)
-    np.testing.assert_allclose(np.asarray(x, np.float64), wanted, rtol=0, atol=tolerance * np.abs(wanted).max() + 1e-12)
+    np.testing.assert_allclose(
+        np.asarray(x, np.float64), wanted, rtol=0, atol=tolerance * np.abs(wanted).max() + 1e-12
+    )

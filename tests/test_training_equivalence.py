@@ -1,6 +1,8 @@
-"""Training's promise: whatever the schedule and the residuals, the loss and every gradient leaf are the unstaged ones.
+"""Training's promise: whatever the schedule and the residuals, the loss and every gradient leaf are
+the unstaged ones.
 
-Idle devices compute on NaN and every empty slot of every buffer holds it, unless a device branches around its bubbles.
+Idle devices compute on NaN and every empty slot of every buffer holds it, unless a device branches
+around its bubbles.
 """
 
 import functools
@@ -11,7 +13,10 @@ from typing import Any, Literal
 
 import jax
 import pytest
-from staging import (
+
+from layerwise_jax.schedule.generators import ScheduleName
+from tests.models.zoo import CASES
+from tests.support.staging import (
     assert_trees_close,
     compile_lightly,
     even_boundaries,
@@ -22,9 +27,6 @@ from staging import (
     trace_case,
     uneven_boundaries,
 )
-from zoo import CASES
-
-from layerwise_jax.build import ScheduleName
 
 TOLERANCE = 2e-6
 
@@ -43,7 +45,8 @@ class Way:
 
     def __str__(self) -> str:
         residuals = "recomputed" if self.remat else "stored"
-        return f"{self.schedule}-{residuals}-{self.num_stages}on{self.num_devices}-{self.num_microbatches}"
+        sizes = f"{self.num_stages}on{self.num_devices}-{self.num_microbatches}"
+        return f"{self.schedule}-{residuals}-{sizes}"
 
     def options(self) -> dict[str, Any]:
         return {
@@ -54,7 +57,8 @@ class Way:
         }
 
 
-# Microbatches fewer than, as many as, and many more than stages; every schedule with either kind of residuals.
+# Microbatches fewer than, as many as, and many more than stages; every schedule with either kind of
+# residuals.
 WAYS = [
     Way("1f1b", None, 4, 4, 2, uneven_boundaries),
     Way("1f1b", None, 2, 2, 8),
@@ -65,7 +69,8 @@ WAYS = [
     Way("zero_bubble", "stage", 4, 4, 4, uneven_boundaries, skip_bubbles=True),
     Way("zero_bubble", None, 2, 2, 8),
 ]
-# Skips over all stages, a weight tied across all, one across the ends, state: two ways more of each, all ways together.
+# Skips over all stages, a weight tied across all, one across the ends, state: two ways more of
+# each, all ways together.
 TELLING = ["unet", "shared_blocks", "gpt", "resnet_train"]
 NAMES = sorted(CASES)
 CHOSEN = {(name, way) for i, name in enumerate(TELLING) for way in WAYS[i::4]}
@@ -75,7 +80,9 @@ CHOSEN |= {(name, WAYS[i % len(WAYS)]) for i, name in enumerate(NAMES)}
 def cases() -> list[Any]:
     """Every model in every way; what continuous integration leaves out is marked slow."""
     return [
-        pytest.param(name, way, id=f"{name}-{way}", marks=() if (name, way) in CHOSEN else pytest.mark.slow)
+        pytest.param(
+            name, way, id=f"{name}-{way}", marks=() if (name, way) in CHOSEN else pytest.mark.slow
+        )
         for name in NAMES
         for way in WAYS
     ]
@@ -84,7 +91,9 @@ def cases() -> list[Any]:
 @functools.cache
 def unstaged(name: str) -> tuple[Any, Any]:
     case = CASES[name]()
-    return jax.device_get(compile_lightly(jax.value_and_grad(case.loss_fn))(case.params, *case.inputs))
+    return jax.device_get(
+        compile_lightly(jax.value_and_grad(case.loss_fn))(case.params, *case.inputs)
+    )
 
 
 @pytest.mark.parametrize(("name", "way"), cases())
@@ -94,15 +103,25 @@ def test_gradients_are_the_unstaged_ones(name: str, way: Way, stage_mesh: Callab
         pytest.skip("the model has fewer layers than that")
     mesh, tolerance = stage_mesh(way.num_devices), max(case.tolerance, TOLERANCE)
     if case.state:
-        pipeline = stage_step(case, mesh, way.num_microbatches, way.cut, num_stages=way.num_stages, **way.options())
+        pipeline = stage_step(
+            case, mesh, way.num_microbatches, way.cut, num_stages=way.num_stages, **way.options()
+        )
         got, want = run_staged(case, pipeline), run_unstaged(case, way.num_microbatches)
         for part in ("loss", "gradients", "params"):
             assert_trees_close(getattr(got, part), getattr(want, part), tolerance)
         return
     pipeline = stage_case(
-        case, case.loss_fn, mesh, way.num_microbatches, way.cut, num_stages=way.num_stages, **way.options()
+        case,
+        case.loss_fn,
+        mesh,
+        way.num_microbatches,
+        way.cut,
+        num_stages=way.num_stages,
+        **way.options(),
     )
-    value, grads = compile_lightly(pipeline.value_and_grad)(pipeline.place(case.params), *case.inputs)
+    value, grads = compile_lightly(pipeline.value_and_grad)(
+        pipeline.place(case.params), *case.inputs
+    )
     assert_trees_close((value, pipeline.gather(grads)), unstaged(name), tolerance)
 
 
@@ -113,7 +132,12 @@ def test_the_forward_of_stages_that_share_a_device(
 ) -> None:
     case = CASES[name]()
     pipeline = stage_step(
-        case, stage_mesh(num_devices), 4, num_stages=num_stages, schedule="interleaved_1f1b", bubble_fill=math.nan
+        case,
+        stage_mesh(num_devices),
+        4,
+        num_stages=num_stages,
+        schedule="interleaved_1f1b",
+        bubble_fill=math.nan,
     )
     want = run_unstaged(case, 4)
     got = compile_lightly(pipeline)(pipeline.place(case.params), *case.inputs)

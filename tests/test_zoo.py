@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 from jax.tree_util import keystr, tree_leaves_with_path
-from zoo import BATCH, CASES, Case
+
+from tests.models.zoo import BATCH, CASES, Case
 
 UNREACHED = {
     "resnet_train": "'batch_stats'",  # training does not read the running averages
@@ -33,7 +34,9 @@ class Run:
 
 
 def compile_lightly(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`jit` in half the time, since speed is not what is tested; the results are numpy's, to compile nothing more."""
+    """`jit` in half the time, since speed is not what is tested; the results are numpy's, to
+    compile nothing more.
+    """
     jitted = jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
     return lambda *arguments: jax.device_get(jitted(*arguments))
 
@@ -53,7 +56,9 @@ def batched_leaves(case: Case, outputs: Any) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_case(name: str) -> None:
-    """One test for all that holds of a case, so that it compiles once whichever process it runs in."""
+    """One test for all that holds of a case, so that it compiles once whichever process it runs
+    in.
+    """
     first = run_whole_batch(CASES[name]())
     assert first.case.name == name
     check_outputs_are_batched_and_finite(first)
@@ -93,11 +98,15 @@ def check_a_case_made_anew_gives_the_same_bits(run: Run) -> None:
 
 
 def check_halves_of_the_batch_give_the_whole(run: Run) -> None:
-    """The mean of the halves' losses is the loss and their outputs are its outputs, or the case says otherwise."""
+    """The mean of the halves' losses is the loss and their outputs are its outputs, or the case
+    says otherwise.
+    """
     case = run.case
     evaluate = compile_lightly(lambda *arguments: (case.fn(*arguments), case.loss_fn(*arguments)))
     halves = slice(0, BATCH // 2), slice(BATCH // 2, BATCH)
-    (first, first_loss), (second, second_loss) = (evaluate(case.params, *case.inputs_of(half)) for half in halves)
+    (first, first_loss), (second, second_loss) = (
+        evaluate(case.params, *case.inputs_of(half)) for half in halves
+    )
     loss = (first_loss + second_loss) / 2
     if case.mixes_batch:
         assert abs(loss - run.loss) > 100 * case.tolerance
@@ -105,7 +114,9 @@ def check_halves_of_the_batch_give_the_whole(run: Run) -> None:
     np.testing.assert_allclose(loss, run.loss, rtol=case.tolerance)
     parts = zip(batched_leaves(case, first), batched_leaves(case, second), strict=True)
     for output, part in zip(batched_leaves(case, run.outputs), parts, strict=True):
-        np.testing.assert_allclose(np.concatenate(part), output, rtol=case.tolerance, atol=case.tolerance)
+        np.testing.assert_allclose(
+            np.concatenate(part), output, rtol=case.tolerance, atol=case.tolerance
+        )
 
 
 def check_state_is_a_new_value_of_some_params(run: Run) -> None:
@@ -126,7 +137,9 @@ def test_every_case_has_eight_layers_or_a_stack_of_eight() -> None:
 
 
 def test_custom_rules_are_in_force() -> None:
-    """Units that are exactly zero have no gradient by relu's rule, and would have half of one by that of maximum."""
+    """Units that are exactly zero have no gradient by relu's rule, and would have half of one by
+    that of maximum.
+    """
     case = CASES["custom_derivatives"]()
     for gradient in jax.grad(case.loss_fn)(case.params, *case.inputs):
         assert not gradient["weight"][:, 0].any()

@@ -2,8 +2,9 @@
 
     python -m experiments.calibrate
 
-Reads working sets of 8 to 512 MiB with one persistent kernel, which takes under a minute. Writes the DeviceSpec (for
-`lw.DeviceSpec.from_json`), the curve and a picture. Exits with 2 where there is nothing to calibrate.
+Reads working sets of 8 to 512 MiB with one persistent kernel, which takes under a minute. Writes
+the DeviceSpec (for `lw.DeviceSpec.from_json`), the curve and a picture. Exits with 2 where there is
+nothing to calibrate.
 """
 
 import datetime
@@ -27,18 +28,21 @@ from experiments.calibrate.reads import (
     round_counts,
 )
 from experiments.command import refuse_words
-from layerwise_jax.detect import detect_device
-from layerwise_jax.device_spec import DeviceSpec
-from layerwise_jax.devices import device_named
+from layerwise_jax.cost.device import DeviceSpec
+from layerwise_jax.cost.devices import device_named
+from layerwise_jax.measure.detect import detect_device
 
 RESULTS = Path(__file__).parent / "results"
-# A CPU's programs are rows of one loop, few enough that a round of theirs is smaller than the smallest working set.
+# A CPU's programs are rows of one loop, few enough that a round of theirs is smaller than the
+# smallest working set.
 CPU_PROGRAMS = 64
 
 OUT = flags.DEFINE_string("out", str(RESULTS), "the folder to write to")
 SMALLEST = flags.DEFINE_integer("smallest_mib", 8, "the smallest working set, MiB", lower_bound=1)
 LARGEST = flags.DEFINE_integer("largest_mib", 512, "the largest working set, MiB", lower_bound=2)
-READ = flags.DEFINE_integer("read_mib", 16384, "MiB read in each of the runs for one point", lower_bound=1)
+READ = flags.DEFINE_integer(
+    "read_mib", 16384, "MiB read in each of the runs for one point", lower_bound=1
+)
 LIKE = flags.DEFINE_string(
     "like", None, "for a GPU that is not in the table: the device to take all other figures from"
 )
@@ -51,7 +55,8 @@ def main(argv: list[str]) -> None:
     is_cpu = device.platform == "cpu"
     if is_cpu and not ALLOW_CPU.value:
         print(
-            "There is no GPU here, so there is nothing to calibrate. --allow_cpu tries it out on the CPU.",
+            "There is no GPU here, so there is nothing to calibrate. --allow_cpu tries it out on "
+            "the CPU.",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -66,7 +71,10 @@ def main(argv: list[str]) -> None:
     readings = read_curve(reader, programs, counts, READ.value * MIB)
     found = calibration_of(readings, spec.l2_bytes)
     today = datetime.datetime.now(tz=datetime.UTC).date()
-    how = f"measured on {device.device_kind}, {today}, JAX {jax.__version__} (python -m experiments.calibrate)"
+    how = (
+        f"measured on {device.device_kind}, {today}, JAX {jax.__version__} (python -m "
+        "experiments.calibrate)"
+    )
     report(spec, readings, found)
     write(calibrated(spec, found, how), spec, readings, found, Path(OUT.value))
 
@@ -76,17 +84,33 @@ def report(spec: DeviceSpec, readings: list[Reading], found: Calibration) -> Non
     print(f"{'working set, MiB':>18} {'TB/s':>8}")
     for reading in readings:
         print(f"{reading.working_set / MIB:18.1f} {reading.bandwidth / 1e12:8.3f}")
-    print(f"knee              {found.knee / MIB:8.1f} MiB (table: {spec.usable_l2_bytes / MIB:.1f})")
-    print(f"cache bandwidth   {found.l2_bandwidth / 1e12:8.3f} TB/s (table: {spec.l2_bandwidth / 1e12:.3f})")
-    print(f"memory bandwidth  {found.memory_bandwidth / 1e12:8.3f} TB/s (table: {spec.memory_bandwidth / 1e12:.3f})")
+    print(
+        f"knee              {found.knee / MIB:8.1f} MiB (table: {spec.usable_l2_bytes / MIB:.1f})"
+    )
+    print(
+        f"cache bandwidth   {found.l2_bandwidth / 1e12:8.3f} TB/s (table: "
+        f"{spec.l2_bandwidth / 1e12:.3f})"
+    )
+    print(
+        f"memory bandwidth  {found.memory_bandwidth / 1e12:8.3f} TB/s (table: "
+        f"{spec.memory_bandwidth / 1e12:.3f})"
+    )
 
 
-def write(measured: DeviceSpec, spec: DeviceSpec, readings: list[Reading], found: Calibration, folder: Path) -> None:
+def write(
+    measured: DeviceSpec,
+    spec: DeviceSpec,
+    readings: list[Reading],
+    found: Calibration,
+    folder: Path,
+) -> None:
     """Write the DeviceSpec, the curve and the picture, named by the device."""
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "_", measured.name.lower())
     (folder / f"{name}.json").write_text(measured.to_json() + "\n", encoding="utf-8")
-    curve = [{"working_set_bytes": size, "bytes_a_second": bandwidth} for size, bandwidth in readings]
+    curve = [
+        {"working_set_bytes": size, "bytes_a_second": bandwidth} for size, bandwidth in readings
+    ]
     (folder / f"{name}_curve.json").write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
     draw_curve(spec, readings, found, folder / f"{name}.png")
     print(f"written to {folder}: {name}.json, {name}_curve.json, {name}.png")

@@ -6,7 +6,7 @@ from statistics import median
 from typing import NamedTuple
 
 from experiments.calibrate.reads import Reading
-from layerwise_jax.device_spec import DeviceSpec
+from layerwise_jax.cost.device import DeviceSpec
 
 # A working set counts as resident while it is read at nine tenths of the cache's bandwidth.
 RESIDENT_SHARE = 0.9
@@ -16,7 +16,9 @@ SURELY_STREAMED = 4
 
 
 class Calibration(NamedTuple):
-    """What a curve says: the largest resident working set in bytes, and both bandwidths in bytes a second."""
+    """What a curve says: the largest resident working set in bytes, and both bandwidths in bytes a
+    second.
+    """
 
     knee: int
     l2_bandwidth: float
@@ -26,8 +28,9 @@ class Calibration(NamedTuple):
 def calibration_of(readings: Sequence[Reading], l2_bytes: int) -> Calibration:
     """The figures of a curve.
 
-    The cache's bandwidth is the median over working sets within half of it, the memory's the median over those beyond
-    four times it. The knee is the last working set before the first one that is read markedly slower than the cache.
+    The cache's bandwidth is the median over working sets within half of it, the memory's the median
+    over those beyond four times it. The knee is the last working set before the first one that is
+    read markedly slower than the cache.
 
     Args:
       readings: the curve, by growing working set.
@@ -36,12 +39,21 @@ def calibration_of(readings: Sequence[Reading], l2_bytes: int) -> Calibration:
     Raises:
       ValueError: the curve has no point within half of the cache, or none beyond four times it.
     """
-    resident = [reading.bandwidth for reading in readings if reading.working_set <= SURELY_RESIDENT * l2_bytes]
-    streamed = [reading.bandwidth for reading in readings if reading.working_set >= SURELY_STREAMED * l2_bytes]
+    resident = [
+        reading.bandwidth
+        for reading in readings
+        if reading.working_set <= SURELY_RESIDENT * l2_bytes
+    ]
+    streamed = [
+        reading.bandwidth
+        for reading in readings
+        if reading.working_set >= SURELY_STREAMED * l2_bytes
+    ]
     if not resident or not streamed:
         sizes = [reading.working_set for reading in readings]
         raise ValueError(
-            f"The curve covers working sets of {min(sizes)} to {max(sizes)} bytes; for a cache of {l2_bytes} bytes it "
+            f"The curve covers working sets of {min(sizes)} to {max(sizes)} bytes; for a cache of "
+            f"{l2_bytes} bytes it "
             f"must begin within half of that and go beyond {SURELY_STREAMED} times it."
         )
     cache = median(resident)
@@ -66,4 +78,6 @@ def calibrated(spec: DeviceSpec, found: Calibration, how: str) -> DeviceSpec:
         "l2_bandwidth": found.l2_bandwidth,
         "memory_bandwidth": found.memory_bandwidth,
     }
-    return dataclasses.replace(spec, **measured, sources={**spec.sources, **dict.fromkeys(measured, how)})
+    return dataclasses.replace(
+        spec, **measured, sources={**spec.sources, **dict.fromkeys(measured, how)}
+    )

@@ -11,7 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-# Eight programs of four warps on a multiprocessor, 4 KiB each: 32 KiB on their way at a time, all programs resident.
+# Eight programs of four warps on a multiprocessor, 4 KiB each: 32 KiB on their way at a time, all
+# programs resident.
 PROGRAMS = 8
 WARPS = 4
 BLOCK = 1024
@@ -28,15 +29,18 @@ class Reading(NamedTuple):
     bandwidth: float
 
 
-# Reads the first `rounds` rounds of an array `passes` times; (array, [rounds, passes]) to what was summed.
+# Reads the first `rounds` rounds of an array `passes` times; (array, [rounds, passes]) to what was
+# summed.
 Reader = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def persistent_reader(programs: int, interpret: bool = False) -> Reader:
-    """The kernel. A program reads the same blocks in every pass, as a resident stage does with its weights.
+    """The kernel. A program reads the same blocks in every pass, as a resident stage does with its
+    weights.
 
-    A round is one block of every program, programs side by side. How many rounds and passes is data, so that one
-    compilation serves the whole curve. The sums are returned so that nothing read is dead.
+    A round is one block of every program, programs side by side. How many rounds and passes is
+    data, so that one compilation serves the whole curve. The sums are returned so that nothing read
+    is dead.
     """
     kernel = functools.partial(_read_blocks, programs=programs, interpret=interpret)
     return pl.pallas_call(
@@ -56,13 +60,16 @@ def _read_blocks(data, counts, out, *, programs, interpret):
 
     def one_block(r, total):
         block = data.at[pl.ds((r * programs + program) * BLOCK, BLOCK)]
-        # A volatile read is served by L2: a small working set would otherwise stay in the multiprocessors' own caches.
+        # A volatile read is served by L2: a small working set would otherwise stay in the
+        # multiprocessors' own caches.
         return total + (block[...] if interpret else triton.load(block, volatile=True))
 
     def one_pass(_, total):
         return lax.fori_loop(0, rounds, one_block, total)
 
-    out[pl.ds(program * BLOCK, BLOCK)] = lax.fori_loop(0, passes, one_pass, jnp.zeros((BLOCK,), jnp.float32))
+    out[pl.ds(program * BLOCK, BLOCK)] = lax.fori_loop(
+        0, passes, one_pass, jnp.zeros((BLOCK,), jnp.float32)
+    )
 
 
 def plain_reader(programs: int) -> Reader:
@@ -73,7 +80,8 @@ def plain_reader(programs: int) -> Reader:
             return total + lax.dynamic_slice(data, (r * programs * BLOCK,), (programs * BLOCK,))
 
         def one_pass(_, total):
-            # Without the barrier the sum over the rounds does not depend on the pass and is taken out of the loop.
+            # Without the barrier the sum over the rounds does not depend on the pass and is taken
+            # out of the loop.
             return lax.fori_loop(0, counts[0], one_round, lax.optimization_barrier(total))
 
         return lax.fori_loop(0, counts[1], one_pass, jnp.zeros((programs * BLOCK,), jnp.float32))
@@ -82,7 +90,9 @@ def plain_reader(programs: int) -> Reader:
 
 
 def round_counts(programs: int, smallest: int, largest: int) -> list[int]:
-    """Rounds for working sets from `smallest` to `largest` bytes: every one at first, then growing by a fifth."""
+    """Rounds for working sets from `smallest` to `largest` bytes: every one at first, then growing
+    by a fifth.
+    """
     round_bytes = programs * BLOCK_BYTES
     counts = [max(1, round(smallest / round_bytes))]
     while counts[-1] * round_bytes < largest:
@@ -111,8 +121,12 @@ def read_curve(
         arguments = data, jnp.array([rounds, passes], jnp.int32)
         summed = read(*arguments)
         if not (summed == rounds * passes).all():
-            raise RuntimeError(f"Sums of {rounds} rounds of ones, {passes} times over, came out as {summed[:4]}...")
-        seconds = min(_seconds(lambda arguments=arguments: read(*arguments), clock) for _ in range(REPEATS))
+            raise RuntimeError(
+                f"Sums of {rounds} rounds of ones, {passes} times over, came out as {summed[:4]}..."
+            )
+        seconds = min(
+            _seconds(lambda arguments=arguments: read(*arguments), clock) for _ in range(REPEATS)
+        )
         readings.append(Reading(rounds * round_bytes, rounds * passes * round_bytes / seconds))
     return readings
 

@@ -1,11 +1,14 @@
-"""The paper's 16-layer dense network, decoded layer-wise and by its rivals: predicted, compiled, emulated, measured.
+"""The paper's 16-layer dense network, decoded layer-wise and by its rivals: predicted, compiled,
+emulated, measured.
 
-    python -m experiments.dense16                              # any machine: verdict, predictions, compiles, emulation
-    python -m experiments.dense16 --measure=all --name=h200x2  # on GPUs, as many as there are
-    python -m experiments.dense16 --measure=scaling            # on GPUs: every shape, as deep and as long as fits
-    python -m experiments.dense16 --report                     # tables and pictures again, from results/*.json
+    python -m experiments.dense16                              # any machine: verdict, predictions,
+    compiles, emulation python -m experiments.dense16 --measure=all --name=h200x2  # on GPUs, as
+    many as there are python -m experiments.dense16 --measure=scaling            # on GPUs: every
+    shape, as deep and as long as fits python -m experiments.dense16 --report                     #
+    tables and pictures again, from results/*.json
 
-The flags' defaults are the paper's configuration. Needs the extras `aot` (to compile for absent GPUs) and `plot`.
+The flags' defaults are the paper's configuration. Needs the extras `aot` (to compile for absent
+GPUs) and `plot`.
 """
 
 import dataclasses
@@ -33,8 +36,8 @@ from experiments.dense16.runs import Run, circumstances, write_json
 from experiments.dense16.scaling import Scaling, measure_scaling
 from experiments.dense16.sixteen import compile_absent, emulate, shapes
 from experiments.dense16.strategies import MAKERS
-from layerwise_jax.aot import can_compile_for_absent_gpus
-from layerwise_jax.devices import H100, H200
+from layerwise_jax.cost.devices import H100, H200
+from layerwise_jax.xla.aot import can_compile_for_absent_gpus
 
 PAPER = PRESETS["paper"]
 PARTS = ("predict", "compile", "emulate")
@@ -42,24 +45,42 @@ ALL, SCALING = "all", "scaling"
 # Room for all the steps of a program.
 SMALL_CONTEXT = 256
 
-DEVICE_COUNT = flags.DEFINE_integer("devices", None, f"devices; {DEVICES} to plan for, all there are to measure")
-LAYERS = flags.DEFINE_multi_integer("layers", None, f"layers; {PAPER.layers} to plan for; for scaling n and 2n")
+DEVICE_COUNT = flags.DEFINE_integer(
+    "devices", None, f"devices; {DEVICES} to plan for, all there are to measure"
+)
+LAYERS = flags.DEFINE_multi_integer(
+    "layers", None, f"layers; {PAPER.layers} to plan for; for scaling n and 2n"
+)
 HEADS = flags.DEFINE_integer("heads", PAPER.heads, "heads of 128", lower_bound=1)
 MLP = flags.DEFINE_integer("mlp", PAPER.mlp, "hidden width of the MLP", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", PAPER.dtype, ["float16", "bfloat16"], "of weights and caches")
 BATCH = flags.DEFINE_integer("batch", PAPER.batch, "sequences", lower_bound=1)
-CONTEXT = flags.DEFINE_integer("context", PAPER.context, "positions of a sequence; for scaling the most", lower_bound=1)
+CONTEXT = flags.DEFINE_integer(
+    "context", PAPER.context, "positions of a sequence; for scaling the most", lower_bound=1
+)
 ONLY = flags.DEFINE_multi_enum("parts", list(PARTS), PARTS, "what to do where nothing is measured")
 MEASURE = flags.DEFINE_list(
-    "measure", [], f"what to measure on GPUs: {ALL}, {SCALING}, or of {', '.join(MEASURED_PARTS['gpu'])}"
+    "measure",
+    [],
+    f"what to measure on GPUs: {ALL}, {SCALING}, or of {', '.join(MEASURED_PARTS['gpu'])}",
 )
-STRATEGIES = flags.DEFINE_multi_enum("strategies", list(MAKERS), list(MAKERS), "what is measured in scaling")
-SECONDS = flags.DEFINE_float("seconds", 540, "no measurement is begun after so many seconds", lower_bound=1)
+STRATEGIES = flags.DEFINE_multi_enum(
+    "strategies", list(MAKERS), list(MAKERS), "what is measured in scaling"
+)
+SECONDS = flags.DEFINE_float(
+    "seconds", 540, "no measurement is begun after so many seconds", lower_bound=1
+)
 REPEATS = flags.DEFINE_integer("repeats", 5, "of every time", lower_bound=1)
 THREADS = flags.DEFINE_integer("threads", 8, "programs that are compiled at a time", lower_bound=1)
-NAME = flags.DEFINE_string("name", None, "of the file of results; made from the devices if not given")
-REHEARSE = flags.DEFINE_bool("rehearse", False, "measure toys on emulated devices, to try out what runs on GPUs")
-ONLY_REPORT = flags.DEFINE_bool("report", False, "do nothing but make tables and pictures from the results")
+NAME = flags.DEFINE_string(
+    "name", None, "of the file of results; made from the devices if not given"
+)
+REHEARSE = flags.DEFINE_bool(
+    "rehearse", False, "measure toys on emulated devices, to try out what runs on GPUs"
+)
+ONLY_REPORT = flags.DEFINE_bool(
+    "report", False, "do nothing but make tables and pictures from the results"
+)
 OUT = flags.DEFINE_string("out", str(RESULTS), "the folder of the results")
 PAGE_PATH = flags.DEFINE_string("page", str(PAGE), "the page whose tables are filled in")
 
@@ -69,7 +90,10 @@ def main(argv: list[str]) -> None:
     unknown = set(MEASURE.value) - {ALL, SCALING, *MEASURED_PARTS["gpu"]}
     if unknown:
         raise app.UsageError(f"--measure knows nothing of {sorted(unknown)}")
-    console, folder = Console(width=None if sys.stdout.isatty() else 200, soft_wrap=False), Path(OUT.value)
+    console, folder = (
+        Console(width=None if sys.stdout.isatty() else 200, soft_wrap=False),
+        Path(OUT.value),
+    )
     if ONLY_REPORT.value:
         for name in report(folder, Path(PAGE_PATH.value)):
             console.print(f"Reported {folder / name}.json")
@@ -88,7 +112,11 @@ def plan(console: Console, folder: Path) -> None:
     if "predict" in ONLY.value:
         console.print(verdict_text(setup, H100), highlight=False)
         bounds_grid(setup, (H100, H200)).show(console)
-        compiled = compiled_sizes(folder) if setup == Setup(PAPER, DEVICES) or "compile" in ONLY.value else {}
+        compiled = (
+            compiled_sizes(folder)
+            if setup == Setup(PAPER, DEVICES) or "compile" in ONLY.value
+            else {}
+        )
         for device in (H100, H200):
             predictions_grid(setup, device, compiled.get(device.name, {})).show(console)
     if "emulate" in ONLY.value:
@@ -99,14 +127,19 @@ def planned() -> Setup:
     """What the flags say, the paper's experiment where they say nothing."""
     layers = LAYERS.value[0] if LAYERS.value else PAPER.layers
     flagged = {"heads": HEADS.value, "mlp": MLP.value, "dtype": DTYPE.value}
-    model = dataclasses.replace(PAPER, layers=layers, batch=BATCH.value, context=CONTEXT.value, **flagged)
+    model = dataclasses.replace(
+        PAPER, layers=layers, batch=BATCH.value, context=CONTEXT.value, **flagged
+    )
     return Setup(model, DEVICE_COUNT.value or DEVICES)
 
 
 def compile_programs(console: Console, setup: Setup, folder: Path) -> None:
     """Compile every strategy's program for absent H100s, and write down what a device holds."""
     if not can_compile_for_absent_gpus():
-        console.print("Nothing is compiled: XLA's compiler for GPUs is missing. pip install 'layerwise-jax[aot]'")
+        console.print(
+            "Nothing is compiled: XLA's compiler for GPUs is missing. pip install "
+            "'layerwise-jax[aot]'"
+        )
         return
     with progress(console, len(shapes(setup))) as done:
         found = compile_absent(setup, H100, done)
@@ -130,11 +163,20 @@ def measure(console: Console, folder: Path) -> None:
         use_emulated(console, DEVICE_COUNT.value or DEVICES)
     about = circumstances()["machine"]
     if not about["gpus"] and not REHEARSE.value:
-        console.print("There is no GPU here to measure. --rehearse tries it out on emulated devices.", style="red")
+        console.print(
+            "There is no GPU here to measure. --rehearse tries it out on emulated devices.",
+            style="red",
+        )
         sys.exit(2)
     count = DEVICE_COUNT.value or about["count"]
-    kind = about["gpus"][0].removeprefix("NVIDIA ").split()[0].lower() if about["gpus"] else "emulated"
-    asked = list(MEASURED_PARTS["toy" if REHEARSE.value else "gpu"]) if ALL in MEASURE.value else MEASURE.value
+    kind = (
+        about["gpus"][0].removeprefix("NVIDIA ").split()[0].lower() if about["gpus"] else "emulated"
+    )
+    asked = (
+        list(MEASURED_PARTS["toy" if REHEARSE.value else "gpu"])
+        if ALL in MEASURE.value
+        else MEASURE.value
+    )
     parts = tuple(part for part in asked if part != SCALING)
     with progress(console) as done:
         for name, start in jobs(parts, count, done).items():
@@ -144,7 +186,9 @@ def measure(console: Console, folder: Path) -> None:
             show(console, document, path.stem)
 
 
-def jobs(parts: Any, count: int, done: Callable[[str], None]) -> Mapping[str, Callable[[Path], dict[str, Any]]]:
+def jobs(
+    parts: Any, count: int, done: Callable[[str], None]
+) -> Mapping[str, Callable[[Path], dict[str, Any]]]:
     """What is to be run, by the ending of its file's name: (path) to the document."""
     scale = "toy" if REHEARSE.value else "gpu"
     found: dict[str, Callable[[Path], dict[str, Any]]] = {}
@@ -169,8 +213,15 @@ def scaling_models(scale: str) -> tuple[Dense, ...]:
     """What the flags say, and a model of the cache's size; toys to rehearse with."""
     if scale == "toy":
         count = DEVICE_COUNT.value or DEVICES
-        return (dataclasses.replace(PRESETS["tiny"], heads=count, mlp=4 * count, batch=count, context=SMALL_CONTEXT),)
-    return (planned().model, dataclasses.replace(PRESETS["l2"], batch=BATCH.value, context=SMALL_CONTEXT))
+        return (
+            dataclasses.replace(
+                PRESETS["tiny"], heads=count, mlp=4 * count, batch=count, context=SMALL_CONTEXT
+            ),
+        )
+    return (
+        planned().model,
+        dataclasses.replace(PRESETS["l2"], batch=BATCH.value, context=SMALL_CONTEXT),
+    )
 
 
 def show(console: Console, document: Mapping[str, Any], name: str) -> None:
@@ -180,7 +231,11 @@ def show(console: Console, document: Mapping[str, Any], name: str) -> None:
     if grid:
         grid.show(console)
     for failure in document.get("failures", []):
-        console.print(f"failed: {failure['part']}, {failure['what']}: {failure['error']}", style="red", highlight=False)
+        console.print(
+            f"failed: {failure['part']}, {failure['what']}: {failure['error']}",
+            style="red",
+            highlight=False,
+        )
 
 
 @contextmanager
@@ -191,7 +246,9 @@ def progress(console: Console, total: int | None = None) -> Iterator[Callable[[s
         task = bar.add_task("", total=total)
 
         def say(what: str) -> None:
-            bar.console.print(f"[{bar.tasks[0].elapsed or 0:.0f} s] {what}", markup=False, highlight=False)
+            bar.console.print(
+                f"[{bar.tasks[0].elapsed or 0:.0f} s] {what}", markup=False, highlight=False
+            )
             bar.update(task, description=what.splitlines()[0][:80])
             if total:
                 bar.advance(task)

@@ -1,4 +1,6 @@
-"""What a user should do, by what is computed, by the size of a layer and by the links: predicted."""
+"""What a user should do, by what is computed, by the size of a layer and by the links:
+predicted.
+"""
 
 import dataclasses
 import itertools
@@ -6,9 +8,15 @@ from collections.abc import Sequence
 
 from experiments.dense16.grid import Grid
 from experiments.dense16.predictions import shape_text
-from layerwise_jax.device_spec import DeviceSpec
-from layerwise_jax.devices import H200
-from layerwise_jax.simulate import Prediction, StepWork, best_strategies, dense_decode, dense_prefill
+from layerwise_jax.cost.device import DeviceSpec
+from layerwise_jax.cost.devices import H200
+from layerwise_jax.simulate.predictor import (
+    Prediction,
+    StepWork,
+    best_strategies,
+    dense_decode,
+    dense_prefill,
+)
 
 DEVICES = 16
 # PCI Express 5.0 in one direction, or a port of 400 Gbit/s.
@@ -33,25 +41,35 @@ def work_of(phase: str, model: str) -> StepWork:
 
 
 def advice_grid() -> Grid:
-    """A row a phase and model; for each link the fastest, and layer-wise over the best of tensor parallelism."""
+    """A row a phase and model; for each link the fastest, and layer-wise over the best of tensor
+    parallelism.
+    """
     columns = ["phase", "layers"]
     for link in LINKS:
         columns += [f"{link}: fastest", "layer-wise : TP x PP", "layer-wise : fastest"]
     rows = []
     for phase, model in itertools.product(PHASES, MODELS):
-        cells = [cell for device in LINKS.values() for cell in _advice(work_of(phase, model), device)]
+        cells = [
+            cell for device in LINKS.values() for cell in _advice(work_of(phase, model), device)
+        ]
         rows.append([phase, model, *cells])
     return Grid("", columns, rows)
 
 
 def _advice(work: StepWork, device: DeviceSpec) -> list[str]:
-    ranked = sorted((row for row in best_strategies(work, DEVICES, device) if row.fits_memory), key=_seconds)
+    ranked = sorted(
+        (row for row in best_strategies(work, DEVICES, device) if row.fits_memory), key=_seconds
+    )
     if not ranked:
         return ["none fits", "-", "-"]
     ours = _first(ranked, "layer-wise")
     theirs = _first(ranked, "tensor x pipeline") or _first(ranked, "tensor")
     fastest = ranked[0]
-    return [f"{fastest.strategy.name} ({shape_text(fastest.strategy)})", _times(theirs, ours), _times(fastest, ours)]
+    return [
+        f"{fastest.strategy.name} ({shape_text(fastest.strategy)})",
+        _times(theirs, ours),
+        _times(fastest, ours),
+    ]
 
 
 def _seconds(row: Prediction) -> float:

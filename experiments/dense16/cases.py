@@ -51,7 +51,9 @@ class StageCase:
 
     @property
     def weights(self) -> str:
-        """Whether every tick reads the same weights ("resident"), or other sets in between ("streaming")."""
+        """Whether every tick reads the same weights ("resident"), or other sets in between
+        ("streaming").
+        """
         return "resident" if self.copies == 1 else "streaming"
 
     def record(self) -> dict[str, Any]:
@@ -76,35 +78,58 @@ def decode_cases(scale: Scale, part: Part, num_devices: int) -> list[DecodeCase]
     if part == "l2":
         heads, mlp = LAYER_SIZES[8]
         deep = replace(PRESETS["l2"], layers=8, heads=heads, mlp=mlp)
-        models = [replace(model, batch=batch) for model in (PRESETS["l2"], deep) for batch in (32, 128)]
+        models = [
+            replace(model, batch=batch) for model in (PRESETS["l2"], deep) for batch in (32, 128)
+        ]
         return [DecodeCase(model, (16, 112)) for model in (*models, replace(deep, batch=8))]
-    layers = [replace(PRESETS["l2"], layers=2, heads=heads, mlp=mlp) for heads, mlp in LAYER_SIZES.values()]
-    return [DecodeCase(replace(layer, batch=batch), (16, 112)) for batch in (8, 128, 32) for layer in layers[:3]]
+    layers = [
+        replace(PRESETS["l2"], layers=2, heads=heads, mlp=mlp)
+        for heads, mlp in LAYER_SIZES.values()
+    ]
+    return [
+        DecodeCase(replace(layer, batch=batch), (16, 112))
+        for batch in (8, 128, 32)
+        for layer in layers[:3]
+    ]
 
 
 def stage_cases(scale: Scale) -> list[StageCase]:
     """One layer of the exact size, or a toy, at several sizes of a group."""
     if scale == "toy":
-        return [StageCase(replace(toy_model(1), layers=1, batch=4), groups=2, copies=1, ticks=4, rounds=2)]
+        return [
+            StageCase(
+                replace(toy_model(1), layers=1, batch=4), groups=2, copies=1, ticks=4, rounds=2
+            )
+        ]
     found = []
     for microbatch in (8, 16, 32, 128):
         model = replace(PRESETS["exact"], layers=1, batch=microbatch)
         groups = min(8, CACHE_BYTES // (microbatch * model.sequence_bytes))
-        found.append(StageCase(model, groups, copies=1, ticks=groups, rounds=max(2, 512 // (groups * microbatch))))
+        found.append(
+            StageCase(
+                model, groups, copies=1, ticks=groups, rounds=max(2, 512 // (groups * microbatch))
+            )
+        )
     return found
 
 
 def residency_cases(scale: Scale) -> list[tuple[StageCase, StageCase]]:
-    """Pairs of stages that differ only in whether every tick reads the same weights, or others in turn."""
+    """Pairs of stages that differ only in whether every tick reads the same weights, or others in
+    turn.
+    """
     if scale == "toy":
         model = replace(toy_model(1), layers=1, batch=2)
         return [(StageCase(model, 2, 1, 4, 2), StageCase(model, 2, 4, 4, 2))]
     found = []
     for microbatch, context in RESIDENT_GROUPS:
         for heads, mlp in LAYER_SIZES.values():
-            model = replace(PRESETS["l2"], layers=1, heads=heads, mlp=mlp, batch=microbatch, context=context)
+            model = replace(
+                PRESETS["l2"], layers=1, heads=heads, mlp=mlp, batch=microbatch, context=context
+            )
             copies = 2 * -(-STREAMED_BYTES // (2 * model.layer_bytes))
-            cases = [StageCase(model, 2, sets, copies, rounds=128 // copies) for sets in (1, copies)]
+            cases = [
+                StageCase(model, 2, sets, copies, rounds=128 // copies) for sets in (1, copies)
+            ]
             found.append((cases[0], cases[1]))
     return found
 

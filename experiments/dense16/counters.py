@@ -1,7 +1,8 @@
-"""Does a stage's working set stay in the cache? Bytes that a GPU reads from its DRAM, by its own counters.
+"""Does a stage's working set stay in the cache? Bytes that a GPU reads from its DRAM, by its own
+counters.
 
-JAX's profiler samples them (CUPTI's PM sampling) while programs run as they always do: no kernel runs by itself or
-twice, and clocks and caches are left alone.
+JAX's profiler samples them (CUPTI's PM sampling) while programs run as they always do: no kernel
+runs by itself or twice, and clocks and caches are left alone.
 """
 
 import math
@@ -21,14 +22,17 @@ SETTLE_SECONDS = 0.3
 
 
 def dram_bytes_read(device: Any, act: Callable[[], object]) -> float:
-    """Bytes that the GPU reads from its DRAM while `act` runs; `act` returns when its programs have ended.
+    """Bytes that the GPU reads from its DRAM while `act` runs; `act` returns when its programs have
+    ended.
 
     Raises:
       ValueError: the device is no GPU.
       RuntimeError: there were no samples.
     """
     if device.platform != "gpu":
-        raise ValueError(f"DRAM counters are those of a GPU; {device} came. Leave the counters out.")
+        raise ValueError(
+            f"DRAM counters are those of a GPU; {device} came. Leave the counters out."
+        )
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level = options.python_tracer_level = 0
     options.raise_error_on_start_failure = True
@@ -40,19 +44,28 @@ def dram_bytes_read(device: Any, act: Callable[[], object]) -> float:
         with jax.profiler.trace(folder, profiler_options=options):
             act()
             time.sleep(SETTLE_SECONDS)
-        profiles = [ProfileData.from_file(str(path)) for path in Path(folder).glob("**/*.xplane.pb")]
+        profiles = [
+            ProfileData.from_file(str(path)) for path in Path(folder).glob("**/*.xplane.pb")
+        ]
     found = [size for profile in profiles for size in samples(profile, device.local_hardware_id)]
     if not found:
         raise RuntimeError(
-            f"The profiler has no sample of {METRIC} on {device}. The driver may keep counters to administrators "
+            f"The profiler has no sample of {METRIC} on {device}. The driver may keep counters to "
+            "administrators "
             "(NVreg_RestrictProfilingToAdminUsers), or CUPTI be older than CUDA 12.6."
         )
     return math.fsum(found)
 
 
 def samples(profile: Any, gpu: int) -> list[float]:
-    """Samples of `METRIC` in a `ProfileData`, on one GPU by its number on this host. NaN, a lost sample, is dropped."""
+    """Samples of `METRIC` in a `ProfileData`, on one GPU by its number on this host. NaN, a lost
+    sample, is dropped.
+    """
     plane = profile.find_plane_with_name(f"/device:GPU:{gpu}")
-    events = [event for line in plane.lines for event in line.events if event.name == METRIC] if plane else []
+    events = (
+        [event for line in plane.lines for event in line.events if event.name == METRIC]
+        if plane
+        else []
+    )
     values = [float(dict(event.stats)[METRIC]) for event in events]
     return [value for value in values if not math.isnan(value)]

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from experiments.dense16.grid import Grid, signed
 from experiments.dense16.runs import Record, Run
-from layerwise_jax.simulate import STOCK, Calibration
-from layerwise_jax.simulate_fit import fit_calibration
-from layerwise_jax.simulate_records import measurements, predict_record
+from layerwise_jax.simulate.fit import fit_calibration
+from layerwise_jax.simulate.predictor import STOCK, Calibration
+from layerwise_jax.simulate.records import measurements, predict_record
 
 # What a prediction may be off, after calibration on the device.
 TOLERANCE = 0.15
@@ -48,21 +48,31 @@ def _points(run: Run, calibration: Calibration) -> list[Point]:
         prediction = predict_record(record, run.spec, calibration)
         if prediction is not None and record.get("seconds_per_step"):
             name = STAGE_ALONE if record["kind"] == "stage" else record["strategy"]
-            found.append(Point(name, record["batch"] / record["seconds_per_step"], prediction.tokens_per_second))
+            found.append(
+                Point(
+                    name, record["batch"] / record["seconds_per_step"], prediction.tokens_per_second
+                )
+            )
     return found
 
 
 def errors_grid(runs: Sequence[Run]) -> Grid | None:
-    """A row a strategy: how far predictions are off, as the software comes and calibrated on each run."""
+    """A row a strategy: how far predictions are off, as the software comes and calibrated on each
+    run.
+    """
     stock = [point for run in runs for point in stock_points(run)]
     fitted = [point for run in runs for point in calibrated_points(run)]
     columns = ["strategy", "measurements", "as it comes: median error", "worst"]
     columns += ["calibrated on each run: median error", "worst", f"within {TOLERANCE:.0%}"]
     rows = []
     for name in dict.fromkeys(point.name for point in stock):
-        before, after = ([point.error for point in points if point.name == name] for points in (stock, fitted))
+        before, after = (
+            [point.error for point in points if point.name == name] for points in (stock, fitted)
+        )
         within = sum(abs(error) <= TOLERANCE for error in after)
-        rows.append([name, str(len(before)), *_spread(before), *_spread(after), f"{within} of {len(after)}"])
+        rows.append(
+            [name, str(len(before)), *_spread(before), *_spread(after), f"{within} of {len(after)}"]
+        )
     return Grid("", columns, rows) if rows else None
 
 
@@ -71,7 +81,9 @@ def _spread(values: Sequence[float]) -> list[str]:
 
 
 def with_predictions(document: dict[str, Any]) -> dict[str, Any]:
-    """A document of results with what the software, as it comes, predicts for each of its records."""
+    """A document of results with what the software, as it comes, predicts for each of its
+    records.
+    """
     known = {key: document[key] for key in ("machine", "versions", "date", "command", "records")}
     return {**document, "records": predicted_records(Run("", **known))}
 
@@ -83,4 +95,7 @@ def predicted_records(run: Run) -> list[Record]:
 
 def _figures(record: Record, run: Run) -> dict[str, float] | None:
     found = predict_record(record, run.spec) if run.spec else None
-    return found and {"tokens_per_second": found.tokens_per_second, "seconds_per_step": found.step_seconds}
+    return found and {
+        "tokens_per_second": found.tokens_per_second,
+        "seconds_per_step": found.step_seconds,
+    }

@@ -1,4 +1,6 @@
-"""What is measured, as jobs: programs that are timed beside each other, and the records that come of it."""
+"""What is measured, as jobs: programs that are timed beside each other, and the records that come
+of it.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +29,11 @@ Record = dict[str, Any]
 Programs = Mapping[str, Program]
 Timings = Mapping[str, Timing]
 
-# The fastest at which an H200's memory was read, bytes a second: the floor of what must read its weights and its cache.
+# The fastest at which an H200's memory was read, bytes a second: the floor of what must read its
+# weights and its cache.
 READ_BANDWIDTH = 4.6e12
-# Calls of a stage's program in a short and a long run; a toy's take too little time to be told apart.
+# Calls of a stage's program in a short and a long run; a toy's take too little time to be told
+# apart.
 CALLS: dict[Scale, tuple[int, int]] = {"gpu": (1, 5), "toy": (0, 5)}
 # Calls of a stage's program while its bytes are counted.
 COUNTED_CALLS = 20
@@ -42,7 +46,8 @@ class Job:
 
     Attributes:
       what: which case it is.
-      groups: runs by name. Those of a group are timed in turns; before the next group they leave the memory.
+      groups: runs by name. Those of a group are timed in turns; before the next group they leave
+        the memory.
       records: makes the records of all that were compiled and timed.
     """
 
@@ -64,7 +69,9 @@ def jobs_of(part: Part, scale: Scale, devices: Sequence[Any]) -> list[Job]:
         return [_residency_job(scale, *pair, devices[0]) for pair in residency_cases(scale)]
     if part == "counters":
         return [_counters_job(scale, case, devices[0]) for case in counter_cases(scale)]
-    return [_decode_job(scale, part, case, devices) for case in decode_cases(scale, part, len(devices))]
+    return [
+        _decode_job(scale, part, case, devices) for case in decode_cases(scale, part, len(devices))
+    ]
 
 
 def _decode_job(scale: Scale, part: Part, case: DecodeCase, devices: Sequence[Any]) -> Job:
@@ -78,18 +85,29 @@ def _decode_job(scale: Scale, part: Part, case: DecodeCase, devices: Sequence[An
         first = runs["one device"].tokens
         for name, each in reversed(runs.items()):
             if name in timings:
-                about = record_of("decode", part, model, name, each.strategy.shape, programs[name], timings[name])
-                yield about | speed_of(model, timings[name].seconds) | {"steps": case.counts[1]} | _tokens(each, first)
+                about = record_of(
+                    "decode", part, model, name, each.strategy.shape, programs[name], timings[name]
+                )
+                yield (
+                    about
+                    | speed_of(model, timings[name].seconds)
+                    | {"steps": case.counts[1]}
+                    | _tokens(each, first)
+                )
         if "layer-wise" in timings and STAGE in timings:
             mesh = {"data": 1, "stage": stages, "tensor": 1}
-            about = record_of("overhead", part, model, "layer-wise", mesh, programs[STAGE], timings[STAGE])
+            about = record_of(
+                "overhead", part, model, "layer-wise", mesh, programs[STAGE], timings[STAGE]
+            )
             yield about | _overhead(timings["layer-wise"].seconds / stages, timings)
 
     return Job(str(case), (runs, alone), records)
 
 
 def _decode_runs(case: DecodeCase, devices: Sequence[Any]) -> dict[str, DecodeRun]:
-    """All strategies that fit. Those with stages come first: their start takes the most room besides what they hold."""
+    """All strategies that fit. Those with stages come first: their start takes the most room
+    besides what they hold.
+    """
     # The last device has the most room left: one device alone holds most, and it is the first.
     model, there = case.model, SingleDeviceSharding(devices[-1])
     params = partial(model.params, random_array(model, 0, there))
@@ -100,8 +118,12 @@ def _decode_runs(case: DecodeCase, devices: Sequence[Any]) -> dict[str, DecodeRu
     }
 
 
-def _stages_alone(scale: Scale, model: Dense, stages: int, ticks: int, devices: Sequence[Any]) -> dict[str, StageRun]:
-    """The layer-wise stage in a loop on one device, without and with what first and last stage do besides."""
+def _stages_alone(
+    scale: Scale, model: Dense, stages: int, ticks: int, devices: Sequence[Any]
+) -> dict[str, StageRun]:
+    """The layer-wise stage in a loop on one device, without and with what first and last stage do
+    besides.
+    """
     stage = replace(model, layers=model.layers // stages, batch=model.batch // stages)
     rounds = max(1, min(ticks, model.context // 2) // 2)
     return {
@@ -133,24 +155,34 @@ def _tokens(run: DecodeRun, first: Any) -> Record:
 
 
 def _overhead(tick: float, timings: Timings) -> Record:
-    """What a tick of the ring takes besides its stage, and besides the slower device's stage with its ends."""
+    """What a tick of the ring takes besides its stage, and besides the slower device's stage with
+    its ends.
+    """
     found = {"tick_seconds": tick, "stage_seconds": timings[STAGE].seconds}
     found |= {"overhead_seconds": tick - timings[STAGE].seconds}
     ends = [timings[name].seconds for name in (STAGE_WITH_ENDS, LAST_WITH_ENDS) if name in timings]
     if ends:
-        found |= {"stage_with_ends_seconds": max(ends), "overhead_over_ends_seconds": tick - max(ends)}
+        found |= {
+            "stage_with_ends_seconds": max(ends),
+            "overhead_over_ends_seconds": tick - max(ends),
+        }
     return found
 
 
 def _stage_job(scale: Scale, case: StageCase, device: Any) -> Job:
     """A stage against the time that its memory takes."""
     model = case.model
-    floor = (model.layers * (model.layer_bytes + model.batch * model.sequence_bytes)) / READ_BANDWIDTH
+    floor = (
+        model.layers * (model.layer_bytes + model.batch * model.sequence_bytes)
+    ) / READ_BANDWIDTH
 
     def records(programs: Programs, timings: Timings) -> Iterator[Record]:
         for name, timing in timings.items():
             record = record_of("stage", "stage", model, "one device", {}, programs[name], timing)
-            record |= {"tokens_per_second": model.batch / timing.seconds, "memory_bandwidth": READ_BANDWIDTH}
+            record |= {
+                "tokens_per_second": model.batch / timing.seconds,
+                "memory_bandwidth": READ_BANDWIDTH,
+            }
             yield record | {"floor_seconds": floor, "floor_share": floor / timing.seconds}
 
     return Job(str(case), ({STAGE: _stage_run(scale, case, device)},), records)
@@ -163,14 +195,23 @@ def _residency_job(scale: Scale, stays: StageCase, streams: StageCase, device: A
     def records(programs: Programs, timings: Timings) -> Iterator[Record]:
         for name, timing in timings.items():
             model = cases[name].model
-            record = record_of("residency", "residency", model, "one device", {}, programs[name], timing)
+            record = record_of(
+                "residency", "residency", model, "one device", {}, programs[name], timing
+            )
             yield record | cases[name].record()
 
-    return Job(str(stays), ({name: _stage_run(scale, case, device) for name, case in cases.items()},), records)
+    return Job(
+        str(stays),
+        ({name: _stage_run(scale, case, device) for name, case in cases.items()},),
+        records,
+    )
 
 
 def _stage_run(scale: Scale, case: StageCase, device: Any) -> StageRun:
-    return StageRun(StageLoop(case.model, device, case.groups, case.copies, case.ticks, case.rounds), CALLS[scale])
+    return StageRun(
+        StageLoop(case.model, device, case.groups, case.copies, case.ticks, case.rounds),
+        CALLS[scale],
+    )
 
 
 def _counters_job(scale: Scale, case: StageCase, device: Any) -> Job:
@@ -181,7 +222,9 @@ def _counters_job(scale: Scale, case: StageCase, device: Any) -> Job:
         run.prepare()
         try:
             run.seconds(1)  # what the first call reads besides is none of the steady state's
-            size = dram_bytes_read(device, lambda: run.seconds(COUNTED_CALLS)) / (COUNTED_CALLS * run.steps_a_unit)
+            size = dram_bytes_read(device, lambda: run.seconds(COUNTED_CALLS)) / (
+                COUNTED_CALLS * run.steps_a_unit
+            )
         finally:
             run.release()
         about = _described("counters", "counters", case.model, "one device", {})
@@ -191,14 +234,22 @@ def _counters_job(scale: Scale, case: StageCase, device: Any) -> Job:
 
 
 def record_of(
-    kind: str, part: str, model: Dense, strategy: str, mesh: Mapping[str, int], program: Program, timing: Timing
+    kind: str,
+    part: str,
+    model: Dense,
+    strategy: str,
+    mesh: Mapping[str, int],
+    program: Program,
+    timing: Timing,
 ) -> Record:
     """What was run, how long it took, and what a device held."""
     about = {"bytes_per_device": program.device_bytes, "compile_seconds": program.seconds}
     return {**_described(kind, part, model, strategy, mesh), **timing.record(), **about}
 
 
-def _described(kind: str, part: str, model: Dense, strategy: str, mesh: Mapping[str, int]) -> dict[str, Any]:
+def _described(
+    kind: str, part: str, model: Dense, strategy: str, mesh: Mapping[str, int]
+) -> dict[str, Any]:
     return {
         "kind": kind,
         "part": part,

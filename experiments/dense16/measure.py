@@ -43,7 +43,9 @@ class Settings:
     threads: int = 8
 
 
-def run(settings: Settings, out_path: Path, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def run(
+    settings: Settings, out_path: Path, progress: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
     """Measure, and write the document to `out_path` after every case; returns it."""
     session = Session(settings, out_path, progress)
     for part in settings.parts or PARTS[settings.scale]:
@@ -62,11 +64,15 @@ class Session:
         self.document["machine"]["count"] = len(self.devices)
 
     def measure(self, part: Part) -> None:
-        """One part. The programs of some jobs are compiled first, several at a time, then these jobs are timed."""
+        """One part. The programs of some jobs are compiled first, several at a time, then these
+        jobs are timed.
+        """
         jobs = jobs_of(part, self.settings.scale, self.devices)
         for first in range(0, len(jobs), JOBS_AT_A_TIME):
             if self.is_late():
-                self.fail(part, f"{len(jobs) - first} jobs", TimeoutError("not begun: the time was up"))
+                self.fail(
+                    part, f"{len(jobs) - first} jobs", TimeoutError("not begun: the time was up")
+                )
                 return
             self._measure(part, jobs[first : first + JOBS_AT_A_TIME])
 
@@ -84,7 +90,8 @@ class Session:
             except Exception as error:
                 self.fail(part, job.what, error)
             self.write()
-            gc.collect()  # what failed may be held by its own traceback, and the next case needs the memory
+            # what failed may be held by its own traceback, and the next case needs the memory
+            gc.collect()
 
     def _compile(self, part: Part, jobs: list[Job]) -> dict[tuple[int, str], Program]:
         runs = {(i, name): run for i, job in enumerate(jobs) for name, run in job.runs.items()}
@@ -101,7 +108,9 @@ class Session:
         found = {}
         for group in job.groups:
             alive = {name: run for name, run in group.items() if name in compiled}
-            found |= time_in_turns(alive, self.settings.repeats, lambda what, error: self.fail(part, what, error))
+            found |= time_in_turns(
+                alive, self.settings.repeats, lambda what, error: self.fail(part, what, error)
+            )
             for run in group.values():
                 run.release()
         return found
@@ -113,7 +122,9 @@ class Session:
         """Put a failure into the document."""
         reason = f"{type(error).__name__}: {error}"[:2000]
         self.document["failures"].append({"part": part, "what": what, "error": reason})
-        self.progress(f"failed: {part}: {what}: {''.join(traceback.format_exception(error))[-3000:]}")
+        self.progress(
+            f"failed: {part}: {what}: {''.join(traceback.format_exception(error))[-3000:]}"
+        )
         self.write()
 
     def write(self) -> None:

@@ -1,11 +1,13 @@
-"""What was measured, as tables: strategies side by side, predictions beside them, and what was to be reached."""
+"""What was measured, as tables: strategies side by side, predictions beside them, and what was to
+be reached.
+"""
 
 from collections.abc import Sequence
 
 from experiments.dense16.grid import Grid, count, signed
 from experiments.dense16.predictions import shape_text
 from experiments.dense16.runs import STRATEGIES, Record, Run
-from layerwise_jax.simulate import Strategy
+from layerwise_jax.simulate.predictor import Strategy
 
 RESIDENCY = ("resident", "streaming")
 RIVALS = ("tensor", "tensor x pipeline")
@@ -24,7 +26,9 @@ def ratio(records: Sequence[Record], name: str, rival: str) -> float | None:
 
 
 def strategies_grid(runs: Sequence[Run]) -> Grid | None:
-    """A row a setting, a column a strategy: tokens/s of its best shape, the fastest in bold, and two ratios."""
+    """A row a setting, a column a strategy: tokens/s of its best shape, the fastest in bold, and
+    two ratios.
+    """
     rows = []
     for run in runs:
         for setting, records in run.settings().items():
@@ -35,7 +39,9 @@ def strategies_grid(runs: Sequence[Run]) -> Grid | None:
             megabytes = setting.layer_bytes * setting.layers / 1e6 / setting.devices
             rows.append([str(setting), f"{megabytes:,.0f}", *cells, *ratios])
     columns = ["setting", "MB of weights a device, shared out", *STRATEGIES]
-    return Grid("", [*columns, *(f"layer-wise : {rival}" for rival in RIVALS)], rows) if rows else None
+    return (
+        Grid("", [*columns, *(f"layer-wise : {rival}" for rival in RIVALS)], rows) if rows else None
+    )
 
 
 def _rate(record: Record | None, most: float) -> str:
@@ -64,7 +70,9 @@ def all_records_grid(run: Run) -> Grid:
     rows = []
     for setting, records in run.settings().items():
         for record in records:
-            shape = " x ".join(str(record["mesh"].get(axis, 1)) for axis in ("data", "stage", "tensor"))
+            shape = " x ".join(
+                str(record["mesh"].get(axis, 1)) for axis in ("data", "stage", "tensor")
+            )
             rows.append([str(setting), record["strategy"], shape, *_figures(record)])
     return Grid(str(run), columns, rows)
 
@@ -92,7 +100,9 @@ def _figures(record: Record) -> list[str]:
 
 
 def stage_grid(runs: Sequence[Run]) -> Grid | None:
-    """A row a microbatch of one stage alone: its time against the floor, its rate, and what it reads from DRAM."""
+    """A row a microbatch of one stage alone: its time against the floor, its rate, and what it
+    reads from DRAM.
+    """
     rows = []
     for record in records_of(runs, "stage"):
         if "floor_seconds" not in record:
@@ -110,7 +120,14 @@ def stage_grid(runs: Sequence[Run]) -> Grid | None:
                 _share_read(counters_of(runs, record)),
             ]
         )
-    columns = ["sequences", "context", "us a tick", "fastest to slowest", "floor, us", "floor / measured"]
+    columns = [
+        "sequences",
+        "context",
+        "us a tick",
+        "fastest to slowest",
+        "floor, us",
+        "floor / measured",
+    ]
     columns += ["tokens/s in steady state", "read from DRAM, of weights and cache"]
     return Grid("", columns, rows) if rows else None
 
@@ -118,11 +135,14 @@ def stage_grid(runs: Sequence[Run]) -> Grid | None:
 def _share_read(counters: Record | None) -> str:
     if counters is None:
         return "-"
-    return f"{counters['dram_bytes_per_tick'] / (counters['stage_weight_bytes'] + counters['group_cache_bytes']):.1%}"
+    must_read = counters["stage_weight_bytes"] + counters["group_cache_bytes"]
+    return f"{counters['dram_bytes_per_tick'] / must_read:.1%}"
 
 
 def residency_grid(runs: Sequence[Run]) -> Grid | None:
-    """A row a size of a stage and number of sequences: its weights read again every tick, against others in turn."""
+    """A row a size of a stage and number of sequences: its weights read again every tick, against
+    others in turn.
+    """
     found: dict[tuple[float, int, int], dict[str, Record]] = {}
     for record in records_of(runs, "residency"):
         key = record["stage_weight_bytes"], record["batch"], record["context"]
@@ -135,10 +155,30 @@ def residency_grid(runs: Sequence[Run]) -> Grid | None:
         counters = [counters_of(runs, both[name]) if name in both else None for name in RESIDENCY]
         caches = [each["groups"] * each["group_cache_bytes"] for each in counters if each]
         reads = [each["dram_bytes_per_tick"] if each else None for each in counters]
-        rows.append([_megabytes(size), str(batch), str(context), _megabytes(max(caches, default=None)), *cells, gain])
+        rows.append(
+            [
+                _megabytes(size),
+                str(batch),
+                str(context),
+                _megabytes(max(caches, default=None)),
+                *cells,
+                gain,
+            ]
+        )
         rows[-1] += map(_megabytes, reads)
-    columns = ["MB of weights", "sequences", "positions", "MB of both caches", "us a layer, the same weights"]
-    columns += ["other weights in turn", "gain", "MB read from DRAM a tick, the same weights", "other weights in turn"]
+    columns = [
+        "MB of weights",
+        "sequences",
+        "positions",
+        "MB of both caches",
+        "us a layer, the same weights",
+    ]
+    columns += [
+        "other weights in turn",
+        "gain",
+        "MB read from DRAM a tick, the same weights",
+        "other weights in turn",
+    ]
     return Grid("", columns, rows) if rows else None
 
 
@@ -146,7 +186,9 @@ def counters_of(runs: Sequence[Run], timed: Record) -> Record | None:
     """What a stage that was timed reads from DRAM; None where that was not counted."""
     same = ("model", "batch", "context")
     for record in records_of(runs, "counters"):
-        if all(record[name] == timed[name] for name in same) and record["weights"] == timed.get("weights", "resident"):
+        if all(record[name] == timed[name] for name in same) and record["weights"] == timed.get(
+            "weights", "resident"
+        ):
             return record
     return None
 
@@ -156,7 +198,9 @@ def _megabytes(size: float | None) -> str:
 
 
 def overhead_grid(runs: Sequence[Run]) -> Grid | None:
-    """A row a model: the ring's tick, its stage's own time without and with what the ends do besides, and the rest."""
+    """A row a model: the ring's tick, its stage's own time without and with what the ends do
+    besides, and the rest.
+    """
     names = (
         "tick_seconds",
         "stage_seconds",
@@ -169,8 +213,13 @@ def overhead_grid(runs: Sequence[Run]) -> Grid | None:
         for record in (r for r in run.records if r["kind"] == "overhead"):
             parts = [f"{1e6 * record[name]:.1f}" if name in record else "-" for name in names]
             model = record["model"]
-            what = f"{model['layers'] // record['mesh']['stage']} x d={model['heads'] * model['head_dim']}"
-            rows.append([f"{run.machine['count']} x {run.device}", what, str(record["batch"]), *parts])
+            what = (
+                f"{model['layers'] // record['mesh']['stage']} x "
+                f"d={model['heads'] * model['head_dim']}"
+            )
+            rows.append(
+                [f"{run.machine['count']} x {run.device}", what, str(record["batch"]), *parts]
+            )
     columns = ["devices", "stage", "batch", "tick, us", "layers alone, us", "the rest, us"]
     columns += ["with embedding, head and sampling, us", "the rest, us"]
     return Grid("", columns, rows) if rows else None
@@ -182,9 +231,14 @@ def records_of(runs: Sequence[Run], kind: str) -> list[Record]:
 
 
 def emulated_grid(records: Sequence[Record]) -> Grid:
-    """A row a strategy on emulated devices: its shape, and whether its tokens are those of one device."""
+    """A row a strategy on emulated devices: its shape, and whether its tokens are those of one
+    device.
+    """
     model = records[0]["model"]
-    title = f"{model['layers']} layers of width {model['heads'] * model['head_dim']}, {records[0]['batch']} sequences, "
+    title = (
+        f"{model['layers']} layers of width {model['heads'] * model['head_dim']}, "
+        f"{records[0]['batch']} sequences, "
+    )
     rows = [
         [
             record["strategy"],
@@ -196,5 +250,12 @@ def emulated_grid(records: Sequence[Record]) -> Grid:
         ]
         for record in records
     ]
-    columns = ["strategy", "shape", "tokens as on one device", "their digest", "kB a device", "compile, s"]
+    columns = [
+        "strategy",
+        "shape",
+        "tokens as on one device",
+        "their digest",
+        "kB a device",
+        "compile, s",
+    ]
     return Grid(f"{title}{records[0]['steps']} steps, {model['dtype']}, emulated.", columns, rows)

@@ -1,4 +1,6 @@
-"""What was measured, drawn: strategies by setting, predictions against measurements, and the paper's ratio."""
+"""What was measured, drawn: strategies by setting, predictions against measurements, and the
+paper's ratio.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +14,9 @@ from experiments.dense16.measured import best, ratio
 from experiments.dense16.paper import BASELINE, CLAIMED_RATIO
 from experiments.dense16.pictures import BLUE, GREY, RED, save
 from experiments.dense16.runs import STRATEGIES, Record, Run
-from layerwise_jax.device_spec import DeviceSpec
-from layerwise_jax.simulate import predict
-from layerwise_jax.simulate_records import strategy_of_record, work_of
+from layerwise_jax.cost.device import DeviceSpec
+from layerwise_jax.simulate.predictor import predict
+from layerwise_jax.simulate.records import strategy_of_record, work_of
 
 GREEN = "#31a354"
 # The part that sweeps sizes has too many settings for panels; the table has them.
@@ -23,9 +25,18 @@ COLOURS = dict(zip(STRATEGIES, ("black", GREY, BLUE, "#756bb1", RED, "#fd8d3c"),
 
 
 def draw_measured(runs: Sequence[Run], path: Path) -> bool:
-    """A panel a setting, a bar a strategy: measured tokens/s, fastest to slowest, the prediction and the bound."""
-    found = [(run, s, records) for run in runs for s, records in run.settings().items() if len(records) > 1]
-    settings = [each for each in found if all(record.get("part") != SWEPT for record in each[2])] or found
+    """A panel a setting, a bar a strategy: measured tokens/s, fastest to slowest, the prediction
+    and the bound.
+    """
+    found = [
+        (run, s, records)
+        for run in runs
+        for s, records in run.settings().items()
+        if len(records) > 1
+    ]
+    settings = [
+        each for each in found if all(record.get("part") != SWEPT for record in each[2])
+    ] or found
     if not settings:
         return False
     columns = min(3, len(settings))
@@ -37,7 +48,9 @@ def draw_measured(runs: Sequence[Run], path: Path) -> bool:
     for axes, (run, setting, records) in zip(panels, settings, strict=False):
         shown = [(name, record) for name in STRATEGIES if (record := best(records, name))][::-1]
         colours = [RED if name.startswith("layer-wise") else BLUE for name, _ in shown]
-        axes.barh([name for name, _ in shown], [r["tokens_per_second"] for _, r in shown], color=colours)
+        axes.barh(
+            [name for name, _ in shown], [r["tokens_per_second"] for _, r in shown], color=colours
+        )
         for j, (_, record) in enumerate(shown):
             _mark(axes, j, record, run)
         axes.set_title(str(setting), fontsize=8)
@@ -46,7 +59,9 @@ def draw_measured(runs: Sequence[Run], path: Path) -> bool:
         axes.tick_params(labelsize=7)
     handles, labels = panels[0].get_legend_handles_labels()
     known = dict(zip(labels, handles, strict=True))
-    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(
+        known.values(), known.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
+    )
     save(figure, path)
     return True
 
@@ -56,7 +71,15 @@ def _mark(axes: Axes, j: int, record: Record, run: Run) -> None:
     low, high = (record["batch"] / seconds for seconds in record["spread"][::-1])
     axes.plot([low, high], [j, j], color="black", linewidth=1.2, label="fastest to slowest")
     if record.get("predicted"):
-        axes.plot(record["predicted"]["tokens_per_second"], j, "o", color="black", mfc="white", ms=5, label="predicted")
+        axes.plot(
+            record["predicted"]["tokens_per_second"],
+            j,
+            "o",
+            color="black",
+            mfc="white",
+            ms=5,
+            label="predicted",
+        )
     if run.spec is not None and (bound := _bound(record, run.spec)):
         axes.plot(bound, j, "k|", ms=12, label="bound: memory traffic")
 
@@ -67,24 +90,43 @@ def _bound(record: Record, spec: DeviceSpec) -> float | None:
 
 
 def draw_errors(runs: Sequence[Run], path: Path) -> bool:
-    """Predicted against measured tokens/s with a band of 15 %, as the software comes and calibrated on each run."""
+    """Predicted against measured tokens/s with a band of 15 %, as the software comes and calibrated
+    on each run.
+    """
     panels: dict[str, list[Point]] = {
         "as the software comes": [point for run in runs for point in stock_points(run)],
         "calibrated on each run": [point for run in runs for point in calibrated_points(run)],
     }
-    rates = [rate for points in panels.values() for point in points for rate in (point.measured, point.predicted)]
+    rates = [
+        rate
+        for points in panels.values()
+        for point in points
+        for rate in (point.measured, point.predicted)
+    ]
     if not rates:
         return False
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     ends = [min(rates) * 0.8, max(rates) * 1.25]
     low, high = ([x * (1 + side * TOLERANCE) for x in ends] for side in (-1, 1))
-    for axes, (title, points) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+    for axes, (title, points) in zip(
+        figure.subplots(1, 2, sharey=True), panels.items(), strict=True
+    ):
         axes.fill_between(ends, low, high, color="#eeeeee")
         for name in dict.fromkeys(point.name for point in points):
             own = [point for point in points if point.name == name]
-            measured, predicted = [point.measured for point in own], [point.predicted for point in own]
+            measured, predicted = (
+                [point.measured for point in own],
+                [point.predicted for point in own],
+            )
             axes.plot(measured, predicted, "o", color=COLOURS.get(name, GREEN), ms=5, label=name)
-        axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, title=title, xlabel="measured tokens/s")
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlim=ends,
+            ylim=ends,
+            title=title,
+            xlabel="measured tokens/s",
+        )
     figure.axes[0].set_ylabel("predicted tokens/s")
     figure.axes[0].legend(fontsize=8)
     save(figure, path)

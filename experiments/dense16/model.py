@@ -1,7 +1,8 @@
 """The experiment's network: dense decoder layers, one token of every sequence at a time.
 
-A layer has attention of `heads` heads of 128 and a feed-forward of width `mlp`, without gates, biases or parameters of
-its norms: 4 d^2 + 2 d mlp weights. Letters of shapes: b sequences, d width, h heads, w width of a head, t context.
+A layer has attention of `heads` heads of 128 and a feed-forward of width `mlp`, without gates,
+biases or parameters of its norms: 4 d^2 + 2 d mlp weights. Letters of shapes: b sequences, d width,
+h heads, w width of a head, t context.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,7 +47,8 @@ class Dense:
       dtype: of weights, cache and activations; norms and logits are float32.
       vocabulary: tokens there are.
       head_dim: of one head.
-      attention: cuDNN's kernel, which takes 16-bit types on GPUs alone, or what XLA makes of products and sums.
+      attention: cuDNN's kernel, which takes 16-bit types on GPUs alone, or what XLA makes of
+        products and sums.
     """
 
     layers: int
@@ -115,9 +117,14 @@ class Dense:
     def cache(self, sequences: int, make: Maker) -> Cache:
         """The cache of so many sequences, made as `params` are."""
         shape = (sequences, self.context, self.heads, self.head_dim)
-        return [{name: make(shape, 1.0, 2 * i + j) for j, name in enumerate("kv")} for i in range(self.layers)]
+        return [
+            {name: make(shape, 1.0, 2 * i + j) for j, name in enumerate("kv")}
+            for i in range(self.layers)
+        ]
 
-    def abstract(self, shape: tuple[int, ...], scale: float = 1.0, number: int = 0) -> jax.ShapeDtypeStruct:
+    def abstract(
+        self, shape: tuple[int, ...], scale: float = 1.0, number: int = 0
+    ) -> jax.ShapeDtypeStruct:
         """What `params` and `cache` make as types alone."""
         return jax.ShapeDtypeStruct(shape, self.dtype)
 
@@ -131,8 +138,9 @@ class Dense:
     ) -> tuple[Any, Cache]:
         """One token of every sequence: (logits float32[b, vocabulary], cache).
 
-        Parameters and cache are whole, or the shards of one device; `axis` is the mesh axis over which layers are
-        split, if they are. tokens and positions are int32[b]; past the context's end, its last place is written again.
+        Parameters and cache are whole, or the shards of one device; `axis` is the mesh axis over
+        which layers are split, if they are. tokens and positions are int32[b]; past the context's
+        end, its last place is written again.
         """
         x, new = params["embed"][tokens], []
         positions = jnp.minimum(positions, self.context - 1)
@@ -148,26 +156,37 @@ class Dense:
         return _product(_norm(x), params["head"]).astype(jnp.float32)
 
     def block(
-        self, block: Mapping[str, Any], cache: Mapping[str, Any], x: Any, positions: Any, axis: str | None = None
+        self,
+        block: Mapping[str, Any],
+        cache: Mapping[str, Any],
+        x: Any,
+        positions: Any,
+        axis: str | None = None,
     ) -> tuple[Any, Any]:
         """One layer: (x[b, d], its cache)."""
         mixed = _product(_norm(x), block["query_key_value"])
         query, key, value = (mixed[:, j] for j in range(3))
-        cache = {"k": _written(cache["k"], key, positions), "v": _written(cache["v"], value, positions)}
+        cache = {
+            "k": _written(cache["k"], key, positions),
+            "v": _written(cache["v"], value, positions),
+        }
         attended = self._attend(query, cache["k"], cache["v"], positions)
         x = x + _summed(_product(attended, block["out"]), axis)
         hidden = jax.nn.gelu(_product(_norm(x), block["up"]))
         return x + _summed(_product(hidden, block["down"]), axis), cache
 
     def _attend(self, query: Any, keys: Any, values: Any, positions: Any) -> Any:
-        """Attention of one query a sequence [b, h, w] to the positions up to its own of [b, t, h, w]."""
+        """Attention of one query a sequence [b, h, w] to the positions up to its own of [b, t, h,
+        w].
+        """
         if self.attention == "cudnn":
             lengths = positions + 1
             attended = jax.nn.dot_product_attention(
                 query[:, None], keys, values, key_value_seq_lengths=lengths, implementation="cudnn"
             )
             return attended[:, 0]
-        # A multiplication and a sum read keys and values where they lie; as products they would be transposed first.
+        # A multiplication and a sum read keys and values where they lie; as products they would be
+        # transposed first.
         q, k, v = (x.astype(jnp.float32) for x in (query, keys, values))
         scores = jnp.sum(q[:, None] * k, axis=-1) * self.head_dim**-0.5
         seen = jnp.arange(self.context) <= positions[:, None]
@@ -184,7 +203,9 @@ PRESETS = {
 
 
 def random_array(model: Dense, seed: int, sharding: Sharding) -> Maker:
-    """A maker of arrays that are drawn where they are to lie: the same numbers whatever the sharding."""
+    """A maker of arrays that are drawn where they are to lie: the same numbers whatever the
+    sharding.
+    """
 
     def make(shape: tuple[int, ...], scale: float, number: int) -> jax.Array:
         return _drawer(shape, model.dtype, sharding)(np.array([seed, number], np.uint32), scale)
@@ -195,7 +216,8 @@ def random_array(model: Dense, seed: int, sharding: Sharding) -> Maker:
 @cache
 def _drawer(shape: tuple[int, ...], dtype: str, sharding: Sharding) -> Callable[..., jax.Array]:
     return jax.jit(
-        lambda data, scale: _draw(jax.random.wrap_key_data(data), scale, shape, dtype), out_shardings=sharding
+        lambda data, scale: _draw(jax.random.wrap_key_data(data), scale, shape, dtype),
+        out_shardings=sharding,
     )
 
 

@@ -1,4 +1,6 @@
-"""The two rows of the paper's table, and the devices they are for. The network is `model.PRESETS["paper"]`."""
+"""The two rows of the paper's table, and the devices they are for. The network is
+`model.PRESETS["paper"]`.
+"""
 
 from dataclasses import dataclass
 
@@ -15,7 +17,8 @@ class Claim:
     Attributes:
       strategy: what it is called here.
       tokens_per_second: TPS as printed.
-      seconds_per_token: TPOT as printed. It is 1 / TPS, not the time between two tokens of a sequence.
+      seconds_per_token: TPOT as printed. It is 1 / TPS, not the time between two tokens of a
+        sequence.
     """
 
     strategy: str
@@ -23,7 +26,9 @@ class Claim:
     seconds_per_token: float
 
     def inter_token_latency(self, batch: int = BATCH) -> float:
-        """Seconds between two tokens of one sequence, if all of the batch is in flight: batch / TPS."""
+        """Seconds between two tokens of one sequence, if all of the batch is in flight: batch /
+        TPS.
+        """
         return batch / self.tokens_per_second
 
 

@@ -1,4 +1,6 @@
-"""What plain numbers say of the paper's experiment: whether it fits the cache, its bounds, and what to expect."""
+"""What plain numbers say of the paper's experiment: whether it fits the cache, its bounds, and what
+to expect.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,9 +9,10 @@ from typing import Any
 from experiments.dense16.grid import Grid, count, gigabytes, milliseconds
 from experiments.dense16.model import Dense
 from experiments.dense16.paper import BASELINE, BASELINE_STAGES, CLAIMS, LAYER_WISE
-from layerwise_jax.cost import LayerCost
-from layerwise_jax.device_spec import DeviceSpec
-from layerwise_jax.simulate import (
+from layerwise_jax.cost.capacity import CapacityBound, capacity_bound
+from layerwise_jax.cost.device import DeviceSpec
+from layerwise_jax.cost.layer_cost import LayerCost
+from layerwise_jax.simulate.predictor import (
     Prediction,
     StepWork,
     Strategy,
@@ -18,9 +21,8 @@ from layerwise_jax.simulate import (
     ideal_per_second,
     predict,
 )
-from layerwise_jax.simulate_stage import ring_all_reduce_bytes
-from layerwise_jax.simulate_work import ALL_REDUCES_PER_LAYER
-from layerwise_jax.verdict import Verdict, capacity_verdict
+from layerwise_jax.simulate.stage import ring_all_reduce_bytes
+from layerwise_jax.simulate.work import ALL_REDUCES_PER_LAYER
 
 ALL_REDUCE_SECONDS = 20e-6
 
@@ -52,11 +54,11 @@ class Setup:
         return Strategy(BASELINE.strategy, stage=stages, tensor=self.devices // stages)
 
 
-def cache_verdict(setup: Setup, device: DeviceSpec) -> Verdict:
+def cache_verdict(setup: Setup, device: DeviceSpec) -> CapacityBound:
     """The capacity law for the network's layers in 16 bits."""
     weights = 2 * setup.model.layer_weights
     costs = [LayerCost(f"layer {i}", weights, 0, 0) for i in range(setup.model.layers)]
-    return capacity_verdict(costs, device, setup.devices)
+    return capacity_bound(costs, device, setup.devices)
 
 
 def verdict_text(setup: Setup, device: DeviceSpec) -> str:
@@ -65,12 +67,17 @@ def verdict_text(setup: Setup, device: DeviceSpec) -> str:
     ways = found.tensor_ways
     fits = "fits" if found.is_resident else "breaks its own constraint"
     return (
-        f"A layer has {model.layer_weights:,} weights, {found.largest_layer_bytes / 1e6:.1f} MB in 16 bits: "
+        f"A layer has {model.layer_weights:,} weights, {found.largest_layer_bytes / 1e6:.1f} MB "
+        "in 16 bits: "
         f"{found.largest_layer_bytes / device.l2_bytes:.1f} times the L2 of a {device.name} "
-        f"({device.l2_bytes / 1e6:.1f} MB, of which {device.usable_l2_bytes / 1e6:.1f} MB are read at its speed). All "
-        f"{model.layers} are {found.weight_bytes / 1e9:.2f} GB against {found.resident_bytes / 1e9:.2f} GB in "
-        f"{setup.devices} devices, so that the experiment {fits}. A layer must be split {ways[16]} ways at fp16, "
-        f"{ways[8]} at fp8, {ways[4]} at 4 bits. Keys and values are {model.batch * model.sequence_bytes / 1e9:.2f} GB "
+        f"({device.l2_bytes / 1e6:.1f} MB, of which {device.usable_l2_bytes / 1e6:.1f} MB are "
+        "read at its speed). All "
+        f"{model.layers} are {found.weight_bytes / 1e9:.2f} GB against "
+        f"{found.resident_bytes / 1e9:.2f} GB in "
+        f"{setup.devices} devices, so that the experiment {fits}. A layer must be split "
+        f"{ways[16]} ways at fp16, "
+        f"{ways[8]} at fp8, {ways[4]} at 4 bits. Keys and values are "
+        f"{model.batch * model.sequence_bytes / 1e9:.2f} GB "
         f"a layer at context {model.context:,} and batch {model.batch}."
     )
 
@@ -78,7 +85,8 @@ def verdict_text(setup: Setup, device: DeviceSpec) -> str:
 def rows_to_show(setup: Setup, device: DeviceSpec) -> list[Prediction]:
     """The best row of every strategy, and the paper's baseline; fastest first.
 
-    Of the products of replicas with something else only the best is shown, if it is the best of all.
+    Of the products of replicas with something else only the best is shown, if it is the best of
+    all.
     """
     ranked = sorted(best_strategies(setup.work, setup.devices, device), key=_rank)
     shown: dict[str, Prediction] = {}
@@ -97,7 +105,9 @@ def _rank(row: Prediction) -> tuple[bool, float]:
 
 
 def bounds(setup: Setup, device: DeviceSpec) -> dict[str, float]:
-    """Tokens/s that memory traffic alone allows, by what is read; the baseline's also with its all-reduces."""
+    """Tokens/s that memory traffic alone allows, by what is read; the baseline's also with its
+    all-reduces.
+    """
 
     def bound(strategy: Strategy) -> Prediction:
         return predict(setup.work, strategy, device)
@@ -105,9 +115,16 @@ def bounds(setup: Setup, device: DeviceSpec) -> dict[str, float]:
     model, n = setup.model, setup.devices
     tensor, stages = setup.baseline.tensor, setup.baseline.stage
     baseline, all_reduces = bound(setup.baseline), ALL_REDUCES_PER_LAYER * model.layers
-    summed = ring_all_reduce_bytes(setup.baseline.group_size(model.batch) * model.width * model.itemsize, tensor)
-    linked = baseline.lower_bound_seconds + all_reduces * (ALL_REDUCE_SECONDS + summed / device.link_bandwidth)
-    with_links = f"the same, with {all_reduces} all-reduces of {1e6 * ALL_REDUCE_SECONDS:.0f} us and their bytes"
+    summed = ring_all_reduce_bytes(
+        setup.baseline.group_size(model.batch) * model.width * model.itemsize, tensor
+    )
+    linked = baseline.lower_bound_seconds + all_reduces * (
+        ALL_REDUCE_SECONDS + summed / device.link_bandwidth
+    )
+    with_links = (
+        f"the same, with {all_reduces} all-reduces of {1e6 * ALL_REDUCE_SECONDS:.0f} us and "
+        "their bytes"
+    )
     ring, unfilled = (Strategy(LAYER_WISE.strategy, stage=n, groups=groups) for groups in (n, 1))
     return {
         "weights and caches read once a step": ideal_per_second(setup.work, device, n),
@@ -122,7 +139,10 @@ def bounds_grid(setup: Setup, devices: Sequence[DeviceSpec]) -> Grid:
     """A row a bound, a column a device."""
     found = [bounds(setup, device) for device in devices]
     rows = [[name, *(count(each[name]) for each in found)] for name in found[0]]
-    columns = ["tokens/s at the most, by memory traffic", *(f"{setup.devices} x {device.name}" for device in devices)]
+    columns = [
+        "tokens/s at the most, by memory traffic",
+        *(f"{setup.devices} x {device.name}" for device in devices),
+    ]
     return Grid("", columns, rows)
 
 
@@ -140,16 +160,37 @@ def predictions_grid(setup: Setup, device: DeviceSpec, compiled: Mapping[str, An
       device: what it runs on.
       compiled: bytes that a device holds, by strategy and shape, where the program was compiled.
     """
-    columns = ["strategy", "shape", "paper, tokens/s", "1/TPS, ms", "between two tokens, ms", "bound, tokens/s"]
-    columns += ["predicted, tokens/s", "between two tokens, ms", "bound by", "GB a device: predicted", "compiled"]
+    columns = [
+        "strategy",
+        "shape",
+        "paper, tokens/s",
+        "1/TPS, ms",
+        "between two tokens, ms",
+        "bound, tokens/s",
+    ]
+    columns += [
+        "predicted, tokens/s",
+        "between two tokens, ms",
+        "bound by",
+        "GB a device: predicted",
+        "compiled",
+    ]
     rows = []
     for row in rows_to_show(setup, device):
         name, shape = row.strategy.name, shape_text(row.strategy)
-        claim = CLAIMS.get(name) if name != BASELINE.strategy or row.strategy.mesh == setup.baseline.mesh else None
+        claim = (
+            CLAIMS.get(name)
+            if name != BASELINE.strategy or row.strategy.mesh == setup.baseline.mesh
+            else None
+        )
         said = ["", "", ""]
         if claim:
             waits = claim.inter_token_latency(setup.model.batch)
-            said = [count(claim.tokens_per_second), milliseconds(claim.seconds_per_token), f"{1e3 * waits:.2f}"]
+            said = [
+                count(claim.tokens_per_second),
+                milliseconds(claim.seconds_per_token),
+                f"{1e3 * waits:.2f}",
+            ]
         held = compiled.get(f"{name}, {shape}")
         rows.append(
             [
@@ -157,7 +198,9 @@ def predictions_grid(setup: Setup, device: DeviceSpec, compiled: Mapping[str, An
                 shape,
                 *said,
                 count(row.lower_bound_per_second),
-                count(row.tokens_per_second) if row.fits_memory else f"({count(row.tokens_per_second)}) does not fit",
+                count(row.tokens_per_second)
+                if row.fits_memory
+                else f"({count(row.tokens_per_second)}) does not fit",
                 f"{1e3 * row.inter_token_latency:.2f}",
                 row.bound_by,
                 gigabytes(row.bytes_per_device),

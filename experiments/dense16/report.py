@@ -25,7 +25,7 @@ from experiments.dense16.predictions import Setup, bounds_grid, predictions_grid
 from experiments.dense16.runs import Run, load_runs
 from experiments.dense16.targets import targets_grid
 from experiments.page import update_page
-from layerwise_jax.devices import H100, H200
+from layerwise_jax.cost.devices import H100, H200
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -41,7 +41,8 @@ PICTURES: dict[str, Callable[[Sequence[Run], Path], bool]] = {
 
 
 def report(folder: Path, page: Path, setup: Setup | None = None) -> list[str]:
-    """Fill the page's tables, draw the pictures and list every record, from the results in `folder`.
+    """Fill the page's tables, draw the pictures and list every record, from the results in
+    `folder`.
 
     Returns:
       The names of the runs that there were.
@@ -49,7 +50,11 @@ def report(folder: Path, page: Path, setup: Setup | None = None) -> list[str]:
     setup = setup or Setup(PRESETS["paper"], DEVICES)
     runs = load_runs(folder)
     # A run that was cut short has no predictions in its file.
-    measured = [dataclasses.replace(run, records=predicted_records(run)) for run in runs if not run.is_emulated]
+    measured = [
+        dataclasses.replace(run, records=predicted_records(run))
+        for run in runs
+        if not run.is_emulated
+    ]
     draw_paper(setup, (H100, H200), folder / "paper.png")
     draw_ring(folder / "ring.png")
     draw_memory(setup, (H100, H200), folder / "memory.png")
@@ -65,8 +70,11 @@ def report(folder: Path, page: Path, setup: Setup | None = None) -> list[str]:
         "stage": _text(stage_grid(measured)),
         "residency": _text(residency_grid(measured)),
         "overhead": _text(overhead_grid(measured)),
-        "errors": _text(errors_grid(measured)) + _picture(drawn, "errors", "Predicted against measured tokens/s"),
-        "emulated": _text(emulated_grid(tokens) if (tokens := records_of(runs, "tokens")) else None),
+        "errors": _text(errors_grid(measured))
+        + _picture(drawn, "errors", "Predicted against measured tokens/s"),
+        "emulated": _text(
+            emulated_grid(tokens) if (tokens := records_of(runs, "tokens")) else None
+        ),
         "advice": advice_grid().markdown(),
         "runs": "\n".join([*(f"- {run}." for run in runs), *_compiled_by(folder)]),
     }
@@ -86,19 +94,28 @@ def _compiled_by(folder: Path) -> list[str]:
     if not path.exists():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
-    return [f"- `results/{path.name}`: jax {found['versions']['jax']}; {found['date']}; `{found['command']}`."]
+    return [
+        (
+            f"- `results/{path.name}`: jax {found['versions']['jax']}; {found['date']}; "
+            f"`{found['command']}`."
+        )
+    ]
 
 
 def _predictions(setup: Setup, folder: Path) -> str:
     compiled = compiled_sizes(folder)
-    grids = [predictions_grid(setup, device, compiled.get(device.name, {})) for device in (H100, H200)]
+    grids = [
+        predictions_grid(setup, device, compiled.get(device.name, {})) for device in (H100, H200)
+    ]
     return "\n\n".join(grid.markdown() for grid in grids)
 
 
 def _measured_strategies(runs: Sequence[Run], drawn: Sequence[str]) -> str:
     text = _text(strategies_grid(runs))
     text += _picture(drawn, "measured", "Measured, predicted, and the bounds")
-    return text + _picture(drawn, "ratios", "Layer-wise over tensor x pipeline, against the paper's ratio")
+    return text + _picture(
+        drawn, "ratios", "Layer-wise over tensor x pipeline, against the paper's ratio"
+    )
 
 
 def _text(grid: Grid | None) -> str:

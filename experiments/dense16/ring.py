@@ -1,7 +1,9 @@
-"""The strategies with stages, all of them as `lw.decode_ring`: layer-wise, and the paper's pipeline of tensor groups.
+"""The strategies with stages, all of them as `lw.decode_ring`: layer-wise, and the paper's pipeline
+of tensor groups.
 
-The baseline, tensor x pipeline, has few stages of many devices each. It is given the same ring, with as many groups of
-sequences in flight as stages and no copy of a cache, so that where the weights lie is all that differs.
+The baseline, tensor x pipeline, has few stages of many devices each. It is given the same ring,
+with as many groups of sequences in flight as stages and no copy of a cache, so that where the
+weights lie is all that differs.
 """
 
 from collections.abc import Sequence
@@ -15,20 +17,23 @@ from jax.sharding import NamedSharding, PartitionSpec
 import layerwise_jax as lw
 from experiments.dense16.model import CACHE_SPEC, TENSOR, Dense
 from experiments.dense16.strategy import Strategy
-from layerwise_jax.placement import STAGE
-from layerwise_jax.ring_loop import Places
-from layerwise_jax.ring_state import rotated
+from layerwise_jax.decode.state import rotated
+from layerwise_jax.decode.values import RingState
+from layerwise_jax.mesh import STAGE
 
 
 class Ring(Strategy):
-    """Equal stages of whole layers; the batch is split into as many groups of sequences as there are stages."""
+    """Equal stages of whole layers; the batch is split into as many groups of sequences as there
+    are stages.
+    """
 
     def __init__(self, name: str, model: Dense, devices: Sequence[Any], shape: dict[str, int]):
         super().__init__(name, model, devices, shape, [STAGE, TENSOR])
         stages = self.shape[STAGE]
         if model.batch % stages or model.layers % stages:
             raise ValueError(
-                f"{model.batch} sequences and {model.layers} layers came for {stages} stages; multiples are wanted."
+                f"{model.batch} sequences and {model.layers} layers came for {stages} stages; "
+                "multiples are wanted."
             )
         self.groups = (stages, model.batch // stages)
 
@@ -37,7 +42,9 @@ class Ring(Strategy):
         """The ring, traced."""
         model, axis = self.model, TENSOR if self.shape[TENSOR] > 1 else None
         return lw.decode_ring(
-            lambda params, cache, tokens, positions: model.step(params, cache, tokens, positions, axis),
+            lambda params, cache, tokens, positions: model.step(
+                params, cache, tokens, positions, axis
+            ),
             model.params(model.abstract),
             model.cache(self.groups[1], model.abstract),
             group_size=self.groups[1],
@@ -49,18 +56,24 @@ class Ring(Strategy):
     def place(self, params: Any) -> Any:
         return self.ring.place(params)
 
-    def start(self, cache: Any, tokens: np.ndarray, positions: np.ndarray) -> Places:
-        caches = [jax.tree.map(lambda x, g=g: x[self._rows(g)], cache) for g in range(self.groups[0])]
-        return self.ring.start(tokens.reshape(self.groups), positions.reshape(self.groups), caches=caches)
+    def start(self, cache: Any, tokens: np.ndarray, positions: np.ndarray) -> RingState:
+        caches = [
+            jax.tree.map(lambda x, g=g: x[self._rows(g)], cache) for g in range(self.groups[0])
+        ]
+        return self.ring.start(
+            tokens.reshape(self.groups), positions.reshape(self.groups), caches=caches
+        )
 
     def _rows(self, group: int) -> slice:
         return slice(group * self.groups[1], (group + 1) * self.groups[1])
 
-    def rewind(self, state: Places, tokens: np.ndarray, positions: np.ndarray) -> Places:
-        first, stand = (rotated(self.ring.ring, self.mesh, x.reshape(self.groups)) for x in (tokens, positions))
+    def rewind(self, state: RingState, tokens: np.ndarray, positions: np.ndarray) -> RingState:
+        first, stand = (
+            rotated(self.ring.ring, self.mesh, x.reshape(self.groups)) for x in (tokens, positions)
+        )
         return state._replace(tokens=first, positions=stand)
 
-    def run(self, weights: Any, state: Places, steps: int) -> tuple[Places, np.ndarray]:
+    def run(self, weights: Any, state: RingState, steps: int) -> tuple[RingState, np.ndarray]:
         self.compile(steps)
         state, tokens = self.ring(weights, state, np.full((steps, *self.groups), -1))
         return state, tokens.reshape(steps, self.model.batch)
@@ -69,13 +82,20 @@ class Ring(Strategy):
         weights = self.ring.place(self.model.params(self.model.abstract))
         return self.ring.compiled(weights, self._state_types(), steps)
 
-    def _state_types(self) -> Places:
+    def _state_types(self) -> RingState:
         """The types of what `start` returns, with their shardings."""
         numbers = np.zeros(self.groups, np.int32)
         types = jax.eval_shape(lambda: self.ring.start(numbers, numbers))
         specs = types._replace(
-            caches=[{j: self.ring.ring.specs.get(j, PartitionSpec()) for j in held} for held in types.caches],
-            **{name: [PartitionSpec()] * len(types.caches) for name in types._fields if name != "caches"},
+            caches=[
+                {j: self.ring.ring.specs.get(j, PartitionSpec()) for j in held}
+                for held in types.caches
+            ],
+            **{
+                name: [PartitionSpec()] * len(types.caches)
+                for name in types._fields
+                if name != "caches"
+            },
         )
 
         def typed(aval: Any, spec: PartitionSpec) -> Any:

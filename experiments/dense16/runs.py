@@ -1,4 +1,6 @@
-"""Results as they lie in files: a run of the experiment on one machine, and its records by setting."""
+"""Results as they lie in files: a run of the experiment on one machine, and its records by
+setting.
+"""
 
 import datetime
 import importlib.metadata
@@ -14,8 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from layerwise_jax.device_spec import DeviceSpec
-from layerwise_jax.devices import DEVICES
+from layerwise_jax.cost.device import DeviceSpec
+from layerwise_jax.cost.devices import DEVICES
 
 Record = Mapping[str, Any]
 
@@ -30,7 +32,9 @@ STRATEGIES: tuple[str, ...] = (
 
 
 class Setting(NamedTuple):
-    """What strategies must have in common to be compared: the devices, the network, the sequences."""
+    """What strategies must have in common to be compared: the devices, the network, the
+    sequences.
+    """
 
     device: str
     devices: int
@@ -49,7 +53,10 @@ class Setting(NamedTuple):
 
     def __str__(self) -> str:
         kind = self.device.removeprefix("NVIDIA ")
-        return f"{self.devices} x {kind}, {self.layers} x d={self.width}, batch {self.batch}, context {self.context:,}"
+        return (
+            f"{self.devices} x {kind}, {self.layers} x d={self.width}, batch {self.batch}, "
+            f"context {self.context:,}"
+        )
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,8 @@ class Run:
 
     Attributes:
       name: of the file, without its ending.
-      machine: its devices' kinds under "gpus" (empty where they are emulated), their number under "count", and "cpu".
+      machine: its devices' kinds under "gpus" (empty where they are emulated), their number under
+        "count", and "cpu".
       versions: of what it ran with.
       date: when.
       command: how.
@@ -94,15 +102,24 @@ class Run:
                 model = record["model"]
                 width = model["heads"] * model["head_dim"]
                 network = (model["layers"], width, model["mlp"], model["dtype"])
-                key = Setting(self.device, self.machine["count"], *network, record["batch"], record["context"])
+                key = Setting(
+                    self.device, self.machine["count"], *network, record["batch"], record["context"]
+                )
                 found[key].append(record)
         return dict(found)
 
     def __str__(self) -> str:
         kinds = self.machine["gpus"]
-        what = f"{self.machine['count']} x {kinds[0]}" if kinds else f"{self.machine['count']} emulated devices"
+        what = (
+            f"{self.machine['count']} x {kinds[0]}"
+            if kinds
+            else f"{self.machine['count']} emulated devices"
+        )
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return f"`results/{self.name}.json`: {what}; {self.machine['cpu']}; {versions}; {self.date}; `{self.command}`"
+        return (
+            f"`results/{self.name}.json`: {what}; {self.machine['cpu']}; {versions}; "
+            f"{self.date}; `{self.command}`"
+        )
 
 
 def load_runs(folder: Path) -> list[Run]:
@@ -111,7 +128,9 @@ def load_runs(folder: Path) -> list[Run]:
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         if "records" in content:
-            known = {key: content[key] for key in ("machine", "versions", "date", "command", "records")}
+            known = {
+                key: content[key] for key in ("machine", "versions", "date", "command", "records")
+            }
             found.append(Run(path.stem, **known))
     return found
 
@@ -128,7 +147,11 @@ def circumstances() -> dict[str, Any]:
     if gpus:
         versions["driver"] = getattr(devices[0].client, "platform_version", "").replace("\n", " ")
     return {
-        "machine": {"gpus": gpus, "count": len(devices), "cpu": f"{os.cpu_count()} CPU cores ({platform.machine()})"},
+        "machine": {
+            "gpus": gpus,
+            "count": len(devices),
+            "cpu": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        },
         "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": " ".join(["python -m experiments.dense16", *_asked(sys.argv[1:])]),

@@ -1,4 +1,6 @@
-"""Every strategy in every shape, on any number of devices: as deep as asked for, the context as long as fits."""
+"""Every strategy in every shape, on any number of devices: as deep as asked for, the context as
+long as fits.
+"""
 
 import dataclasses
 import traceback
@@ -17,14 +19,22 @@ from experiments.dense16.jobs import record_of, speed_of
 from experiments.dense16.model import Dense, random_array
 from experiments.dense16.runs import circumstances, write_json
 from experiments.dense16.strategies import make_strategy
-from experiments.dense16.timing import DecodeRun, Program, Timing, compile_all, digest, time_in_turns
-from layerwise_jax.simulate import Strategy as Shape
-from layerwise_jax.simulate_strategy import strategy_of
+from experiments.dense16.timing import (
+    DecodeRun,
+    Program,
+    Timing,
+    compile_all,
+    digest,
+    time_in_turns,
+)
+from layerwise_jax.simulate.predictor import Strategy as Shape
+from layerwise_jax.simulate.strategy import strategy_of
 
 # Steps of the short and of the long program: of a large layer, and of one that takes microseconds.
 COUNTS, SMALL_COUNTS = (4, 20), (16, 144)
 LARGE_LAYER_BYTES = 2**27
-# Of a device's memory, for weights and caches; the rest is workspace. Taken where a device does not say what it has.
+# Of a device's memory, for weights and caches; the rest is workspace. Taken where a device does not
+# say what it has.
 MEMORY_SHARE = 0.85
 UNKNOWN_MEMORY = 2**30
 
@@ -53,10 +63,16 @@ class Scaling:
 
 
 def shapes(model: Dense, count: int) -> list[Shape]:
-    """Every strategy in every shape that takes all devices and splits the model, and one device alone."""
-    found = [Shape("one device"), Shape("replicas", data=count)] if count > 1 else [Shape("one device")]
+    """Every strategy in every shape that takes all devices and splits the model, and one device
+    alone.
+    """
+    found = (
+        [Shape("one device"), Shape("replicas", data=count)] if count > 1 else [Shape("one device")]
+    )
     ways = [(k, count // k) for k in range(1, count + 1) if count % k == 0 and count > 1]
-    return [shape for shape in found + [strategy_of(1, k, n) for k, n in ways] if _splits(model, shape)]
+    return [
+        shape for shape in found + [strategy_of(1, k, n) for k, n in ways] if _splits(model, shape)
+    ]
 
 
 def _splits(model: Dense, shape: Shape) -> bool:
@@ -71,7 +87,9 @@ def device_bytes(model: Dense, shape: Shape) -> float:
 
 
 def longest_context(model: Dense, shape: Shape, memory: float) -> int:
-    """The model's context, or what fits of it, in steps of 64 positions (of one below that); 0 if nothing does."""
+    """The model's context, or what fits of it, in steps of 64 positions (of one below that); 0 if
+    nothing does.
+    """
     without = device_bytes(dataclasses.replace(model, context=0), shape)
     position = (device_bytes(model, shape) - without) / model.context
     fits = min(model.context, int((memory - without) // position))
@@ -84,21 +102,33 @@ def step_counts(model: Dense) -> tuple[int, int]:
 
 
 def cases(scaling: Scaling, memory: float) -> Iterator[tuple[Dense, list[Shape]]]:
-    """Models with the shapes to measure: at the longest context that all but one device have room for, then at the
-    longest for which one device has room too, if that is another.
+    """Models with the shapes to measure: at the longest context that all but one device have room
+    for, then at the longest for which one device has room too, if that is another.
     """
-    for model in (dataclasses.replace(each, layers=n) for each in scaling.models for n in scaling.layers):
-        wanted = [shape for shape in shapes(model, scaling.devices) if shape.name in scaling.strategies]
+    for model in (
+        dataclasses.replace(each, layers=n) for each in scaling.models for n in scaling.layers
+    ):
+        wanted = [
+            shape for shape in shapes(model, scaling.devices) if shape.name in scaling.strategies
+        ]
         spread = [shape for shape in wanted if shape.num_devices > 1] or wanted
-        longest = [min(longest_context(model, shape, memory) for shape in some) for some in (spread, wanted) if some]
+        longest = [
+            min(longest_context(model, shape, memory) for shape in some)
+            for some in (spread, wanted)
+            if some
+        ]
         for context in dict.fromkeys(longest):
             if context > max(step_counts(model)):
                 own = dataclasses.replace(model, context=context)
                 yield own, [shape for shape in wanted if device_bytes(own, shape) <= memory]
 
 
-def measure_scaling(scaling: Scaling, path: Path, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Measure one strategy after the other, each alone in memory; the document, written after each."""
+def measure_scaling(
+    scaling: Scaling, path: Path, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure one strategy after the other, each alone in memory; the document, written after
+    each.
+    """
     started = perf_counter()
     document = {**circumstances(), "records": [], "failures": []}
     document["machine"]["count"] = scaling.devices
@@ -106,7 +136,9 @@ def measure_scaling(scaling: Scaling, path: Path, progress: Callable[[str], None
 
         def failed(name: str, error: Exception, model: Dense = model) -> None:
             reason = "".join(traceback.format_exception_only(error))[:2000]
-            document["failures"].append({"part": "scaling", "what": f"{name}: {model}", "error": reason})
+            document["failures"].append(
+                {"part": "scaling", "what": f"{name}: {model}", "error": reason}
+            )
 
         if perf_counter() - started > scaling.seconds:
             failed("all", TimeoutError("not begun: the time was up"))
@@ -120,7 +152,9 @@ def measure_scaling(scaling: Scaling, path: Path, progress: Callable[[str], None
 
 def _memory() -> float:
     """Bytes of a device that weights and caches may take."""
-    return MEMORY_SHARE * (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", UNKNOWN_MEMORY)
+    return MEMORY_SHARE * (jax.local_devices()[0].memory_stats() or {}).get(
+        "bytes_limit", UNKNOWN_MEMORY
+    )
 
 
 def _measure_case(
@@ -152,7 +186,9 @@ def _measure_case(
             yield _record(model, shaped[label], program, timings[label], run.tokens)
 
 
-def _record(model: Dense, shape: Shape, program: Program, timing: Timing, tokens: np.ndarray | None) -> dict[str, Any]:
+def _record(
+    model: Dense, shape: Shape, program: Program, timing: Timing, tokens: np.ndarray | None
+) -> dict[str, Any]:
     record = record_of("decode", "scaling", model, shape.name, shape.mesh, program, timing)
     about = {"steps": step_counts(model)[-1], "tokens_digest": digest(tokens), "predicted": None}
     return record | speed_of(model, timing.seconds) | about

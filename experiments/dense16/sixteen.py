@@ -1,4 +1,6 @@
-"""All strategies' programs for the paper's sixteen devices, compiled for GPUs that are not there; run emulated."""
+"""All strategies' programs for the paper's sixteen devices, compiled for GPUs that are not there;
+run emulated.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,9 +15,9 @@ from experiments.dense16.model import Dense, random_array
 from experiments.dense16.predictions import Setup, shape_text
 from experiments.dense16.strategies import fitting, make_strategy
 from experiments.dense16.timing import DecodeRun, compile_all, digest
-from layerwise_jax.aot import absent_devices
-from layerwise_jax.device_spec import DeviceSpec
-from layerwise_jax.simulate import Strategy
+from layerwise_jax.cost.device import DeviceSpec
+from layerwise_jax.simulate.predictor import Strategy
+from layerwise_jax.xla.aot import absent_devices
 
 # The program is the same loop for any number of steps.
 STEPS = 4
@@ -39,10 +41,11 @@ def shapes(setup: Setup) -> list[Strategy]:
 
 
 def compile_absent(setup: Setup, device: DeviceSpec, progress: Progress) -> dict[str, Any]:
-    """Every strategy's program compiled for absent devices, and what one of them holds, by strategy and shape.
+    """Every strategy's program compiled for absent devices, and what one of them holds, by strategy
+    and shape.
 
-    cuDNN's attention needs the library and a GPU to be compiled; here it is what XLA makes of products and sums, which
-    has the same arguments and a larger workspace.
+    cuDNN's attention needs the library and a GPU to be compiled; here it is what XLA makes of
+    products and sums, which has the same arguments and a larger workspace.
     """
     model = dataclasses.replace(setup.model, attention="xla")
     devices = absent_devices(device, setup.devices)
@@ -67,7 +70,8 @@ def _compiled_sizes(model: Dense, strategy: Strategy, devices: list[Any]) -> dic
 
 
 def emulate(model: Dense, count: int, threads: int, progress: Progress) -> list[dict[str, Any]]:
-    """All strategies on emulated devices: what each holds, and whether its tokens are those of one device.
+    """All strategies on emulated devices: what each holds, and whether its tokens are those of one
+    device.
 
     Emulated devices share the cores of one machine, so that nothing is timed.
 

@@ -1,4 +1,6 @@
-"""One stage on one device, as it runs in a ring's steady state: tick after tick, each on another group of sequences."""
+"""One stage on one device, as it runs in a ring's steady state: tick after tick, each on another
+group of sequences.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +15,9 @@ from experiments.dense16.model import Cache, Dense, random_array
 
 
 class Groups(NamedTuple):
-    """What a stage holds between two ticks: a cache and int32[b] positions a group; x[b, d] and tokens int32[b]."""
+    """What a stage holds between two ticks: a cache and int32[b] positions a group; x[b, d] and
+    tokens int32[b].
+    """
 
     caches: list[Cache]
     positions: list[Any]
@@ -25,8 +29,9 @@ class Groups(NamedTuple):
 class StageLoop:
     """A loop over ticks of one stage, without neighbours.
 
-    A round of ticks is written out, as a ring's is, and a loop goes over rounds. Ticks depend on each other through x,
-    since the compiler would merge the products of independent ones, which no pipeline could.
+    A round of ticks is written out, as a ring's is, and a loop goes over rounds. Ticks depend on
+    each other through x, since the compiler would merge the products of independent ones, which no
+    pipeline could.
 
     Attributes:
       model: the stage: its layers, and as batch the sequences of one group.
@@ -35,7 +40,8 @@ class StageLoop:
       copies: sets of weights that take turns; with one, every tick reads the same.
       ticks: of a round; a multiple of `groups` and `copies`.
       rounds: of one program.
-      has_ends: whether every tick also does what the first and the last stage do: embedding, head and sampling.
+      has_ends: whether every tick also does what the first and the last stage do: embedding, head
+        and sampling.
     """
 
     model: Dense
@@ -48,7 +54,10 @@ class StageLoop:
 
     def __post_init__(self) -> None:
         if self.ticks % self.groups or self.ticks % self.copies:
-            raise ValueError(f"{self.ticks} ticks came for {self.groups} groups and {self.copies} sets of weights.")
+            raise ValueError(
+                f"{self.ticks} ticks came for {self.groups} groups and {self.copies} sets of "
+                "weights."
+            )
 
     @property
     def ticks_of_program(self) -> int:
@@ -62,10 +71,15 @@ class StageLoop:
     def weights(self, seed: int = 0) -> list[Any]:
         """Random weights, as many sets as take turns."""
         sharding = jax.sharding.SingleDeviceSharding(self.device)
-        return [self.model.params(random_array(self.model, seed + j, sharding)) for j in range(self.copies)]
+        return [
+            self.model.params(random_array(self.model, seed + j, sharding))
+            for j in range(self.copies)
+        ]
 
     def start(self, seed: int = 1000) -> Groups:
-        """Random caches, the next token of every sequence to be written near the end of its context."""
+        """Random caches, the next token of every sequence to be written near the end of its
+        context.
+        """
         model, sharding = self.model, jax.sharding.SingleDeviceSharding(self.device)
         make = [random_array(model, seed + j, sharding) for j in range(self.groups)]
         caches = [model.cache(model.batch, each) for each in make]
@@ -85,13 +99,22 @@ class StageLoop:
         positions = [jax.ShapeDtypeStruct((model.batch,), jnp.int32)] * self.groups
         state = Groups(caches, positions, model.abstract((model.batch, model.width)), positions[0])
         types = [model.params(model.abstract)] * self.copies, state
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), types)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), types
+        )
 
     def _run(self, weights: list[Any], state: Groups) -> Groups:
-        return lax.scan(lambda state, _: (self._round(weights, state), None), state, length=self.rounds)[0]
+        return lax.scan(
+            lambda state, _: (self._round(weights, state), None), state, length=self.rounds
+        )[0]
 
     def _round(self, weights: list[Any], state: Groups) -> Groups:
-        caches, positions, x, tokens = list(state.caches), list(state.positions), state.x, state.tokens
+        caches, positions, x, tokens = (
+            list(state.caches),
+            list(state.positions),
+            state.x,
+            state.tokens,
+        )
         for t in range(self.ticks):
             g, params = t % self.groups, weights[t % self.copies]
             if self.has_ends:

@@ -19,7 +19,13 @@ MAKERS: dict[str, type[Ring] | type[Unstaged]] = {
 
 
 def make_strategy(
-    name: str, model: Dense, devices: Sequence[Any], *, data: int = 1, stage: int = 1, tensor: int = 1
+    name: str,
+    model: Dense,
+    devices: Sequence[Any],
+    *,
+    data: int = 1,
+    stage: int = 1,
+    tensor: int = 1,
 ) -> Strategy:
     """A strategy on the first of the devices, present or absent.
 
@@ -31,15 +37,18 @@ def make_strategy(
     if model.batch % data or model.heads % tensor or model.mlp % tensor:
         raise ValueError(f"{model} does not split into {data} replicas of {tensor} tensor ways.")
     if data * stage * tensor > len(devices):
-        raise ValueError(f"{data} x {stage} x {tensor} devices are wanted for {name}; there are {len(devices)}.")
+        raise ValueError(
+            f"{data} x {stage} x {tensor} devices are wanted for {name}; there are {len(devices)}."
+        )
     return MAKERS[name](name, model, devices, {"data": data, "stage": stage, "tensor": tensor})
 
 
 def fitting(model: Dense, num_devices: int) -> list[tuple[str, dict[str, int]]]:
-    """(name, axes) of every strategy that uses all devices and splits the model, one device alone first.
+    """(name, axes) of every strategy that uses all devices and splits the model, one device alone
+    first.
 
-    Tensor x pipeline has two stages; layer-wise + tensor has as many stages as leave two ways of tensor parallelism or
-    more, at one layer a stage.
+    Tensor x pipeline has two stages; layer-wise + tensor has as many stages as leave two ways of
+    tensor parallelism or more, at one layer a stage.
     """
     n = num_devices
     found = [("one device", {})]
@@ -51,11 +60,15 @@ def fitting(model: Dense, num_devices: int) -> list[tuple[str, dict[str, int]]]:
         found.append(("tensor x pipeline", {"stage": 2, "tensor": n // 2}))
     if n > 1 and _splits(model, n, 1):
         found.append(("layer-wise", {"stage": n}))
-    deepest = max((k for k in range(3, n // 2 + 1) if n % k == 0 and _splits(model, k, n // k)), default=None)
+    deepest = max(
+        (k for k in range(3, n // 2 + 1) if n % k == 0 and _splits(model, k, n // k)), default=None
+    )
     if deepest:
         found.append(("layer-wise + tensor", {"stage": deepest, "tensor": n // deepest}))
     return found
 
 
 def _splits(model: Dense, stage: int, tensor: int) -> bool:
-    return not (model.layers % stage or model.batch % stage or model.heads % tensor or model.mlp % tensor)
+    return not (
+        model.layers % stage or model.batch % stage or model.heads % tensor or model.mlp % tensor
+    )

@@ -15,7 +15,8 @@ AXES = ("data", "stage", "tensor")
 
 
 class Strategy(ABC):
-    """A way to decode with a model: one jitted program generates many tokens for every sequence of the batch.
+    """A way to decode with a model: one jitted program generates many tokens for every sequence of
+    the batch.
 
     Each token is fed back as the next input; the cache is donated and updated in place.
 
@@ -26,7 +27,14 @@ class Strategy(ABC):
       mesh: their mesh.
     """
 
-    def __init__(self, name: str, model: Dense, devices: Sequence[Any], shape: dict[str, int], axes: Sequence[str]):
+    def __init__(
+        self,
+        name: str,
+        model: Dense,
+        devices: Sequence[Any],
+        shape: dict[str, int],
+        axes: Sequence[str],
+    ):
         self.name, self.model = name, model
         self.shape = {axis: shape.get(axis, 1) for axis in AXES}
         ways = [self.shape[axis] for axis in axes]
@@ -40,7 +48,9 @@ class Strategy(ABC):
 
     @abstractmethod
     def _compile(self, steps: int) -> Any:
-        """A program of so many steps, as `jax.stages.Compiled`, from types alone: the devices may be absent."""
+        """A program of so many steps, as `jax.stages.Compiled`, from types alone: the devices may
+        be absent.
+        """
 
     @abstractmethod
     def place(self, params: Any) -> Any:
@@ -48,12 +58,18 @@ class Strategy(ABC):
 
     @abstractmethod
     def start(self, cache: Any, tokens: np.ndarray, positions: np.ndarray) -> Any:
-        """The state before the first step: the batch's cache, its first inputs int32[batch] and their positions."""
+        """The state before the first step: the batch's cache, its first inputs int32[batch] and
+        their positions.
+        """
 
     @abstractmethod
     def rewind(self, state: Any, tokens: np.ndarray, positions: np.ndarray) -> Any:
-        """The state with these inputs next; what the cache holds at and after their positions is overwritten unread."""
+        """The state with these inputs next; what the cache holds at and after their positions is
+        overwritten unread.
+        """
 
     @abstractmethod
     def run(self, weights: Any, state: Any, steps: int) -> tuple[Any, np.ndarray]:
-        """So many steps: the state, and tokens int32[steps, batch]. The state that came is donated."""
+        """So many steps: the state, and tokens int32[steps, batch]. The state that came is
+        donated.
+        """

@@ -28,7 +28,10 @@ class Target(NamedTuple):
 def targets_grid(runs: Sequence[Run]) -> Grid | None:
     """A row a target that something was measured for."""
     found = [*_ring(runs), *_stage(runs), *_errors(runs), *_overhead(runs)]
-    rows = [[target.goal, target.found, "reached" if target.is_reached else "missed"] for target in found]
+    rows = [
+        [target.goal, target.found, "reached" if target.is_reached else "missed"]
+        for target in found
+    ]
     return Grid("", ["target", "measured", ""], rows) if rows else None
 
 
@@ -46,20 +49,37 @@ def _ring(runs: Sequence[Run]) -> list[Target]:
     pairs = [pair for run in runs for pair in run.settings().items() if pair[0].devices == 2]
     found = []
     for goal, least, chosen in (
-        (f"two H200s, a small model: layer-wise at least {RING_OVER_TENSOR} x TP=2", RING_OVER_TENSOR, is_small),
+        (
+            f"two H200s, a small model: layer-wise at least {RING_OVER_TENSOR} x TP=2",
+            RING_OVER_TENSOR,
+            is_small,
+        ),
         ("two H200s, layers of the exact size: layer-wise at least equal to TP=2", 1.0, _is_exact),
     ):
-        shares = [(share, s) for s, records in pairs if chosen(s) and (share := ratio(records, "layer-wise", "tensor"))]
+        shares = [
+            (share, s)
+            for s, records in pairs
+            if chosen(s) and (share := ratio(records, "layer-wise", "tensor"))
+        ]
         if shares:
             most, setting = max(shares, key=lambda each: each[0])
             text = f"{most:.2f} ({setting}); {min(share for share, _ in shares):.2f} at the least"
-            found.append(Target(goal, text if len(shares) > 1 else text.split(";")[0], most >= least))
+            found.append(
+                Target(goal, text if len(shares) > 1 else text.split(";")[0], most >= least)
+            )
     return found
 
 
 def _stage(runs: Sequence[Run]) -> list[Target]:
-    shares = [r["floor_share"] for r in records_of(runs, "stage") if r["batch"] == FLOOR_BATCH and "floor_share" in r]
-    goal = f"one stage of the exact size, {FLOOR_BATCH} sequences: {FLOOR_SHARE:.0%} of its memory floor"
+    shares = [
+        r["floor_share"]
+        for r in records_of(runs, "stage")
+        if r["batch"] == FLOOR_BATCH and "floor_share" in r
+    ]
+    goal = (
+        f"one stage of the exact size, {FLOOR_BATCH} sequences: {FLOOR_SHARE:.0%} of its "
+        "memory floor"
+    )
     return [Target(goal, f"{max(shares):.1%}", max(shares) >= FLOOR_SHARE)] if shares else []
 
 
@@ -71,12 +91,21 @@ def _errors(runs: Sequence[Run]) -> list[Target]:
 
 
 def _overhead(runs: Sequence[Run]) -> list[Target]:
-    seconds = [r["overhead_seconds"] for r in records_of(runs, "overhead") if "overhead_seconds" in r]
+    seconds = [
+        r["overhead_seconds"] for r in records_of(runs, "overhead") if "overhead_seconds" in r
+    ]
     goal = f"overhead of the ring at most {1e6 * OVERHEAD_SECONDS:.0f} us a tick"
     if not seconds:
         return []
     text = f"{1e6 * min(seconds):.1f} to {1e6 * max(seconds):.1f} us over its layers alone"
-    ends = [r["overhead_over_ends_seconds"] for r in records_of(runs, "overhead") if "overhead_over_ends_seconds" in r]
+    ends = [
+        r["overhead_over_ends_seconds"]
+        for r in records_of(runs, "overhead")
+        if "overhead_over_ends_seconds" in r
+    ]
     if ends:
-        text += f", {1e6 * min(ends):.1f} to {1e6 * max(ends):.1f} over layers, embedding, head and sampling"
+        text += (
+            f", {1e6 * min(ends):.1f} to {1e6 * max(ends):.1f} over layers, embedding, head "
+            "and sampling"
+        )
     return [Target(goal, text, max(seconds) <= OVERHEAD_SECONDS)]

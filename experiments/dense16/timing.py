@@ -1,4 +1,6 @@
-"""Steady-state times: programs compiled ahead, warmed up, and run in turns, so that slow drifts reach all alike."""
+"""Steady-state times: programs compiled ahead, warmed up, and run in turns, so that slow drifts
+reach all alike.
+"""
 
 import hashlib
 import statistics
@@ -21,7 +23,9 @@ class Run(Protocol):
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Two numbers of units; the time of one is the difference of their times by the difference of the numbers."""
+        """Two numbers of units; the time of one is the difference of their times by the difference
+        of the numbers.
+        """
         ...
 
     @property
@@ -52,8 +56,8 @@ class DecodeRun:
 
     Attributes:
       strategy: what runs.
-      params, cache: make them whole, where there is room for them besides what the runs hold. A cache of None is one of
-        zeros, made where it lies: no device ever holds all of it.
+      params, cache: make them whole, where there is room for them besides what the runs hold. A
+        cache of None is one of zeros, made where it lies: no device ever holds all of it.
       counts: steps of the short program, or 0 for none, and of the long one.
       tokens: what the long program generated last, int32[steps, batch].
     """
@@ -70,7 +74,9 @@ class DecodeRun:
 
     def prepare(self) -> None:
         self._weights = self.strategy.place(self.params())
-        self._state = self.strategy.start(self.cache(), *self._inputs()) if self.cache else self._zeros()
+        self._state = (
+            self.strategy.start(self.cache(), *self._inputs()) if self.cache else self._zeros()
+        )
         jax.block_until_ready((self._weights, self._state))
 
     def seconds(self, count: int) -> float:
@@ -91,13 +97,19 @@ class DecodeRun:
     def _zeros(self) -> Any:
         program = self.strategy.compile(self.counts[-1])
         types, shardings = program.args_info[0][1], program.input_shardings[0][1]
-        return jax.tree.map(lambda x, where: jnp.zeros(x.shape, x.dtype, device=where), types, shardings)
+        return jax.tree.map(
+            lambda x, where: jnp.zeros(x.shape, x.dtype, device=where), types, shardings
+        )
 
     def _inputs(self) -> tuple[np.ndarray, np.ndarray]:
-        """First tokens, and positions near the end of the context, so that all steps read about as much of it."""
+        """First tokens, and positions near the end of the context, so that all steps read about as
+        much of it.
+        """
         model = self.strategy.model
         tokens = np.arange(model.batch, dtype=np.int32) % model.vocabulary
-        return tokens, np.full(model.batch, model.context - min(max(self.counts), model.context // 8), np.int32)
+        return tokens, np.full(
+            model.batch, model.context - min(max(self.counts), model.context // 8), np.int32
+        )
 
 
 @dataclass
@@ -123,7 +135,9 @@ class StageRun:
         starts = jax.block_until_ready([self.loop.positions() for _ in range(count)])
         started = time.perf_counter()
         for positions in starts:
-            self._state = self.loop.program(self._weights, self._state._replace(positions=positions))
+            self._state = self.loop.program(
+                self._weights, self._state._replace(positions=positions)
+            )
         jax.block_until_ready(self._state)
         return time.perf_counter() - started
 
@@ -166,7 +180,9 @@ class Program:
     device_bytes: int
 
 
-def compile_all[K](runs: Mapping[K, Run], failed: Callable[[K, Exception], None], threads: int) -> dict[K, Program]:
+def compile_all[K](
+    runs: Mapping[K, Run], failed: Callable[[K, Exception], None], threads: int
+) -> dict[K, Program]:
     """Compile several at a time; those that fail are told and left out."""
 
     def compile_one(run: Run) -> Program | Exception:
@@ -178,7 +194,8 @@ def compile_all[K](runs: Mapping[K, Run], failed: Callable[[K, Exception], None]
         held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
         return Program(time.perf_counter() - started, held + sizes.temp_size_in_bytes)
 
-    # The compiler times kernels under a lock on the GPU, so that programs compiled at once do not disturb each other.
+    # The compiler times kernels under a lock on the GPU, so that programs compiled at once do not
+    # disturb each other.
     with ThreadPoolExecutor(threads) as pool:
         found = dict(zip(runs, pool.map(compile_one, runs.values()), strict=True))
     for name, each in found.items():
@@ -187,8 +204,12 @@ def compile_all[K](runs: Mapping[K, Run], failed: Callable[[K, Exception], None]
     return {name: each for name, each in found.items() if isinstance(each, Program)}
 
 
-def time_in_turns(runs: Mapping[str, Run], repeats: int, failed: Callable[[str, Exception], None]) -> dict[str, Timing]:
-    """Prepare and warm up all, then time all, `repeats` times over; those that fail are told and left out."""
+def time_in_turns(
+    runs: Mapping[str, Run], repeats: int, failed: Callable[[str, Exception], None]
+) -> dict[str, Timing]:
+    """Prepare and warm up all, then time all, `repeats` times over; those that fail are told and
+    left out.
+    """
     alive = dict(runs)
 
     def guarded(name: str, act: Callable[[], Any]) -> Any:
@@ -206,7 +227,9 @@ def time_in_turns(runs: Mapping[str, Run], repeats: int, failed: Callable[[str, 
     found: dict[str, list[list[float]]] = {name: [] for name in alive}
     for _ in range(repeats):
         for name, run in list(alive.items()):
-            found[name].append(guarded(name, lambda run=run: [run.seconds(count) for count in run.counts]))
+            found[name].append(
+                guarded(name, lambda run=run: [run.seconds(count) for count in run.counts])
+            )
     return {name: _timing(run, found[name]) for name, run in alive.items()}
 
 
@@ -220,4 +243,8 @@ def _timing(run: Run, pairs: Sequence[Sequence[float]]) -> Timing:
 
 def digest(tokens: np.ndarray | None) -> str | None:
     """What tells two arrays of tokens apart."""
-    return None if tokens is None else hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes()).hexdigest()[:16]
+    return (
+        None
+        if tokens is None
+        else hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes()).hexdigest()[:16]
+    )

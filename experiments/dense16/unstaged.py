@@ -1,4 +1,6 @@
-"""The rivals without stages: one device, replicas, and tensor parallelism, written out under `shard_map`."""
+"""The rivals without stages: one device, replicas, and tensor parallelism, written out under
+`shard_map`.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,7 +18,9 @@ WHOLE = PartitionSpec()
 
 
 class Sequences(NamedTuple):
-    """The batch between two steps: its cache, and int32[b] tokens that go in next and their positions."""
+    """The batch between two steps: its cache, and int32[b] tokens that go in next and their
+    positions.
+    """
 
     cache: Cache
     tokens: Any
@@ -24,10 +28,11 @@ class Sequences(NamedTuple):
 
 
 class Unstaged(Strategy):
-    """Every device runs all layers: on its share of the batch (replicas), or with its share of every layer (tensor).
+    """Every device runs all layers: on its share of the batch (replicas), or with its share of
+    every layer (tensor).
 
-    A tensor-parallel layer sums twice over the devices, as Megatron's does; embedding and head, small here, are whole
-    on every device.
+    A tensor-parallel layer sums twice over the devices, as Megatron's does; embedding and head,
+    small here, are whole on every device.
     """
 
     def __init__(self, name: str, model: Dense, devices: Sequence[Any], shape: dict[str, int]):
@@ -50,7 +55,9 @@ class Unstaged(Strategy):
 
     def rewind(self, state: Sequences, tokens: np.ndarray, positions: np.ndarray) -> Sequences:
         sharding = NamedSharding(self.mesh, self._specs.tokens)
-        return state._replace(tokens=jax.device_put(tokens, sharding), positions=jax.device_put(positions, sharding))
+        return state._replace(
+            tokens=jax.device_put(tokens, sharding), positions=jax.device_put(positions, sharding)
+        )
 
     def run(self, weights: Any, state: Sequences, steps: int) -> tuple[Sequences, np.ndarray]:
         state, made = self.compile(steps)(weights, state)
@@ -70,7 +77,9 @@ class Unstaged(Strategy):
         return jax.jit(mapped, donate_argnums=1).lower(*self._types()).compile()
 
     def _step(self, params: Any, state: Sequences) -> tuple[Sequences, Any]:
-        logits, cache = self.model.step(params, state.cache, state.tokens, state.positions, self.axis)
+        logits, cache = self.model.step(
+            params, state.cache, state.tokens, state.positions, self.axis
+        )
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return Sequences(cache, tokens, state.positions + 1), tokens
 
@@ -78,7 +87,9 @@ class Unstaged(Strategy):
         model = self.model
         numbers = jax.ShapeDtypeStruct((model.batch,), jnp.int32)
         state = Sequences(model.cache(model.batch, model.abstract), numbers, numbers)
-        return self._typed(self._params, model.params(model.abstract)), self._typed(self._specs, state)
+        return self._typed(self._params, model.params(model.abstract)), self._typed(
+            self._specs, state
+        )
 
     def _typed(self, specs: Any, tree: Any) -> Any:
         def typed(aval: Any, sharding: Any) -> Any:
@@ -87,4 +98,6 @@ class Unstaged(Strategy):
         return jax.tree.map(typed, tree, self._sharded(specs, tree))
 
     def _sharded(self, specs: Any, tree: Any) -> Any:
-        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), jax.tree.broadcast(specs, tree))
+        return jax.tree.map(
+            lambda spec: NamedSharding(self.mesh, spec), jax.tree.broadcast(specs, tree)
+        )

@@ -1,4 +1,6 @@
-"""A causal transformer in Flax Linen: learned positions, pre-norm blocks, the embedding tied to the logits."""
+"""A causal transformer in Flax Linen: learned positions, pre-norm blocks, the embedding tied to the
+logits.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +26,12 @@ class Attention(nn.Module):
         def project(name: str) -> jax.Array:
             return nn.DenseGeneral(heads, use_bias=False, dtype=self.dtype, name=name)(x)
 
-        mixed = jax.nn.dot_product_attention(project("query"), project("key"), project("value"), is_causal=True)
-        return nn.DenseGeneral(width, axis=(-2, -1), use_bias=False, dtype=self.dtype, name="out")(mixed)
+        mixed = jax.nn.dot_product_attention(
+            project("query"), project("key"), project("value"), is_causal=True
+        )
+        return nn.DenseGeneral(width, axis=(-2, -1), use_bias=False, dtype=self.dtype, name="out")(
+            mixed
+        )
 
 
 class Block(nn.Module):
@@ -38,9 +44,13 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """From and to float[batch, tokens, width]."""
         width = x.shape[-1]
-        x = x + Attention(self.heads, self.dtype, name="attention")(nn.LayerNorm(dtype=self.dtype, name="norm_1")(x))
+        x = x + Attention(self.heads, self.dtype, name="attention")(
+            nn.LayerNorm(dtype=self.dtype, name="norm_1")(x)
+        )
         wide = nn.gelu(
-            nn.Dense(4 * width, dtype=self.dtype, name="up")(nn.LayerNorm(dtype=self.dtype, name="norm_2")(x))
+            nn.Dense(4 * width, dtype=self.dtype, name="up")(
+                nn.LayerNorm(dtype=self.dtype, name="norm_2")(x)
+            )
         )
         return x + nn.Dense(width, dtype=self.dtype, name="down")(wide)
 
@@ -68,7 +78,9 @@ class GPT(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits float[batch, tokens, vocabulary] of the next token, for int[batch, tokens]."""
         embed = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name="embed")
-        positions = self.param("positions", nn.initializers.normal(0.02), (self.context, self.width))
+        positions = self.param(
+            "positions", nn.initializers.normal(0.02), (self.context, self.width)
+        )
         x = embed(tokens) + positions[: tokens.shape[1]].astype(self.dtype)
         for index in range(self.depth):
             x = Block(self.heads, self.dtype, name=f"block_{index}")(x)

@@ -1,4 +1,6 @@
-"""A causal transformer in Flax Linen whose feed-forwards are mixtures of experts, one expert a token."""
+"""A causal transformer in Flax Linen whose feed-forwards are mixtures of experts, one expert a
+token.
+"""
 
 import math
 from typing import Any
@@ -13,9 +15,9 @@ from experiments.models.gpt import Attention
 class Experts(nn.Module):
     """A router and feed-forwards, of which each token takes one.
 
-    Tokens are handed out within their own sequence, each expert taking `slack` times its fair share of them and no
-    more; a token that comes too late passes unchanged, as in the Switch Transformer (Fedus et al. 2021). No sequence
-    depends on another one, so that a batch may be split.
+    Tokens are handed out within their own sequence, each expert taking `slack` times its fair share
+    of them and no more; a token that comes too late passes unchanged, as in the Switch Transformer
+    (Fedus et al. 2021). No sequence depends on another one, so that a batch may be split.
 
     Attributes:
       experts: how many there are.
@@ -37,7 +39,9 @@ class Experts(nn.Module):
         initial = nn.initializers.lecun_normal(batch_axis=0)
         up = self.param("up", initial, (self.experts, width, self.hidden)).astype(self.dtype)
         down = self.param("down", initial, (self.experts, self.hidden, width)).astype(self.dtype)
-        odds = nn.softmax(nn.Dense(self.experts, use_bias=False, dtype=self.dtype, name="router")(x))
+        odds = nn.softmax(
+            nn.Dense(self.experts, use_bias=False, dtype=self.dtype, name="router")(x)
+        )
         chosen = nn.one_hot(jnp.argmax(odds, -1), self.experts, dtype=jnp.int32)
         place = jnp.cumsum(chosen, axis=-2) * chosen - 1
         # 1 where a token has a place with an expert: [batch, tokens, experts, room]
@@ -58,7 +62,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """From and to float[batch, tokens, width]."""
-        x = x + Attention(self.heads, self.dtype, name="attention")(nn.LayerNorm(dtype=self.dtype, name="norm_1")(x))
+        x = x + Attention(self.heads, self.dtype, name="attention")(
+            nn.LayerNorm(dtype=self.dtype, name="norm_1")(x)
+        )
         feed_forward = Experts(self.experts, self.hidden, dtype=self.dtype, name="feed_forward")
         return x + feed_forward(nn.LayerNorm(dtype=self.dtype, name="norm_2")(x))
 

@@ -1,4 +1,6 @@
-"""A residual network in Flax Linen, 50 layers deep unless told otherwise, its batch norm in evaluation."""
+"""A residual network in Flax Linen, 50 layers deep unless told otherwise, its batch norm in
+evaluation.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,7 +12,8 @@ import jax.numpy as jnp
 
 
 class Bottleneck(nn.Module):
-    """Convolutions of 1, 3 and 1 with batch norm, added to their input; the last is four times as wide.
+    """Convolutions of 1, 3 and 1 with batch norm, added to their input; the last is four times as
+    wide.
 
     Attributes:
       width: channels of the first two convolutions.
@@ -24,7 +27,9 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """float[batch, height, width, channels] to float[batch, height / stride, width / stride, 4 * self.width]."""
+        """float[batch, height, width, channels] to float[batch, height / stride, width / stride, 4
+        * self.width].
+        """
         convolve: Callable[..., Any] = partial(nn.Conv, use_bias=False, dtype=self.dtype)
         norm: Callable[..., Any] = partial(nn.BatchNorm, use_running_average=True, dtype=self.dtype)
         y = nn.relu(norm()(convolve(self.width, (1, 1))(x)))
@@ -53,7 +58,9 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits float[batch, classes] for float[batch, height, width, 3]."""
-        x = nn.Conv(self.width, (7, 7), strides=2, use_bias=False, dtype=self.dtype, name="stem")(images)
+        x = nn.Conv(self.width, (7, 7), strides=2, use_bias=False, dtype=self.dtype, name="stem")(
+            images
+        )
         x = nn.relu(nn.BatchNorm(use_running_average=True, dtype=self.dtype, name="stem_norm")(x))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
         for resolution, depth in enumerate(self.depths):

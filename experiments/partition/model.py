@@ -1,6 +1,8 @@
-"""Draw the stages of a real model under each method: `python -m experiments.partition.model`. Writes results/model.png.
+"""Draw the stages of a real model under each method: `python -m experiments.partition.model`.
+Writes results/model.png.
 
-The costs come from the cost analyser: every distinct layer is compiled for an H100 that need not be there.
+The costs come from the cost analyser: every distinct layer is compiled for an H100 that need not be
+there.
 """
 
 from pathlib import Path
@@ -10,10 +12,10 @@ import jax.numpy as jnp
 
 from experiments.models.gpt import GPT
 from experiments.partition.picture import LayerFigures, draw_stages
-from layerwise_jax.devices import H100
-from layerwise_jax.layers import trace_layers
-from layerwise_jax.measure import Gauge
-from layerwise_jax.microbatch import roofline_seconds
+from layerwise_jax.cost.devices import H100
+from layerwise_jax.measure.layers import CompiledCosts
+from layerwise_jax.measure.microbatch import roofline_seconds
+from layerwise_jax.trace.layers import trace_layers
 
 RESULTS = Path(__file__).parent / "results"
 NUM_STAGES = 8
@@ -22,15 +24,22 @@ TOKENS = (1, 256)
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
-    model = GPT(vocabulary=16384, width=512, depth=12, heads=8, context=TOKENS[1], dtype=jnp.float16)
+    model = GPT(
+        vocabulary=16384, width=512, depth=12, heads=8, context=TOKENS[1], dtype=jnp.float16
+    )
     tokens = jax.ShapeDtypeStruct(TOKENS, jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float16), params)
-    gauge = Gauge(trace_layers(model.apply, half, tokens), H100)
+    gauge = CompiledCosts(trace_layers(model.apply, half, tokens), H100)
     costs = gauge.costs()
     seconds, _ = roofline_seconds(gauge.layers, costs, H100)
-    figures = [LayerFigures(cost.name, time, cost.size) for cost, time in zip(costs, seconds, strict=True)]
-    title = f"GPT of 12 blocks, width 512, float16, {TOKENS[1]} tokens, on {NUM_STAGES} stages ({gauge.compiler})"
+    figures = [
+        LayerFigures(cost.name, time, cost.size) for cost, time in zip(costs, seconds, strict=True)
+    ]
+    title = (
+        f"GPT of 12 blocks, width 512, float16, {TOKENS[1]} tokens, on {NUM_STAGES} stages "
+        f"({gauge.compiler})"
+    )
     for figure in figures:
         print(f"{figure.name:20} {1e6 * figure.seconds:8.2f} us {figure.bytes:>12,} bytes")
     print(draw_stages(figures, NUM_STAGES, H100.usable_l2_bytes, RESULTS / "model.png", title))

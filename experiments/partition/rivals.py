@@ -1,7 +1,8 @@
-"""The balancing algorithms of other pipelines, written anew from what their authors publish, as fast as numpy allows.
+"""The balancing algorithms of other pipelines, written anew from what their authors publish, as
+fast as numpy allows.
 
-Each takes the layers' times and a number of stages, and returns boundaries 0..n. None knows a capacity or the cost of
-a cut.
+Each takes the layers' times and a number of stages, and returns boundaries 0..n. None knows a
+capacity or the cost of a cut.
 """
 
 import itertools
@@ -13,16 +14,20 @@ Times = NDArray[np.float64]
 
 
 def even_by_count(times: Times, num_stages: int) -> list[int]:
-    """The same number of layers a stage, the first stages one more where it does not come out even."""
+    """The same number of layers a stage, the first stages one more where it does not come out
+    even.
+    """
     return [len(times) * stage // num_stages for stage in range(num_stages + 1)]
 
 
 def block_partition(times: Times, num_stages: int) -> list[int]:
-    """Torchgpipe's balancer: I. Barany and V. S. Grinberg, "Block partitions of sequences", 2015 (arXiv 1308.2452).
+    """Torchgpipe's balancer: I. Barany and V. S. Grinberg, "Block partitions of sequences", 2015
+    (arXiv 1308.2452).
 
-    Any two blocks are brought within the size of the largest element, by passing elements along from the largest block
-    to the nearest smallest one, one at a time. As in torchgpipe the elements are first mapped to [0, 1] with the
-    smallest at 0, and the start is n // k layers a stage with the rest on the last.
+    Any two blocks are brought within the size of the largest element, by passing elements along
+    from the largest block to the nearest smallest one, one at a time. As in torchgpipe the elements
+    are first mapped to [0, 1] with the smallest at 0, and the start is n // k layers a stage with
+    the rest on the last.
     """
     spread = times.max() - times.min()
     elements = ((times - times.min()) / spread if spread else np.zeros_like(times)).tolist()
@@ -42,7 +47,9 @@ def block_partition(times: Times, num_stages: int) -> list[int]:
 
 
 def _pass_one(splits: list[int], elements: list[float], giver: int, taker: int) -> float:
-    """Move the split between two neighbouring blocks by one element, in place; the size of that element."""
+    """Move the split between two neighbouring blocks by one element, in place; the size of that
+    element.
+    """
     if giver < taker:
         splits[taker] -= 1
         return elements[splits[taker]]
@@ -51,10 +58,11 @@ def _pass_one(splits: list[int], elements: list[float], giver: int, taker: int) 
 
 
 def least_spread(times: Times, num_stages: int) -> list[int]:
-    """DeepSpeed's balancer: dynamic programming for the smallest difference between the largest and the smallest stage.
+    """DeepSpeed's balancer: dynamic programming for the smallest difference between the largest and
+    the smallest stage.
 
-    The largest and the smallest of the best prefix are carried along, so that it is not exact for its own objective
-    either. Time is stages x layers x layers.
+    The largest and the smallest of the best prefix are carried along, so that it is not exact for
+    its own objective either. Time is stages x layers x layers.
     """
     n = len(times)
     prefix = np.concatenate([[0.0], np.cumsum(times)])

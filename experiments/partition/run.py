@@ -1,4 +1,6 @@
-"""Measure the partitioner against other balancers: `python -m experiments.partition.run`. Writes results/."""
+"""Measure the partitioner against other balancers: `python -m experiments.partition.run`. Writes
+results/.
+"""
 
 import json
 import time
@@ -8,8 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.partition.rivals import Times, block_partition, bottleneck_of, even_by_count, least_spread
-from layerwise_jax.partition import solve
+from experiments.partition.rivals import (
+    Times,
+    block_partition,
+    bottleneck_of,
+    even_by_count,
+    least_spread,
+)
+from layerwise_jax.partition.solver import solve
 
 RESULTS = Path(__file__).parent / "results"
 RIVALS: dict[str, Callable[[Times, int], list[int]]] = {
@@ -39,10 +47,18 @@ def compare() -> list[dict[str, Any]]:
     """Each rival's bottleneck over the optimum, and its time over the time of `solve`."""
     rows = []
     for name, (times, stages) in cases().items():
-        optimum, seconds = timed(lambda times=times, stages=stages: solve(times, None, max_stages=stages), 3)
-        row: dict[str, Any] = {"case": name, "optimum": optimum.bottleneck, "milliseconds": 1e3 * seconds}
+        optimum, seconds = timed(
+            lambda times=times, stages=stages: solve(times, None, max_stages=stages), 3
+        )
+        row: dict[str, Any] = {
+            "case": name,
+            "optimum": optimum.bottleneck,
+            "milliseconds": 1e3 * seconds,
+        }
         for rival, balance in RIVALS.items():
-            boundaries, rival_seconds = timed(lambda times=times, stages=stages, f=balance: f(times, stages), 1)
+            boundaries, rival_seconds = timed(
+                lambda times=times, stages=stages, f=balance: f(times, stages), 1
+            )
             row[rival] = {
                 "quality": bottleneck_of(times, boundaries) / optimum.bottleneck,
                 "time": rival_seconds / seconds,
@@ -67,7 +83,15 @@ def worst_of_many(trials: int = 1000) -> dict[str, float]:
 
 def growth() -> list[dict[str, Any]]:
     """Milliseconds of `solve` as layers and stages grow, by what the problem holds."""
-    sizes = [(1000, 10), (1000, 64), (1000, 100), (10000, 100), (10000, 1000), (100000, 1000), (100000, 10000)]
+    sizes = [
+        (1000, 10),
+        (1000, 64),
+        (1000, 100),
+        (10000, 100),
+        (10000, 1000),
+        (100000, 1000),
+        (100000, 10000),
+    ]
     rows = []
     for layers, stages in sizes:
         row: dict[str, Any] = {"layers": layers, "stages": stages}
@@ -81,8 +105,15 @@ def growth() -> list[dict[str, Any]]:
 def structures(layers: int, stages: int) -> dict[str, dict[str, Any]]:
     """Keywords of `solve` for problems of one size."""
     draw = np.random.default_rng(2)
-    plain = {"seconds": draw.random(layers), "weight_bytes": draw.integers(1, 9, layers), "max_stages": stages}
-    capped = plain | {"transient_bytes": draw.integers(1, 9, layers), "capacity": 6 * layers / stages + 16}
+    plain = {
+        "seconds": draw.random(layers),
+        "weight_bytes": draw.integers(1, 9, layers),
+        "max_stages": stages,
+    }
+    capped = plain | {
+        "transient_bytes": draw.integers(1, 9, layers),
+        "capacity": 6 * layers / stages + 16,
+    }
     cuts = {"cut_seconds": np.concatenate([[0], draw.random(layers - 1), [0]])}
     shapes = {"balance only": plain, "capacity": capped, "cut costs": plain | cuts}
     if layers * stages <= 10**6:
@@ -105,7 +136,10 @@ def tables(figures: dict[str, Any]) -> str:
     lines = ["| case | optimum | `solve`, ms |" + "".join(f" {rival} |" for rival in RIVALS)]
     lines.append("|---|---|---|" + "---|" * len(RIVALS))
     for row in figures["compare"]:
-        cells = "".join(f" {row[rival]['quality']:.2f}x, {_short(row[rival]['time'])}x the time |" for rival in RIVALS)
+        cells = "".join(
+            f" {row[rival]['quality']:.2f}x, {_short(row[rival]['time'])}x the time |"
+            for rival in RIVALS
+        )
         lines.append(f"| {row['case']} | {row['optimum']:.4g} | {row['milliseconds']:.1f} |{cells}")
     worst = "".join(f" {figures['worst'][rival]:.2f}x |" for rival in RIVALS)
     lines += [f"| worst of 1,000 small ones | | |{worst}", ""]

@@ -1,9 +1,11 @@
-"""Plan models for GPUs that are not there, from the buffer assignments of XLA's own compiler for them.
+"""Plan models for GPUs that are not there, from the buffer assignments of XLA's own compiler for
+them.
 
     python -m experiments.plan_without_gpu
 
-Needs no GPU; needs the extras `aot` and `plot`. Prints the plan of every model, draws its stages against the cache,
-then plans a model of 175 billion parameters for 16, 64 and 1,024 devices. Exits with 2 where the compiler is missing.
+Needs no GPU; needs the extras `aot` and `plot`. Prints the plan of every model, draws its stages
+against the cache, then plans a model of 175 billion parameters for 16, 64 and 1,024 devices. Exits
+with 2 where the compiler is missing.
 """
 
 import json
@@ -20,10 +22,10 @@ from experiments.plan_without_gpu.picture import draw_plan
 from experiments.plan_without_gpu.planning import plan, plan_large
 from experiments.plan_without_gpu.subjects import SUBJECTS, count_parameters, large
 from experiments.plan_without_gpu.table import large_table, plans_table
-from layerwise_jax.aot import can_compile_for_absent_gpus
-from layerwise_jax.device_spec import DeviceSpec
-from layerwise_jax.devices import DEVICES, device_named
-from layerwise_jax.partition import CapacityError
+from layerwise_jax.cost.device import DeviceSpec
+from layerwise_jax.cost.devices import DEVICES, device_named
+from layerwise_jax.partition.solver import CapacityError
+from layerwise_jax.xla.aot import can_compile_for_absent_gpus
 
 RESULTS = Path(__file__).parent / "results"
 LARGE = "large"
@@ -31,19 +33,28 @@ DEVICE_COUNTS = (16, 64, 1024)
 GPUS = [device.name for device in DEVICES if device.compute_capability]
 
 DEVICE = flags.DEFINE_enum("device", "NVIDIA H100 80GB HBM3", GPUS, "the device to plan for")
-MODELS = flags.DEFINE_multi_enum("models", ["gpt", "resnet", "moe", LARGE], [*SUBJECTS, LARGE], "what to plan")
+MODELS = flags.DEFINE_multi_enum(
+    "models", ["gpt", "resnet", "moe", LARGE], [*SUBJECTS, LARGE], "what to plan"
+)
 OUT = flags.DEFINE_string("out", str(RESULTS), "the folder to write to")
 
 
 def main(argv: list[str]) -> None:
     refuse_words(argv)
     if not can_compile_for_absent_gpus():
-        print("XLA's compiler for GPUs is not installed: pip install 'layerwise-jax[aot]'.", file=sys.stderr)
+        print(
+            "XLA's compiler for GPUs is not installed: pip install 'layerwise-jax[aot]'.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     jax.config.update("jax_platforms", "cpu")
     device, folder = device_named(DEVICE.value), Path(OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
-    planned = [figures for name in MODELS.value if name != LARGE and (figures := plan_one(name, device, folder))]
+    planned = [
+        figures
+        for name in MODELS.value
+        if name != LARGE and (figures := plan_one(name, device, folder))
+    ]
     if planned:
         save(folder / "plans", planned, plans_table(planned))
     if LARGE in MODELS.value:
@@ -52,9 +63,14 @@ def main(argv: list[str]) -> None:
 
 
 def plan_one(name: str, device: DeviceSpec, folder: Path) -> dict[str, Any] | None:
-    """Plan one model, print the plan and draw it; None, with the reason printed, if it does not fit."""
+    """Plan one model, print the plan and draw it; None, with the reason printed, if it does not
+    fit.
+    """
     subject, started = SUBJECTS[name](), time.perf_counter()
-    print(f"{subject.title}: {count_parameters(subject.params):,} parameters, {subject.num_devices} devices")
+    print(
+        f"{subject.title}: {count_parameters(subject.params):,} parameters, {subject.num_devices} "
+        "devices"
+    )
     try:
         found = plan(subject, device)
     except CapacityError as error:

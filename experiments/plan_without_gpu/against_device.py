@@ -1,11 +1,14 @@
-"""Hold sizes of programs compiled for an absent GPU against those of the same programs on the real one.
+"""Hold sizes of programs compiled for an absent GPU against those of the same programs on the real
+one.
 
-    python -m experiments.plan_without_gpu.against_device                             # on a machine with a GPU
-    python -m experiments.plan_without_gpu.against_device --write_absent=absent.json  # anywhere: the absent half alone
+    python -m experiments.plan_without_gpu.against_device                             # on a machine
+    with a GPU python -m experiments.plan_without_gpu.against_device --write_absent=absent.json  #
+    anywhere: the absent half alone
 
-Compiles every stage of `stages.py` for the GPU at hand as if it were not there (in a process that does not see it, or
-read from --absent) and for the GPU itself, and runs it once there. Writes against_device.json and a table of it. What
-fails is reported in its row, and nothing else is lost by it.
+Compiles every stage of `stages.py` for the GPU at hand as if it were not there (in a process that
+does not see it, or read from --absent) and for the GPU itself, and runs it once there. Writes
+against_device.json and a table of it. What fails is reported in its row, and nothing else is lost
+by it.
 """
 
 import json
@@ -26,14 +29,15 @@ from absl import app, flags
 from experiments.command import refuse_words
 from experiments.plan_without_gpu.stages import StageProgram, stage_programs
 from experiments.plan_without_gpu.table import comparison_table
-from layerwise_jax.aot import compile_for
-from layerwise_jax.device_spec import DeviceSpec
-from layerwise_jax.devices import device_named
+from layerwise_jax.cost.device import DeviceSpec
+from layerwise_jax.cost.devices import device_named
+from layerwise_jax.xla.aot import compile_for
 
 RESULTS = Path(__file__).parent / "results"
 COMMITTED_ABSENT = RESULTS / "absent.json"
 DEFAULT = "default"
-# Compiler options that show why sizes differ: an absent device's kernels are chosen without timing them.
+# Compiler options that show why sizes differ: an absent device's kernels are chosen without timing
+# them.
 ABSENT_VARIANTS: Mapping[str, Mapping[str, Any]] = {
     DEFAULT: {},
     "library products": {"xla_gpu_enable_triton_gemm": False},
@@ -43,11 +47,19 @@ ABSENT_VARIANTS: Mapping[str, Mapping[str, Any]] = {
 GRACE = 20
 SIZES = ("argument_bytes", "output_bytes", "constant_bytes", "temp_bytes", "peak_bytes")
 
-OUT = flags.DEFINE_string("out", None, "the folder to write to; $OUT, or results/ beside this file, unless given")
-DEVICE = flags.DEFINE_string("device", None, "the absent device; the one at hand, or an H200, unless given")
+OUT = flags.DEFINE_string(
+    "out", None, "the folder to write to; $OUT, or results/ beside this file, unless given"
+)
+DEVICE = flags.DEFINE_string(
+    "device", None, "the absent device; the one at hand, or an H200, unless given"
+)
 ABSENT = flags.DEFINE_string("absent", None, "a file with the absent half, from --write_absent")
-WRITE_ABSENT = flags.DEFINE_string("write_absent", None, "write the absent half into this file, and do nothing else")
-SECONDS = flags.DEFINE_integer("seconds", 210, "begin no compilation after so many seconds", lower_bound=1)
+WRITE_ABSENT = flags.DEFINE_string(
+    "write_absent", None, "write the absent half into this file, and do nothing else"
+)
+SECONDS = flags.DEFINE_integer(
+    "seconds", 210, "begin no compilation after so many seconds", lower_bound=1
+)
 
 
 def main(argv: list[str]) -> None:
@@ -64,8 +76,14 @@ def main(argv: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         waiting = None if ABSENT.value else start_absent(spec, Path(scratch) / "absent.json")
-        real = real_half(kind, deadline, lambda half: write(folder / "against_device.json", {"real": half}))
-        absent = finish_absent(*waiting, deadline) if waiting else read(Path(ABSENT.value or COMMITTED_ABSENT))
+        real = real_half(
+            kind, deadline, lambda half: write(folder / "against_device.json", {"real": half})
+        )
+        absent = (
+            finish_absent(*waiting, deadline)
+            if waiting
+            else read(Path(ABSENT.value or COMMITTED_ABSENT))
+        )
     figures = {"absent": absent, "real": real}
     write(folder / "against_device.json", figures)
     (folder / "against_device.md").write_text(comparison_table(figures), encoding="utf-8")
@@ -82,7 +100,9 @@ def absent_half(spec: DeviceSpec, deadline: float) -> dict[str, Any]:
 
 
 def real_half(kind: str, deadline: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Sizes of every stage compiled for the device at hand, and whether it ran; saved after each stage."""
+    """Sizes of every stage compiled for the device at hand, and whether it ran; saved after each
+    stage.
+    """
     programs: dict[str, dict[str, Any]] = {}
     half = {"device": kind, "jax": jax.__version__, "programs": programs}
     for stage in stage_programs():
@@ -101,10 +121,14 @@ def guarded(measure: Callable[..., dict[str, Any]], deadline: float, *args: Any)
     try:
         return measure(*args)
     except Exception as error:  # one stage's failure, of whatever kind, must not cost the others
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        return {
+            "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        }
 
 
-def compiled_sizes(spec: DeviceSpec | None, stage: StageProgram, options: Mapping[str, Any]) -> dict[str, Any]:
+def compiled_sizes(
+    spec: DeviceSpec | None, stage: StageProgram, options: Mapping[str, Any]
+) -> dict[str, Any]:
     """Sizes from the buffer assignment, with what takes the most workspace by name."""
     compiled = compile_for(spec, stage.fn, [stage.weights, stage.x], weights=[0], options=options)
     # Of several buffers that one instruction makes, the largest comes last and stays.
@@ -152,14 +176,19 @@ def start_absent(spec: DeviceSpec, path: Path) -> tuple[subprocess.Popen[bytes],
 
 
 def finish_absent(process: subprocess.Popen[bytes], path: Path, deadline: float) -> dict[str, Any]:
-    """The absent half, when its process is done; the committed one if it failed or takes too long."""
+    """The absent half, when its process is done; the committed one if it failed or takes too
+    long.
+    """
     try:
         process.wait(timeout=max(1.0, deadline + GRACE - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.kill()
     if path.exists():
         return read(path)
-    note = f"the process for the absent half ended with {process.poll()}; this is {COMMITTED_ABSENT.name}"
+    note = (
+        f"the process for the absent half ended with {process.poll()}; this is "
+        f"{COMMITTED_ABSENT.name}"
+    )
     return {**read(COMMITTED_ABSENT), "note": note}
 
 

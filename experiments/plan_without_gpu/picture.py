@@ -1,4 +1,6 @@
-"""A plan's stages against the cache: what they hold as sums of their layers, and compiled as one program."""
+"""A plan's stages against the cache: what they hold as sums of their layers, and compiled as one
+program.
+"""
 
 from pathlib import Path
 
@@ -7,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.stage_bars import COLOURS, MIB, draw_bars
-from layerwise_jax.device_spec import DeviceSpec
+from layerwise_jax.cost.device import DeviceSpec
 from layerwise_jax.plan import Plan
 
 matplotlib.use("Agg")
@@ -21,7 +23,10 @@ def draw_plan(plan: Plan, device: DeviceSpec, title: str, path: Path) -> Path:
     axes.axhline(device.usable_l2_bytes / MIB, linestyle="--", color="black", label="usable cache")
     axes.axhline(device.l2_bytes / MIB, linestyle=":", color="grey", label="cache as reported")
     axes.set_ylim(0, 1.3 * max(device.l2_bytes / MIB, *(stage.size / MIB for stage in plan.stages)))
-    axes.set_title(f"{title}: {plan.num_stages} x {plan.device}, {plan.num_microbatches} microbatches", fontsize=10)
+    axes.set_title(
+        f"{title}: {plan.num_stages} x {plan.device}, {plan.num_microbatches} microbatches",
+        fontsize=10,
+    )
     axes.legend(ncols=3, loc="upper center", frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -30,6 +35,12 @@ def draw_plan(plan: Plan, device: DeviceSpec, title: str, path: Path) -> Path:
 
 def _draw_stages(axes: Axes, plan: Plan) -> None:
     draw_bars(axes, plan, [f"{name}, added up" for name in COLOURS], fontsize=7)
-    compiled = [(s, stage.compiled_bytes / MIB) for s, stage in enumerate(plan.stages) if stage.compiled_bytes]
+    compiled = [
+        (s, stage.compiled_bytes / MIB)
+        for s, stage in enumerate(plan.stages)
+        if stage.compiled_bytes
+    ]
     if compiled:
-        axes.plot(*zip(*compiled, strict=True), "D", color="#c44e52", label="compiled as one program")
+        axes.plot(
+            *zip(*compiled, strict=True), "D", color="#c44e52", label="compiled as one program"
+        )

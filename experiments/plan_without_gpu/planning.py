@@ -7,17 +7,18 @@ from typing import Any
 import layerwise_jax as lw
 from experiments.memory import peak_memory_bytes
 from experiments.plan_without_gpu.subjects import Subject, count_parameters
-from layerwise_jax.aot import absent_mesh
-from layerwise_jax.cost import LayerCost
-from layerwise_jax.device_spec import DeviceSpec
-from layerwise_jax.measure import Gauge
-from layerwise_jax.microbatch import StagingChoices
+from layerwise_jax.cost.capacity import capacity_bound, streaming_notes
+from layerwise_jax.cost.device import DeviceSpec
+from layerwise_jax.cost.layer_cost import LayerCost
+from layerwise_jax.measure.layers import CompiledCosts
+from layerwise_jax.measure.microbatch import StagingChoices
 from layerwise_jax.plan import Plan
-from layerwise_jax.verdict import capacity_verdict, streaming_notes
+from layerwise_jax.xla.aot import absent_mesh
 
 
 def plan(subject: Subject, device: DeviceSpec) -> Plan:
-    """The plan of a model for its number of devices, microbatch and cuts chosen to fit their caches.
+    """The plan of a model for its number of devices, microbatch and cuts chosen to fit their
+    caches.
 
     Raises:
       CapacityError: it does not fit; the message has the verdict.
@@ -26,16 +27,19 @@ def plan(subject: Subject, device: DeviceSpec) -> Plan:
     return lw.layerwise(subject.fn, subject.params, subject.batch, mesh=mesh, device=device).plan
 
 
-def plan_large(subject: Subject, device: DeviceSpec, device_counts: Sequence[int]) -> dict[str, Any]:
-    """Plans of one model for several numbers of devices, without a capacity: what does not fit streams.
+def plan_large(
+    subject: Subject, device: DeviceSpec, device_counts: Sequence[int]
+) -> dict[str, Any]:
+    """Plans of one model for several numbers of devices, without a capacity: what does not fit
+    streams.
 
-    The layers are traced and measured once; each number of devices is then a partition of its own. Where there are more
-    devices than layers, the pipeline is repeated over replicas.
+    The layers are traced and measured once; each number of devices is then a partition of its own.
+    Where there are more devices than layers, the pipeline is repeated over replicas.
     """
     started = time.perf_counter()
     layers = lw.trace_layers(subject.fn, subject.params, subject.batch)
     traced = time.perf_counter()
-    gauge = Gauge(layers, device)
+    gauge = CompiledCosts(layers, device)
     costs = gauge.costs()
     measured, layers_compiled = time.perf_counter(), gauge.num_compiles
     plans = [_streaming_plan(gauge, costs, device, count) for count in device_counts]
@@ -56,7 +60,9 @@ def plan_large(subject: Subject, device: DeviceSpec, device_counts: Sequence[int
     }
 
 
-def _streaming_plan(gauge: Gauge, costs: Sequence[LayerCost], device: DeviceSpec, num_devices: int) -> dict[str, Any]:
+def _streaming_plan(
+    gauge: CompiledCosts, costs: Sequence[LayerCost], device: DeviceSpec, num_devices: int
+) -> dict[str, Any]:
     stages = max(k for k in range(1, len(costs) + 1) if num_devices % k == 0)
     choices = StagingChoices(lambda _: gauge.layers, 1, stages, device, None, "dp")
     partition = choices.cut(gauge.layers, costs)
@@ -78,5 +84,5 @@ def _streaming_plan(gauge: Gauge, costs: Sequence[LayerCost], device: DeviceSpec
         "streaming_seconds": excess / device.memory_bandwidth,
         "resident_bytes": num_devices * device.usable_l2_bytes,
         "streaming": streaming_notes(groups, device),
-        "verdict": str(capacity_verdict(costs, device, num_devices)),
+        "verdict": str(capacity_bound(costs, device, num_devices)),
     }

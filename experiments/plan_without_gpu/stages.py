@@ -1,4 +1,6 @@
-"""Stages of usual kinds, each a function of (weights, input) with the types of both, to compile and to run."""
+"""Stages of usual kinds, each a function of (weights, input) with the types of both, to compile and
+to run.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -27,20 +29,33 @@ def stage_programs() -> Iterator[StageProgram]:
     """The stages, each forward, and forward with the gradients of its weights and of its input."""
     for stage in forward_stages():
         yield stage._replace(name=f"{stage.name}, forward")
-        yield stage._replace(name=f"{stage.name}, forward and backward", fn=with_gradients(stage.fn))
+        yield stage._replace(
+            name=f"{stage.name}, forward and backward", fn=with_gradients(stage.fn)
+        )
 
 
 def forward_stages() -> Iterator[StageProgram]:
     yield StageProgram("MLP 1024-4096, 64 rows", mlp, mlp_weights(1024, 4096), half(64, 1024))
     yield StageProgram("MLP 2048-8192, 512 rows", mlp, mlp_weights(2048, 8192), half(512, 2048))
-    yield of_module("transformer block, 2 x 512 tokens", gpt.Block(heads=16, dtype=HALF), half(2, 512, 1024))
-    yield of_module("bottleneck block, 8 x 28 x 28", resnet.Bottleneck(128, dtype=HALF), half(8, 28, 28, 512))
+    yield of_module(
+        "transformer block, 2 x 512 tokens", gpt.Block(heads=16, dtype=HALF), half(2, 512, 1024)
+    )
+    yield of_module(
+        "bottleneck block, 8 x 28 x 28", resnet.Bottleneck(128, dtype=HALF), half(8, 28, 28, 512)
+    )
     experts = moe.Block(heads=8, experts=8, hidden=1024, dtype=HALF)
     yield of_module("mixture of 8 experts, 2 x 512 tokens", experts, half(2, 512, 512))
-    yield of_module("LSTM scanned over 128 steps", nn.RNN(nn.OptimizedLSTMCell(512, dtype=HALF)), half(16, 128, 512))
+    yield of_module(
+        "LSTM scanned over 128 steps",
+        nn.RNN(nn.OptimizedLSTMCell(512, dtype=HALF)),
+        half(16, 128, 512),
+    )
     tied = {"embedding": half(VOCABULARY, 512)}
     yield StageProgram(
-        "tied head with loss, 2 x 256 tokens", tied_loss, tied, jax.ShapeDtypeStruct((2, 257), jnp.int32)
+        "tied head with loss, 2 x 256 tokens",
+        tied_loss,
+        tied,
+        jax.ShapeDtypeStruct((2, 257), jnp.int32),
     )
 
 
@@ -59,7 +74,9 @@ def mlp(weights: Any, x: jax.Array) -> jax.Array:
 def tied_loss(weights: Any, tokens: jax.Array) -> jax.Array:
     """The embedding as first and last layer of a model without any other."""
     logits = weights["embedding"][tokens[:, :-1]] @ weights["embedding"].T
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), tokens[:, 1:]).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), tokens[:, 1:]
+    ).mean()
 
 
 def of_module(name: str, module: nn.Module, x: jax.ShapeDtypeStruct) -> StageProgram:

@@ -15,7 +15,9 @@ HALF = jnp.float16
 
 
 class Subject(NamedTuple):
-    """A function with its parameters and its full batch, both abstract, and how many devices there are for it."""
+    """A function with its parameters and its full batch, both abstract, and how many devices there
+    are for it.
+    """
 
     title: str
     fn: Callable[..., Any]
@@ -30,12 +32,18 @@ def gpt() -> Subject:
 
 
 def resnet() -> Subject:
-    return of_model("ResNet-50, 224 x 224", ResNet(dtype=HALF), jax.ShapeDtypeStruct((64, 224, 224, 3), HALF), 8)
+    return of_model(
+        "ResNet-50, 224 x 224", ResNet(dtype=HALF), jax.ShapeDtypeStruct((64, 224, 224, 3), HALF), 8
+    )
 
 
 def moe() -> Subject:
-    model = MixtureOfExperts(vocabulary=8192, width=256, depth=8, heads=4, experts=8, hidden=1024, dtype=HALF)
-    return of_model("mixture of experts, 8 blocks of 8 experts, 256 tokens", model, tokens(64, 256), 8)
+    model = MixtureOfExperts(
+        vocabulary=8192, width=256, depth=8, heads=4, experts=8, hidden=1024, dtype=HALF
+    )
+    return of_model(
+        "mixture of experts, 8 blocks of 8 experts, 256 tokens", model, tokens(64, 256), 8
+    )
 
 
 def small() -> Subject:
@@ -44,7 +52,12 @@ def small() -> Subject:
     return of_model("small GPT", model, tokens(8, 32), 2)
 
 
-SUBJECTS: dict[str, Callable[[], Subject]] = {"gpt": gpt, "resnet": resnet, "moe": moe, "small": small}
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "gpt": gpt,
+    "resnet": resnet,
+    "moe": moe,
+    "small": small,
+}
 
 
 def large() -> Subject:
@@ -57,7 +70,9 @@ def tokens(sequences: int, length: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((sequences, length), jnp.int32)
 
 
-def of_model(title: str, model: nn.Module, batch: jax.ShapeDtypeStruct, num_devices: int) -> Subject:
+def of_model(
+    title: str, model: nn.Module, batch: jax.ShapeDtypeStruct, num_devices: int
+) -> Subject:
     """A Linen model with all of its variables in half precision."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, HALF), shapes)

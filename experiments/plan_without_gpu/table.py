@@ -9,12 +9,17 @@ MIB = 2**20
 
 
 def comparison_table(figures: Mapping[str, Any]) -> str:
-    """A row a program: bytes for the absent device and for the real one, and the second over the first."""
+    """A row a program: bytes for the absent device and for the real one, and the second over the
+    first.
+    """
     absent, real = figures["absent"], figures["real"]
     columns = ["stage", "arguments", "outputs", "workspace: absent", "real", "ratio"]
     columns += ["peak: absent", "real", "ratio", "library calls: absent", "real"]
     lines = [
-        f"Absent: {absent['device']}, JAX {absent['jax']}. Real: {real['device']}, JAX {real['jax']}. MiB.",
+        (
+            f"Absent: {absent['device']}, JAX {absent['jax']}. Real: {real['device']}, JAX "
+            f"{real['jax']}. MiB."
+        ),
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
@@ -30,8 +35,16 @@ def _comparison_row(name: str, absent: Mapping[str, Any], real: Mapping[str, Any
     if reason or not before or not after:
         return f"| {name} | {reason or 'not compiled'} |" + " |" * 9
     cells = [_both(before, after, "argument_bytes"), _both(before, after, "output_bytes")]
-    cells += [_mib(before["temp_bytes"]), _mib(after["temp_bytes"]), _ratio(before, after, "temp_bytes")]
-    cells += [_mib(before["peak_bytes"]), _mib(after["peak_bytes"]), _ratio(before, after, "peak_bytes")]
+    cells += [
+        _mib(before["temp_bytes"]),
+        _mib(after["temp_bytes"]),
+        _ratio(before, after, "temp_bytes"),
+    ]
+    cells += [
+        _mib(before["peak_bytes"]),
+        _mib(after["peak_bytes"]),
+        _ratio(before, after, "peak_bytes"),
+    ]
     cells += [_libraries(before), _libraries(after)]
     return f"| {name} | {' | '.join(cells)} |"
 
@@ -39,7 +52,9 @@ def _comparison_row(name: str, absent: Mapping[str, Any], real: Mapping[str, Any
 def _libraries(figures: Mapping[str, Any]) -> str:
     """The libraries that a program calls, of those that bring workspace along."""
     known = {"cublas": "cuBLAS", "cudnn": "cuDNN"}
-    return ", ".join(name for key, name in known.items() if any(key in call for call in figures["library_calls"]))
+    return ", ".join(
+        name for key, name in known.items() if any(key in call for call in figures["library_calls"])
+    )
 
 
 def _both(before: Mapping[str, Any], after: Mapping[str, Any], size: str) -> str:
@@ -59,20 +74,35 @@ def _mib(count: float) -> str:
 
 
 def plans_table(planned: Sequence[Mapping[str, Any]]) -> str:
-    """A row a model: the microbatch, and its stages' sizes added up over their layers and compiled as one program."""
-    columns = ["model", "parameters", "stages", "examples a microbatch", "programs compiled", "largest stage, added up"]
+    """A row a model: the microbatch, and its stages' sizes added up over their layers and compiled
+    as one program.
+    """
+    columns = [
+        "model",
+        "parameters",
+        "stages",
+        "examples a microbatch",
+        "programs compiled",
+        "largest stage, added up",
+    ]
     columns += ["compiled", "each compiled over added up", "of the usable cache"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for figures in planned:
         stages = figures["plan"]["stages"]
-        sums = [sum(stage[f"{part}_bytes"] for part in ("weight", "activation", "buffer")) for stage in stages]
+        sums = [
+            sum(stage[f"{part}_bytes"] for part in ("weight", "activation", "buffer"))
+            for stage in stages
+        ]
         compiled = [stage["compiled_bytes"] for stage in stages]
         shares = [held / added for held, added in zip(compiled, sums, strict=True)]
         cells = [
             figures["title"],
             f"{figures['parameters'] / 1e6:.1f} M",
             str(len(stages)),
-            f"{figures['examples'] // figures['plan']['num_microbatches']} of {figures['examples']}",
+            (
+                f"{figures['examples'] // figures['plan']['num_microbatches']} of "
+                f"{figures['examples']}"
+            ),
             re.findall(r"(\d+) programs", figures["plan"]["measured_on"])[0],
             f"{_mib(max(sums))} MiB",
             f"{_mib(max(compiled))} MiB",
@@ -86,10 +116,23 @@ def plans_table(planned: Sequence[Mapping[str, Any]]) -> str:
 def large_table(figures: Mapping[str, Any]) -> str:
     """A row a number of devices."""
     steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in figures["seconds"].items())
-    size = f"{figures['title']}: {figures['parameters'] / 1e9:.1f} billion parameters, {figures['layers']} layers"
-    compiled = f"{figures['layers_compiled']} programs compiled for layers, {figures['stages_compiled']} for stages"
+    size = (
+        f"{figures['title']}: {figures['parameters'] / 1e9:.1f} billion parameters, "
+        f"{figures['layers']} layers"
+    )
+    compiled = (
+        f"{figures['layers_compiled']} programs compiled for layers, "
+        f"{figures['stages_compiled']} for stages"
+    )
     memory = f"{figures['peak_memory_bytes'] / 1e6:.0f} MB of memory at the most"
-    columns = ["devices", "stages x replicas", "layers a stage", "largest stage: weights", "added up", "compiled"]
+    columns = [
+        "devices",
+        "stages x replicas",
+        "layers a stage",
+        "largest stage: weights",
+        "added up",
+        "compiled",
+    ]
     columns += ["all caches hold", "stages that stream", "bytes of the largest that stream, a tick"]
     lines = [
         f"{size}; {compiled}; sizes from {figures['sizes_from']}.",

@@ -2,8 +2,9 @@
 
     python -m experiments.quickstart
 
-Prints the plan, both losses as they fall, and the largest difference between the two runs; draws plan and losses.
-Exits with 1 if the runs come further apart than rounding explains, with 2 if what was asked for cannot be run.
+Prints the plan, both losses as they fall, and the largest difference between the two runs; draws
+plan and losses. Exits with 1 if the runs come further apart than rounding explains, with 2 if what
+was asked for cannot be run.
 """
 
 import sys
@@ -32,23 +33,35 @@ MIB = 2**20
 DEPTH = 12
 MODEL = GPT(vocabulary=256, width=96, depth=DEPTH, heads=4, context=64)
 LEARNING_RATE = 3e-3
-# Adam divides by the gradient's size. Below this lies rounding, which it would otherwise blow up to whole steps.
+# Adam divides by the gradient's size. Below this lies rounding, which it would otherwise blow up to
+# whole steps.
 EPSILON = 1e-5
 # What float32 rounding adds up to over a few hundred steps is below this by an order of magnitude.
 TOLERANCE = 1e-4
 PICTURES = (".png", ".svg", ".pdf")
 
 STEPS = flags.DEFINE_integer("steps", 40, "steps of training", lower_bound=1)
-STAGES = flags.DEFINE_integer("stages", 8, "stages, a device each", lower_bound=1, upper_bound=DEPTH)
+STAGES = flags.DEFINE_integer(
+    "stages", 8, "stages, a device each", lower_bound=1, upper_bound=DEPTH
+)
 BATCH = flags.DEFINE_integer("batch", 16, "sequences in a batch", lower_bound=1)
-MICROBATCHES = flags.DEFINE_integer("microbatches", 16, "microbatches that a batch is split into", lower_bound=1)
-CAPACITY = flags.DEFINE_float("capacity_mib", 1.5, "MiB that a stage may hold; 0 for no capacity", lower_bound=0)
-DEVICES = flags.DEFINE_enum("devices", "emulated", ["emulated", "local"], "CPU devices made for it, or those there are")
-PICTURE = flags.DEFINE_string("picture", str(ROOT / "build" / "quickstart.png"), "where to draw plan and losses")
+MICROBATCHES = flags.DEFINE_integer(
+    "microbatches", 16, "microbatches that a batch is split into", lower_bound=1
+)
+CAPACITY = flags.DEFINE_float(
+    "capacity_mib", 1.5, "MiB that a stage may hold; 0 for no capacity", lower_bound=0
+)
+DEVICES = flags.DEFINE_enum(
+    "devices", "emulated", ["emulated", "local"], "CPU devices made for it, or those there are"
+)
+PICTURE = flags.DEFINE_string(
+    "picture", str(ROOT / "build" / "quickstart.png"), "where to draw plan and losses"
+)
 
 
 @flags.multi_flags_validator(
-    ["batch", "microbatches"], "--batch must be a multiple of --microbatches: each microbatch has as many sequences"
+    ["batch", "microbatches"],
+    "--batch must be a multiple of --microbatches: each microbatch has as many sequences",
 )
 def _batch_splits(asked: dict[str, Any]) -> bool:
     return asked["batch"] % asked["microbatches"] == 0
@@ -69,7 +82,9 @@ def main(argv: list[str]) -> None:
         text = read_prose(ROOT)
         batches = draw_batches(text, STEPS.value, BATCH.value, MODEL.context + 1)
         params = jax.jit(MODEL.init)(jax.random.key(0), batches[0, :, :-1])
-        console.print(f"{len(text):,} bytes of prose; {count(params):,} parameters; {STAGES.value} stages")
+        console.print(
+            f"{len(text):,} bytes of prose; {count(params):,} parameters; {STAGES.value} stages"
+        )
         pipeline = stage(params, batches[0])
     except ValueError as error:
         console.print(f"Cannot run: {error}", style="red")
@@ -102,19 +117,31 @@ def stage(params: Any, batch: NDArray[np.int32]) -> Pipeline:
 def train(
     pipeline: Pipeline, params: Any, batches: NDArray[np.int32], console: Console
 ) -> tuple[list[Losses], Difference]:
-    """Both runs from the same parameters over the same batches, with their losses shown as they fall."""
+    """Both runs from the same parameters over the same batches, with their losses shown as they
+    fall.
+    """
     optimiser = optax.adamw(LEARNING_RATE, eps=EPSILON)
     with console.status("compiling the staged step"):
         staged = Run(pipeline.value_and_grad, pipeline.place(params), batches[0], optimiser)
     with console.status("compiling the unstaged step"):
         unstaged = Run(jax.value_and_grad(next_token_loss(MODEL)), params, batches[0], optimiser)
-    columns = ("training", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (
+        "training",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     losses: list[Losses] = []
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(batches))
         for loss in train_both(staged, unstaged, batches):
             losses.append(loss)
-            progress.update(task, advance=1, description=f"loss {loss.staged:.4f} staged, {loss.unstaged:.4f} unstaged")
+            progress.update(
+                task,
+                advance=1,
+                description=f"loss {loss.staged:.4f} staged, {loss.unstaged:.4f} unstaged",
+            )
     return losses, compare(losses, pipeline, staged, unstaged)
 
 
@@ -131,7 +158,9 @@ def report(losses: list[Losses], difference: Difference, console: Console) -> bo
     )
     if difference.largest <= TOLERANCE:
         return True
-    console.print(f"That is more than {TOLERANCE:.0e}: the staged run is not the unstaged one.", style="red")
+    console.print(
+        f"That is more than {TOLERANCE:.0e}: the staged run is not the unstaged one.", style="red"
+    )
     return False
 
 

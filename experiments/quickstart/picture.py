@@ -26,7 +26,9 @@ def draw(plan: Plan, losses: Sequence[Losses], path: Path) -> Path:
 
 
 def draw_stages(axes: Axes, plan: Plan) -> None:
-    """A bar a stage, from its weights, activations and workspace, under the line of the capacity."""
+    """A bar a stage, from its weights, activations and workspace, under the line of the
+    capacity.
+    """
     heights = draw_bars(axes, plan, list(COLOURS), fontsize=8)
     if plan.capacity:
         axes.axhline(plan.capacity / MIB, linestyle="--", color="black", label="capacity")
@@ -37,9 +39,17 @@ def draw_stages(axes: Axes, plan: Plan) -> None:
 
 
 def draw_losses(axes: Axes, losses: Sequence[Losses]) -> None:
-    """Both runs' loss at every step; where they are equal the staged run's dashes lie on the unstaged run's line."""
+    """Both runs' loss at every step; where they are equal the staged run's dashes lie on the
+    unstaged run's line.
+    """
     axes.plot([loss.unstaged for loss in losses], color="#c9cdd6", linewidth=6, label="unstaged")
-    axes.plot([loss.staged for loss in losses], color="#c44e52", linewidth=1.5, linestyle="--", label="staged")
+    axes.plot(
+        [loss.staged for loss in losses],
+        color="#c44e52",
+        linewidth=1.5,
+        linestyle="--",
+        label="staged",
+    )
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats a byte")
     axes.set_title("the same training, staged and not")

@@ -23,7 +23,13 @@ class Losses(NamedTuple):
 class Run:
     """One training run: parameters and optimiser state, advanced a batch at a time."""
 
-    def __init__(self, value_and_grad: ValueAndGrad, params: Any, batch: Any, optimiser: optax.GradientTransformation):
+    def __init__(
+        self,
+        value_and_grad: ValueAndGrad,
+        params: Any,
+        batch: Any,
+        optimiser: optax.GradientTransformation,
+    ):
         """Compile the step for batches of the shape of `batch`."""
         self.params = params
         self.optimiser_state = jax.jit(optimiser.init)(params)
@@ -32,12 +38,16 @@ class Run:
 
     def advance(self, batch: Any) -> float:
         """Train on one batch; its loss before the update."""
-        self.params, self.optimiser_state, loss = self._step(self.params, self.optimiser_state, batch)
+        self.params, self.optimiser_state, loss = self._step(
+            self.params, self.optimiser_state, batch
+        )
         return float(loss)
 
 
 def make_step(value_and_grad: ValueAndGrad, optimiser: optax.GradientTransformation) -> Any:
-    """One step of training as one compiled program, which writes over the parameters and the optimiser's state."""
+    """One step of training as one compiled program, which writes over the parameters and the
+    optimiser's state.
+    """
 
     def step(params: Any, optimiser_state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
         loss, grads = value_and_grad(params, batch)

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from layerwise_jax.schedule import Schedule
-from layerwise_jax.schedule_generators import gpipe, interleaved_1f1b, one_f_one_b, zero_bubble
-from layerwise_jax.schedule_simulate import ScheduleSimulation, simulate_schedule
+from layerwise_jax.schedule.generators import gpipe, interleaved_1f1b, one_f_one_b, zero_bubble
+from layerwise_jax.schedule.table import Schedule
+from layerwise_jax.schedule.timing import ScheduleSimulation, simulate_schedule
 
 FORWARD_SECONDS = 1.0
 BACKWARD_SECONDS = 2.0
@@ -23,24 +23,36 @@ def schedules(num_stages: int, num_microbatches: int) -> dict[str, Schedule]:
 
 
 def simulate(num_stages: int, num_microbatches: int) -> dict[str, ScheduleSimulation]:
-    """Equal stages, all of the work taking as long under every schedule: two stages a device are half as long each."""
+    """Equal stages, all of the work taking as long under every schedule: two stages a device are
+    half as long each.
+    """
     simulations = {}
     for name, schedule in schedules(num_stages, num_microbatches).items():
         share = num_stages / schedule.num_stages
-        simulations[name] = simulate_schedule(schedule, FORWARD_SECONDS * share, BACKWARD_SECONDS * share)
+        simulations[name] = simulate_schedule(
+            schedule, FORWARD_SECONDS * share, BACKWARD_SECONDS * share
+        )
     return simulations
 
 
 def expected(num_stages: int, num_microbatches: int) -> dict[str, dict[str, Any]]:
-    """What is known: makespans in seconds (Narayanan et al. 2021, arXiv:2104.04473), live microbatches by device."""
+    """What is known: makespans in seconds (Narayanan et al. 2021, arXiv:2104.04473), live
+    microbatches by device.
+    """
     work, rest = FORWARD_SECONDS + BACKWARD_SECONDS, num_stages - 1
 
     def live(bound: Callable[[int], int]) -> list[int]:
         return [min(num_microbatches, bound(device)) for device in range(num_stages)]
 
     return {
-        "GPipe": {"makespan": (num_microbatches + rest) * work, "live": [num_microbatches] * num_stages},
-        "1F1B": {"makespan": (num_microbatches + rest) * work, "live": live(lambda i: num_stages - i)},
+        "GPipe": {
+            "makespan": (num_microbatches + rest) * work,
+            "live": [num_microbatches] * num_stages,
+        },
+        "1F1B": {
+            "makespan": (num_microbatches + rest) * work,
+            "live": live(lambda i: num_stages - i),
+        },
         "1F1B, paired": {
             "makespan": (num_microbatches + rest) * work,
             "live": live(lambda i: 2 * (num_stages - i) - 1),
@@ -51,7 +63,9 @@ def expected(num_stages: int, num_microbatches: int) -> dict[str, dict[str, Any]
 
 
 def compare_with_closed_forms(num_stages: int, num_microbatches: int) -> dict[str, Any]:
-    """For every schedule, simulated and in closed form where there is one: makespan and live microbatches."""
+    """For every schedule, simulated and in closed form where there is one: makespan and live
+    microbatches.
+    """
     known = expected(num_stages, num_microbatches)
     return {
         "stages": num_stages,

@@ -1,10 +1,11 @@
-"""Train a GPT and a ResNet with batch norm for fifty steps, staged and unstaged, and hold the losses side by side.
+"""Train a GPT and a ResNet with batch norm for fifty steps, staged and unstaged, and hold the
+losses side by side.
 
     python -m experiments.training.fifty_steps
 
-The ResNet's microbatches are each normalised by themselves and update the running averages in their order; its unstaged
-run does the same, microbatch by microbatch, and adds the gradients up. Exits with 1 if a pair of runs ends further
-apart than 1e-4 of the loss.
+The ResNet's microbatches are each normalised by themselves and update the running averages in their
+order; its unstaged run does the same, microbatch by microbatch, and adds the gradients up. Exits
+with 1 if a pair of runs ends further apart than 1e-4 of the loss.
 """
 
 from __future__ import annotations
@@ -33,7 +34,12 @@ def main(argv: list[str]) -> None:
     console = Console(soft_wrap=True)
     use_emulated(console, STAGES)
     figures: dict[str, Any] = {"steps": STEPS.value, "tolerance": TOLERANCE, "subjects": {}}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         for name, make in PROBLEMS.items():
             task = progress.add_task(name, total=2 * STEPS.value)
@@ -48,7 +54,8 @@ def within_tolerance(figures: dict[str, Any], console: Console) -> bool:
     """Whether every pair of runs ends close enough together; says so."""
     for name, run in figures["subjects"].items():
         console.print(
-            f"{name}: {run['staged'][0]:.5f} to {run['staged'][-1]:.5f} staged, {run['unstaged'][-1]:.5f} unstaged; "
+            f"{name}: {run['staged'][0]:.5f} to {run['staged'][-1]:.5f} staged, "
+            f"{run['unstaged'][-1]:.5f} unstaged; "
             f"{run['apart_at_end']:.1e} apart, {run['most_apart']:.1e} at the most on the way."
         )
     # Written so that NaN, which compares as false, is a failure.

@@ -1,4 +1,5 @@
-"""Flax's `TrainState` and nnx's `Optimizer`, staged and unstaged: the same losses, in a few lines each.
+"""Flax's `TrainState` and nnx's `Optimizer`, staged and unstaged: the same losses, in a few lines
+each.
 
 python -m experiments.training.flax_users
 """
@@ -26,7 +27,9 @@ TOLERANCE = 1e-4
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, eps=1e-5))
 
 
-def train_state(model: nn.Module, batch: jax.Array, num_stages: int) -> tuple[list[float], list[float]]:
+def train_state(
+    model: nn.Module, batch: jax.Array, num_stages: int
+) -> tuple[list[float], list[float]]:
     """Losses of a Linen model under `TrainState`: (staged, unstaged)."""
     loss_fn = next_token_loss(model)
     params = jax.jit(model.init)(jax.random.key(1), batch[:, :-1])
@@ -45,13 +48,17 @@ def train_state(model: nn.Module, batch: jax.Array, num_stages: int) -> tuple[li
             losses.append(float(loss))
         return losses
 
-    pipeline = lw.layerwise(loss_fn, params, batch, reduce="mean", num_stages=num_stages, capacity=None)
+    pipeline = lw.layerwise(
+        loss_fn, params, batch, reduce="mean", num_stages=num_stages, capacity=None
+    )
     staged = run(pipeline.value_and_grad, pipeline.place(params), pipeline.optimizer(OPTIMIZER))
     return staged, run(jax.value_and_grad(loss_fn), params, OPTIMIZER)
 
 
 def nnx_optimizer(num_stages: int) -> tuple[list[float], list[float]]:
-    """Losses of an nnx model: (staged and put back into the model after every step, under `nnx.Optimizer`)."""
+    """Losses of an nnx model: (staged and put back into the model after every step, under
+    `nnx.Optimizer`).
+    """
     x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 8)), jnp.float32)
     y = jnp.sin(x.sum(axis=1, keepdims=True))
 
@@ -88,14 +95,19 @@ def nnx_optimizer(num_stages: int) -> tuple[list[float], list[float]]:
 def _mlp() -> nnx.Sequential:
     rngs, sizes = nnx.Rngs(0), [8, 64, 64, 64, 1]
     layers = [nnx.Linear(a, b, rngs=rngs) for a, b in pairwise(sizes)]
-    return nnx.Sequential(*[part for layer in layers[:-1] for part in (layer, jnp.tanh)], layers[-1])
+    return nnx.Sequential(
+        *[part for layer in layers[:-1] for part in (layer, jnp.tanh)], layers[-1]
+    )
 
 
 def compare(num_stages: int = 4) -> dict[str, tuple[list[float], list[float]]]:
     """(staged, unstaged) losses of both."""
     batch = jax.random.randint(jax.random.key(0), (16, 33), 0, 128)
     model = GPT(vocabulary=128, width=32, depth=4, heads=4, context=32)
-    return {"flax TrainState": train_state(model, batch, num_stages), "nnx Optimizer": nnx_optimizer(num_stages)}
+    return {
+        "flax TrainState": train_state(model, batch, num_stages),
+        "nnx Optimizer": nnx_optimizer(num_stages),
+    }
 
 
 def main(argv: list[str]) -> None:
@@ -107,10 +119,14 @@ def main(argv: list[str]) -> None:
     apart = []
     for name, (staged, unstaged) in compare().items():
         apart.append(max(abs(a - b) / abs(b) for a, b in zip(staged, unstaged, strict=True)))
-        table.add_row(name, f"{staged[0]:.6f}", f"{staged[-1]:.6f}", f"{unstaged[-1]:.6f}", f"{apart[-1]:.1e}")
+        table.add_row(
+            name, f"{staged[0]:.6f}", f"{staged[-1]:.6f}", f"{unstaged[-1]:.6f}", f"{apart[-1]:.1e}"
+        )
     Console().print(table)
     if max(apart) > TOLERANCE:
-        raise SystemExit(f"Staged and unstaged losses are {max(apart):.1e} apart; {TOLERANCE:.0e} is allowed.")
+        raise SystemExit(
+            f"Staged and unstaged losses are {max(apart):.1e} apart; {TOLERANCE:.0e} is allowed."
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""A training step of a GPT on several GPUs: layer-wise against one device, replicas, tensor parallelism and FSDP.
+"""A training step of a GPT on several GPUs: layer-wise against one device, replicas, tensor
+parallelism and FSDP.
 
-    python -m experiments.training.gpu                                     # 1.1 billion parameters, on all local GPUs
-    python -m experiments.training.gpu --platform=cpu --devices=2 --preset=tiny   # the same code, on emulated devices
+    python -m experiments.training.gpu                                     # 1.1 billion parameters,
+    on all local GPUs python -m experiments.training.gpu --platform=cpu --devices=2 --preset=tiny
+    # the same code, on emulated devices
 
-All strategies train the same model on the same global batches from the same parameters, in one process: bfloat16 with
-float32 master weights and AdamW, parameters and moments overwritten. They take turns, each turn from the start, so that
-losses compare and slow drifts of the machine reach all alike. A strategy that fails, or that time is too short for, is
-recorded with the reason. Writes JSON after every strategy, then a table and a picture.
+All strategies train the same model on the same global batches from the same parameters, in one
+process: bfloat16 with float32 master weights and AdamW, parameters and moments overwritten. They
+take turns, each turn from the start, so that losses compare and slow drifts of the machine reach
+all alike. A strategy that fails, or that time is too short for, is recorded with the reason. Writes
+JSON after every strategy, then a table and a picture.
 """
 
 import datetime
@@ -32,12 +35,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.command import refuse_words
 from experiments.training import gpu_rivals as rivals
-from experiments.training.gpu_measure import Compiled, compile_step, loss_differences, run_turn, summary
+from experiments.training.gpu_measure import (
+    Compiled,
+    compile_step,
+    loss_differences,
+    run_turn,
+    summary,
+)
 from experiments.training.gpu_model import AttentionKernel, Model, draw_batches
 from experiments.training.gpu_report import draw, print_table
 from experiments.training.gpu_staged import layer_wise
 from experiments.training.gpu_strategies import Strategy
-from layerwise_jax.devices import H200
+from layerwise_jax.cost.devices import H200
 
 RESULTS = Path(__file__).parent / "results"
 # depth, width, heads, vocabulary; sequence; examples; microbatches.
@@ -47,26 +56,49 @@ PRESETS = {
 }
 RIVALS = ("one", "replicas", "tensor", "fsdp")
 LAYER_WISE = ("stored", "recomputed")
-# The share of the time after which nothing more is compiled, so that what is compiled can still run.
+# The share of the time after which nothing more is compiled, so that what is compiled can still
+# run.
 COMPILING_SHARE = 0.6
 SCHEDULER = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
 PLATFORM = flags.DEFINE_enum("platform", "gpu", ["gpu", "cpu"], "where to run")
-DEVICES = flags.DEFINE_integer("devices", None, "how many devices; by default all; on the CPU they are emulated")
-PRESET = flags.DEFINE_enum("preset", "full", list(PRESETS), "sizes, each of which a flag of its own can change")
+DEVICES = flags.DEFINE_integer(
+    "devices", None, "how many devices; by default all; on the CPU they are emulated"
+)
+PRESET = flags.DEFINE_enum(
+    "preset", "full", list(PRESETS), "sizes, each of which a flag of its own can change"
+)
 SIZE = flags.DEFINE_string("size", None, "depth,width,heads,vocabulary")
 SEQUENCE = flags.DEFINE_integer("sequence", None, "tokens of an example")
 BATCH = flags.DEFINE_integer("batch", None, "examples of a global batch")
-MICROBATCHES = flags.DEFINE_list("microbatches", None, "numbers of microbatches to run layer-wise with")
-STRATEGIES = flags.DEFINE_list("strategies", [*RIVALS, *LAYER_WISE], f"of {', '.join((*RIVALS, *LAYER_WISE))}")
-ACCUMULATE = flags.DEFINE_integer("accumulate", 2, "microbatches over which the one device adds up gradients")
-ATTENTION = flags.DEFINE_enum("attention", "auto", ["auto", "cudnn", "xla"], "auto: cuDNN's if it runs, else XLA's")
+MICROBATCHES = flags.DEFINE_list(
+    "microbatches", None, "numbers of microbatches to run layer-wise with"
+)
+STRATEGIES = flags.DEFINE_list(
+    "strategies", [*RIVALS, *LAYER_WISE], f"of {', '.join((*RIVALS, *LAYER_WISE))}"
+)
+ACCUMULATE = flags.DEFINE_integer(
+    "accumulate", 2, "microbatches over which the one device adds up gradients"
+)
+ATTENTION = flags.DEFINE_enum(
+    "attention", "auto", ["auto", "cudnn", "xla"], "auto: cuDNN's if it runs, else XLA's"
+)
 ROUNDS = flags.DEFINE_integer("rounds", 3, "turns of every strategy", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 4, "steps of a turn, the first of which is not timed", lower_bound=2)
-SECONDS = flags.DEFINE_float("seconds", 270, "wall-clock time to keep to: what does not fit is left out, and said so")
-COMPILE_THREADS = flags.DEFINE_integer("compile_threads", 4, "strategies that are compiled at a time", lower_bound=1)
-HIDE_LATENCY = flags.DEFINE_bool("hide_latency", True, "compile all with XLA's latency-hiding scheduler")
-OUTPUT = flags.DEFINE_string("output", str(RESULTS / "gpu.json"), "the JSON file; the picture goes beside it")
+STEPS = flags.DEFINE_integer(
+    "steps", 4, "steps of a turn, the first of which is not timed", lower_bound=2
+)
+SECONDS = flags.DEFINE_float(
+    "seconds", 270, "wall-clock time to keep to: what does not fit is left out, and said so"
+)
+COMPILE_THREADS = flags.DEFINE_integer(
+    "compile_threads", 4, "strategies that are compiled at a time", lower_bound=1
+)
+HIDE_LATENCY = flags.DEFINE_bool(
+    "hide_latency", True, "compile all with XLA's latency-hiding scheduler"
+)
+OUTPUT = flags.DEFINE_string(
+    "output", str(RESULTS / "gpu.json"), "the JSON file; the picture goes beside it"
+)
 
 
 class Clock:
@@ -90,9 +122,14 @@ def main(argv: list[str]) -> None:
     model, examples, microbatches = choices(devices)
     batches = draw_batches(model, examples, STEPS.value)
     results = described(model, examples, devices)
-    say(clock, f"{model}, {model.num_parameters / 1e9:.3f} billion parameters, {examples} examples a step")
+    say(
+        clock,
+        f"{model}, {model.num_parameters / 1e9:.3f} billion parameters, {examples} examples a step",
+    )
     params = everywhere(model, devices)
-    compiled = compile_all(builders(model, devices, examples, microbatches), batches, results, clock)
+    compiled = compile_all(
+        builders(model, devices, examples, microbatches), batches, results, clock
+    )
     take_turns(compiled, params, batches, results, clock)
     print_table(results)
     draw(results, Path(OUTPUT.value).with_suffix(".png"))
@@ -111,7 +148,9 @@ def start_backend() -> list[Any]:
 
 
 def choices(devices: list[Any]) -> tuple[Model, int, list[int]]:
-    """The model, examples of a global batch, numbers of microbatches: from the preset and the flags."""
+    """The model, examples of a global batch, numbers of microbatches: from the preset and the
+    flags.
+    """
     size, sequence, examples, microbatches = PRESETS[PRESET.value]
     depth, width, heads, vocabulary = map(int, (SIZE.value or size).split(","))
     sequence = SEQUENCE.value or sequence
@@ -121,7 +160,9 @@ def choices(devices: list[Any]) -> tuple[Model, int, list[int]]:
 
 
 def attention_kernel(heads: int, features: int, sequence: int, platform: str) -> AttentionKernel:
-    """The kernel asked for; with "auto" cuDNN's, unless its forward and backward fail on one example."""
+    """The kernel asked for; with "auto" cuDNN's, unless its forward and backward fail on one
+    example.
+    """
     if ATTENTION.value != "auto":
         return cast(AttentionKernel, ATTENTION.value)
     if platform == "cpu":
@@ -134,7 +175,10 @@ def attention_kernel(heads: int, features: int, sequence: int, platform: str) ->
     try:
         jax.block_until_ready(jax.jit(jax.grad(total))(x))
     except Exception as error:
-        print(f"cuDNN's attention does not run here, XLA's is taken: {_reason(error)}", file=sys.stderr)
+        print(
+            f"cuDNN's attention does not run here, XLA's is taken: {_reason(error)}",
+            file=sys.stderr,
+        )
         return "xla"
     return "cudnn"
 
@@ -142,7 +186,9 @@ def attention_kernel(heads: int, features: int, sequence: int, platform: str) ->
 def everywhere(model: Model, devices: list[Any]) -> Any:
     """Initial parameters on every device, from which each turn starts."""
     mesh = Mesh(np.array(devices), ("device",), axis_types=(AxisType.Auto,))
-    return jax.block_until_ready(jax.device_put(model.initial(), NamedSharding(mesh, PartitionSpec())))
+    return jax.block_until_ready(
+        jax.device_put(model.initial(), NamedSharding(mesh, PartitionSpec()))
+    )
 
 
 def builders(
@@ -164,8 +210,12 @@ def builders(
         for kind, remat in remats.items()
         if kind in STRATEGIES.value
     }
-    # What all losses are compared with comes first, then one layer-wise run, then its rivals, then its variants.
-    order = sorted([*wanted, *staged], key=lambda name: (name != "one", name != next(iter(staged), ""), name in staged))
+    # What all losses are compared with comes first, then one layer-wise run, then its rivals, then
+    # its variants.
+    order = sorted(
+        [*wanted, *staged],
+        key=lambda name: (name != "one", name != next(iter(staged), ""), name in staged),
+    )
     return {name: (wanted | staged)[name] for name in order}
 
 
@@ -181,7 +231,10 @@ def _layer_wise(
 
 
 def compile_all(
-    makers: dict[str, Callable[[], Strategy]], batches: np.ndarray, results: dict[str, Any], clock: Clock
+    makers: dict[str, Callable[[], Strategy]],
+    batches: np.ndarray,
+    results: dict[str, Any],
+    clock: Clock,
 ) -> list[Compiled]:
     """Compile all strategies for which there is time; failures go into the results."""
 
@@ -194,23 +247,37 @@ def compile_all(
             return _reason(error)
 
     compiled = []
-    # The compiler times kernels under a lock on the GPU, so that programs compiled at once do not disturb each other.
+    # The compiler times kernels under a lock on the GPU, so that programs compiled at once do not
+    # disturb each other.
     with ThreadPoolExecutor(COMPILE_THREADS.value) as threads:
         for name, each in zip(makers, threads.map(compile_one, makers.values()), strict=True):
             if isinstance(each, str):
                 record_failure(results, name, each)
                 continue
             strategy = each.strategy
-            about = {"how": strategy.how, "devices": strategy.devices, **strategy.figures, **each.figures}
+            about = {
+                "how": strategy.how,
+                "devices": strategy.devices,
+                **strategy.figures,
+                **each.figures,
+            }
             results["strategies"][strategy.name] = about
-            say(clock, f"{strategy.name}: {about['compile_seconds']:.1f} s to compile, {about['device_bytes']:,} bytes")
+            say(
+                clock,
+                f"{strategy.name}: {about['compile_seconds']:.1f} s to compile, "
+                f"{about['device_bytes']:,} bytes",
+            )
             write(results)
             compiled.append(each)
     return compiled
 
 
 def take_turns(
-    compiled: list[Compiled], params: Any, batches: np.ndarray, results: dict[str, Any], clock: Clock
+    compiled: list[Compiled],
+    params: Any,
+    batches: np.ndarray,
+    results: dict[str, Any],
+    clock: Clock,
 ) -> None:
     """Every strategy's turns, round by round; one that fails takes no further turn."""
     turns: dict[str, list[dict[str, Any]]] = {each.strategy.name: [] for each in compiled}
@@ -225,12 +292,19 @@ def take_turns(
                 record_failure(results, name, _reason(error))
                 continue
             turns[name].append(turn)
-            say(clock, f"round {number}: {name}: {min(turn['seconds']):.4f} s, last loss {turn['losses'][-1]:.4f}")
+            say(
+                clock,
+                f"round {number}: {name}: {min(turn['seconds']):.4f} s, last loss "
+                f"{turn['losses'][-1]:.4f}",
+            )
         conclude(results, compiled, turns, clock)
 
 
 def conclude(
-    results: dict[str, Any], compiled: list[Compiled], turns: dict[str, list[dict[str, Any]]], clock: Clock
+    results: dict[str, Any],
+    compiled: list[Compiled],
+    turns: dict[str, list[dict[str, Any]]],
+    clock: Clock,
 ) -> None:
     """Put the figures of all turns so far into the results."""
     for each in compiled:

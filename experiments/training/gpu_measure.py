@@ -1,4 +1,6 @@
-"""Compile strategies, then run them in turns: losses from one start, times in steady state, memory."""
+"""Compile strategies, then run them in turns: losses from one start, times in steady state,
+memory.
+"""
 
 import re
 import statistics
@@ -12,7 +14,9 @@ import numpy as np
 
 from experiments.training.gpu_strategies import Strategy
 
-COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +64,8 @@ def run_turn(compiled: Compiled, params: Any, batches: np.ndarray) -> dict[str, 
     """Train from `params` for a step a batch; the first warms up and is not timed.
 
     Returns:
-      Losses of all steps; seconds of those after the first; bytes that state and batches take on every device; the
-      most that every device's allocator has given out since the process started.
+      Losses of all steps; seconds of those after the first; bytes that state and batches take on
+      every device; the most that every device's allocator has given out since the process started.
     """
     before = _memory("bytes_in_use")
     tokens = [jax.device_put(batch, compiled.strategy.tokens) for batch in batches]
@@ -83,7 +87,9 @@ def run_turn(compiled: Compiled, params: Any, batches: np.ndarray) -> dict[str, 
     }
 
 
-def summary(turns: list[dict[str, Any]], devices: int, tokens: int, flops: float, peak: float) -> dict[str, Any]:
+def summary(
+    turns: list[dict[str, Any]], devices: int, tokens: int, flops: float, peak: float
+) -> dict[str, Any]:
     """Times over all turns, and the rates that follow.
 
     Args:
@@ -109,10 +115,15 @@ def summary(turns: list[dict[str, Any]], devices: int, tokens: int, flops: float
 
 
 def loss_differences(figures: Mapping[str, dict[str, Any]]) -> dict[str, float]:
-    """For every strategy that ran, the largest relative difference of a loss from the first one's at the same step."""
+    """For every strategy that ran, the largest relative difference of a loss from the first one's
+    at the same step.
+    """
     ran = {name: each["losses"] for name, each in figures.items() if "losses" in each}
     base = np.array(next(iter(ran.values()), []))
-    return {name: float(np.max(np.abs(np.array(losses) - base) / np.abs(base))) for name, losses in ran.items()}
+    return {
+        name: float(np.max(np.abs(np.array(losses) - base) / np.abs(base)))
+        for name, losses in ran.items()
+    }
 
 
 def _collectives(hlo: str) -> dict[str, int]:

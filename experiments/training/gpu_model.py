@@ -1,4 +1,6 @@
-"""A GPT in plain JAX whose sharding and attention kernel can be chosen, and what a training step of it costs."""
+"""A GPT in plain JAX whose sharding and attention kernel can be chosen, and what a training step of
+it costs.
+"""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +35,9 @@ class Sharding:
 
     hidden: Hook = _as_it_is
     weight: Hook = _as_it_is
-    attention: Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]] = lambda attend: attend
+    attention: Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]] = lambda attend: (
+        attend
+    )
 
 
 UNSHARDED = Sharding()
@@ -49,7 +53,8 @@ class Model:
       heads: heads of attention.
       vocabulary: tokens that there are.
       sequence: tokens that are predicted in an example.
-      attention: the kernel of attention: cuDNN's flash attention, or XLA's operations, recomputed in backward.
+      attention: the kernel of attention: cuDNN's flash attention, or XLA's operations, recomputed
+        in backward.
     """
 
     depth: int
@@ -88,14 +93,18 @@ class Model:
         }
 
     def initial(self, seed: int = 0) -> Params:
-        """Parameters drawn as GPT-2 draws them, normal with 0.02; norms are ones. In host memory."""
+        """Parameters drawn as GPT-2 draws them, normal with 0.02; norms are ones. In host
+        memory.
+        """
         shapes, tree = jax.tree.flatten(self.shapes())
         seeds = np.random.SeedSequence(seed).spawn(len(shapes))
 
         def draw(shape: jax.ShapeDtypeStruct, own: np.random.SeedSequence) -> np.ndarray:
             if len(shape.shape) == 1:
                 return np.ones(shape.shape, np.float32)
-            return np.random.default_rng(own).standard_normal(shape.shape, np.float32) * np.float32(0.02)
+            return np.random.default_rng(own).standard_normal(shape.shape, np.float32) * np.float32(
+                0.02
+            )
 
         with ThreadPoolExecutor() as threads:
             return jax.tree.unflatten(tree, list(threads.map(draw, shapes, seeds)))
@@ -116,9 +125,15 @@ class Model:
 
     def _block(self, master: Params, x: jax.Array, sharding: Sharding) -> jax.Array:
         scales = [sharding.weight(master[name]) for name in ("norm_1", "norm_2")]
-        narrow = {name: sharding.weight(x.astype(jnp.bfloat16)) for name, x in master.items() if x.ndim > 1}
+        narrow = {
+            name: sharding.weight(x.astype(jnp.bfloat16))
+            for name, x in master.items()
+            if x.ndim > 1
+        }
         normed = _norm(x, scales[0])
-        heads = [jnp.einsum("btw,whd->bthd", normed, narrow[name]) for name in ("query", "key", "value")]
+        heads = [
+            jnp.einsum("btw,whd->bthd", normed, narrow[name]) for name in ("query", "key", "value")
+        ]
         mixed = sharding.attention(self._attend)(*heads)
         x = sharding.hidden(x + jnp.einsum("bthd,hdw->btw", mixed, narrow["out"]))
         wide = jax.nn.gelu(jnp.einsum("btw,wf->btf", _norm(x, scales[1]), narrow["up"]))
@@ -127,8 +142,11 @@ class Model:
     @property
     def _attend(self) -> Callable[..., jax.Array]:
         """Causal attention of three bfloat16[batch, tokens, heads, features]."""
-        attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation=self.attention)
-        # XLA's operations would keep tokens x tokens probabilities a head; cuDNN's kernel recomputes them by itself.
+        attend = partial(
+            jax.nn.dot_product_attention, is_causal=True, implementation=self.attention
+        )
+        # XLA's operations would keep tokens x tokens probabilities a head; cuDNN's kernel
+        # recomputes them by itself.
         return attend if self.attention == "cudnn" else jax.checkpoint(attend)
 
     @property
@@ -142,18 +160,23 @@ class Model:
         return 6.0 * self.vocabulary * self.width
 
     def step_flops(self, examples: int) -> float:
-        """Floating-point operations that a training step needs, whatever is computed twice left out.
+        """Floating-point operations that a training step needs, whatever is computed twice left
+        out.
 
-        6 a parameter and token (Kaplan et al., arXiv:2001.08361, section 2.1), the tied table counted once, for the
-        logits, and for attention 12 x depth x width x sequence a token (PaLM, arXiv:2204.02311, appendix B), of which
-        causality leaves half.
+        6 a parameter and token (Kaplan et al., arXiv:2001.08361, section 2.1), the tied table
+        counted once, for the logits, and for attention 12 x depth x width x sequence a token (PaLM,
+        arXiv:2204.02311, appendix B), of which causality leaves half.
         """
         return examples * self.sequence * (self.depth * self.block_flops + self.logits_flops)
 
 
 def draw_batches(model: Model, examples: int, count: int, seed: int = 1) -> np.ndarray:
-    """int32[count, examples, sequence + 1]: every second token follows from the one before, so that a loss can fall."""
-    tokens = np.random.default_rng(seed).integers(0, model.vocabulary, (count, examples, model.sequence + 1))
+    """int32[count, examples, sequence + 1]: every second token follows from the one before, so that
+    a loss can fall.
+    """
+    tokens = np.random.default_rng(seed).integers(
+        0, model.vocabulary, (count, examples, model.sequence + 1)
+    )
     followers = tokens[..., 1::2]
     followers[...] = (7 * tokens[..., ::2][..., : followers.shape[-1]] + 3) % model.vocabulary
     return tokens.astype(np.int32)
@@ -167,7 +190,9 @@ def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The mean over tokens. By comparison, not by indexing: logits may be sharded over the vocabulary."""
+    """The mean over tokens. By comparison, not by indexing: logits may be sharded over the
+    vocabulary.
+    """
     numbers = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
     chosen = jnp.sum(jnp.where(numbers == labels[..., None], logits, 0.0), axis=-1)
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)

@@ -1,6 +1,7 @@
 """What `gpu.py` measured: as a table to print, as Markdown, and as a picture.
 
-python -m experiments.training.gpu_report experiments/training/results/gpu.json    # prints the Markdown
+python -m experiments.training.gpu_report experiments/training/results/gpu.json    # prints the
+Markdown
 """
 
 import json
@@ -49,7 +50,9 @@ def _in_order(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]
 def _row(results: Mapping[str, Any], name: str, about: Mapping[str, Any]) -> list[str]:
     compiled = "device_bytes" in about
     memory = (
-        [f"{about[size] / 1e9:.1f}" for size in ("device_bytes", "argument_bytes", "temp_bytes")] if compiled else []
+        [f"{about[size] / 1e9:.1f}" for size in ("device_bytes", "argument_bytes", "temp_bytes")]
+        if compiled
+        else []
     )
     memory += [f"{about['compile_seconds']:.0f}"] if compiled else []
     if "step_seconds" not in about:
@@ -77,11 +80,15 @@ def heading(results: Mapping[str, Any]) -> str:
     model, machine = results["model"], results["machine"]
     kinds = machine["devices"]
     return (
-        f"{results['parameters'] / 1e9:.2f} billion parameters ({model['depth']} blocks of width {model['width']}, "
-        f"{model['heads']} heads, vocabulary {model['vocabulary']:,}), {results['examples']} sequences of "
-        f"{model['sequence']:,} tokens a step, attention by {model['attention']}; {len(kinds)} x {kinds[0]}, "
+        f"{results['parameters'] / 1e9:.2f} billion parameters ({model['depth']} blocks of width "
+        f"{model['width']}, "
+        f"{model['heads']} heads, vocabulary {model['vocabulary']:,}), {results['examples']} "
+        "sequences of "
+        f"{model['sequence']:,} tokens a step, attention by {model['attention']}; {len(kinds)} x "
+        f"{kinds[0]}, "
         f"{machine['cores']} cores, JAX {results['versions']['jax']}, {results['date'][:10]}, "
-        f"`{results['command']}`, {results['seconds_in_all']:.0f} s in all. {results['rounds']} rounds of "
+        f"`{results['command']}`, {results['seconds_in_all']:.0f} s in all. {results['rounds']} "
+        "rounds of "
         f"{results['steps_per_turn']} steps from the same start, the first of each not timed; "
         f"{results['compiled_at_a_time']} programs compiled at a time. Differences of losses "
         "are from the first strategy's at the same step, relative; bfloat16 rounds by up to 2e-3."
@@ -92,7 +99,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The heading, the table, and what each strategy does."""
     lines = [heading(results), "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in rows(results)]
-    lines += ["", *(f"- {name}: {about['how']}." for name, about in _in_order(results) if "how" in about)]
+    lines += [
+        "",
+        *(f"- {name}: {about['how']}." for name, about in _in_order(results) if "how" in about),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -104,7 +114,9 @@ def print_table(results: Mapping[str, Any]) -> None:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> Path:
-    """Bars of step time, with fastest and slowest, and of memory, as state and workspace; returns the path."""
+    """Bars of step time, with fastest and slowest, and of memory, as state and workspace; returns
+    the path.
+    """
     ran = {name: about for name, about in _in_order(results) if "step_seconds" in about}
     names, figures = list(ran)[::-1], list(ran.values())[::-1]
     figure = Figure(figsize=(11, 1.4 + 0.38 * len(names)), layout="constrained")
@@ -113,14 +125,18 @@ def draw(results: Mapping[str, Any], path: Path) -> Path:
     below = [1e3 * (about["step_seconds"] - about["fastest_seconds"]) for about in figures]
     above = [1e3 * (about["slowest_seconds"] - about["step_seconds"]) for about in figures]
     colours = [RED if name.startswith("layer-wise") else BLUE for name in names]
-    times.barh(names, medians, xerr=[below, above], color=colours, error_kw={"elinewidth": 1, "capsize": 2})
+    times.barh(
+        names, medians, xerr=[below, above], color=colours, error_kw={"elinewidth": 1, "capsize": 2}
+    )
     times.set_xlabel("a step, ms (median; fastest to slowest)")
     state = [about["argument_bytes"] / 1e9 for about in figures]
     rest = [about["device_bytes"] / 1e9 - held for about, held in zip(figures, state, strict=True)]
     memory.barh(names, state, color=colours, label="arguments: weights, moments, batch")
     memory.barh(names, rest, left=state, color=GREY, label="workspace: activations, gradients")
     memory.set_xlabel("memory a device, GB (the compiler's account)")
-    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize="small")
+    figure.legend(
+        *memory.get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize="small"
+    )
     model, kinds = results["model"], results["machine"]["devices"]
     figure.suptitle(
         f"A training step of a GPT of {results['parameters'] / 1e9:.2f} billion parameters, "

@@ -22,7 +22,9 @@ def layer_wise(
     remat: Literal["stage"] | None,
     options: dict[str, Any],
 ) -> Strategy:
-    """Contiguous layers on each device, balanced by their arithmetic; backward recomputes a stage or has residuals."""
+    """Contiguous layers on each device, balanced by their arithmetic; backward recomputes a stage
+    or has residuals.
+    """
     tokens = jax.ShapeDtypeStruct((examples // microbatches, model.sequence + 1), jnp.int32)
     layers = lw.trace_layers(model.loss, model.shapes(), tokens)
     seconds = [_load(model, layer.name) for layer in layers.layers]
@@ -36,16 +38,22 @@ def layer_wise(
         reduce="mean",
         schedule="1f1b",
         remat=remat,
-        # The analysis of microbatching cannot look into cuDNN's kernel, which treats each example alone.
+        # The analysis of microbatching cannot look into cuDNN's kernel, which treats each example
+        # alone.
         batch_statistics="per_microbatch" if model.attention == "cudnn" else None,
     )
     shapes = pipeline.place(model.shapes())
     whole = NamedSharding(mesh, PartitionSpec())
     bubble = (len(devices) - 1) / (microbatches + len(devices) - 1)
-    backward = "backward recomputes its stage" if remat == "stage" else "residuals stored for backward"
+    backward = (
+        "backward recomputes its stage" if remat == "stage" else "residuals stored for backward"
+    )
     return Strategy(
         name=f"layer-wise, M = {microbatches}, {'recomputed' if remat == 'stage' else 'stored'}",
-        how=f"{len(devices)} stages, 1F1B, {microbatches} microbatches, bubble {bubble:.1%}, {backward}",
+        how=(
+            f"{len(devices)} stages, 1F1B, {microbatches} microbatches, bubble {bubble:.1%}, "
+            f"{backward}"
+        ),
         devices=len(devices),
         shapes=shapes,
         place=pipeline.place,

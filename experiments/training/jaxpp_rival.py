@@ -2,9 +2,9 @@
 
     PYTHON_OF_JAXPP -m experiments.training.jaxpp_rival SUBJECT STAGES MICROBATCHES
 
-Answers on standard output, a line of JSON each: first what compiling took, of every program; then, for every line that
-comes in, one repetition of every program. The unstaged steps are among them, since this JAX is another one. Needs
-neither layerwise_jax nor the Python version that it asks for.
+Answers on standard output, a line of JSON each: first what compiling took, of every program; then,
+for every line that comes in, one repetition of every program. The unstaged steps are among them,
+since this JAX is another one. Needs neither layerwise_jax nor the Python version that it asks for.
 """
 
 import json
@@ -19,7 +19,14 @@ import numpy as np
 from jaxpp.schedules import GPipe  # pyright: ignore[reportMissingImports]
 
 from experiments.training.stopwatch import timed
-from experiments.training.subjects import SUBJECTS, Subject, accumulating_step, descend, split, unstaged_step
+from experiments.training.subjects import (
+    SUBJECTS,
+    Subject,
+    accumulating_step,
+    descend,
+    split,
+    unstaged_step,
+)
 
 
 def marked(subject: Subject, last_blocks: Sequence[str]) -> Callable[..., jax.Array]:
@@ -37,22 +44,30 @@ def marked(subject: Subject, last_blocks: Sequence[str]) -> Callable[..., jax.Ar
     return loss
 
 
-def pipelined_step(subject: Subject, schedule: Any, mesh: Any, num_microbatches: int) -> Callable[..., Any]:
+def pipelined_step(
+    subject: Subject, schedule: Any, mesh: Any, num_microbatches: int
+) -> Callable[..., Any]:
     """(params, *batch) to (params, loss), compiled when it is called first."""
     loss = marked(subject, subject.last_blocks(schedule.num_stages))
 
     def step(params: Any, *inputs: jax.Array) -> tuple[Any, jax.Array]:
         def of_microbatch(microbatch: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
-            return jax.value_and_grad(lambda p, *x: loss(p, *x) / num_microbatches)(params, *microbatch)
+            return jax.value_and_grad(lambda p, *x: loss(p, *x) / num_microbatches)(
+                params, *microbatch
+            )
 
-        losses, grads = jaxpp.treduce(of_microbatch, split(inputs, num_microbatches), schedule=schedule)
+        losses, grads = jaxpp.treduce(
+            of_microbatch, split(inputs, num_microbatches), schedule=schedule
+        )
         return descend(params, grads), losses
 
     return jaxpp.mpmd_jit_with_loop(step, mpmd_mesh=mesh)
 
 
 def schedules(num_stages: int) -> dict[str, Any]:
-    """JaxPP's schedules under the names that the staged runs have, each with the devices that it is for."""
+    """JaxPP's schedules under the names that the staged runs have, each with the devices that it is
+    for.
+    """
     named = {
         "1F1B": jaxpp.Std1F1B(num_stages),
         "GPipe": GPipe(num_stages),
@@ -86,7 +101,9 @@ def say(**what: Any) -> None:
     print(json.dumps(what), flush=True)
 
 
-def pipelined_steps(subject: Subject, num_stages: int, num_microbatches: int) -> dict[str, Callable[..., Any]]:
+def pipelined_steps(
+    subject: Subject, num_stages: int, num_microbatches: int
+) -> dict[str, Callable[..., Any]]:
     steps = {}
     for name, schedule in schedules(num_stages).items():
         devices = np.array(jax.devices()[: getattr(schedule, "mpmd_dim", num_stages)])
@@ -107,7 +124,9 @@ def main(subject_name: str, num_stages: int, num_microbatches: int) -> None:
     for name, runner in list(runners.items()):
         try:
             first[name] = runner.advance()
-        except Exception as error:  # whatever it fails with belongs in the table, beside what it can do
+        except (
+            Exception
+        ) as error:  # whatever it fails with belongs in the table, beside what it can do
             failures[name] = f"{type(error).__name__}: {error}"
             del runners[name]
     say(jax=jax.__version__, jaxpp=jaxpp.__version__, first=first, failures=failures)

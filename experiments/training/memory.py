@@ -5,14 +5,23 @@ from typing import Any
 
 import jax
 
-from experiments.training.staging import CHECKPOINTED, DIFFERENTIATED, SCHEDULED, UNPAIRED, device_bytes, staged_program
+from experiments.training.staging import (
+    CHECKPOINTED,
+    DIFFERENTIATED,
+    SCHEDULED,
+    UNPAIRED,
+    device_bytes,
+    staged_program,
+)
 from experiments.training.subjects import Subject, mlp
 
 WAYS = (DIFFERENTIATED, CHECKPOINTED, *SCHEDULED, UNPAIRED)
 
 
 def subjects(num_blocks: int) -> dict[str, Callable[[bool], Subject]]:
-    """By whether their stages are equal; each given whether its blocks are under `jax.checkpoint`."""
+    """By whether their stages are equal; each given whether its blocks are under
+    `jax.checkpoint`.
+    """
     rising = [64 * (2 + block % 5) for block in range(num_blocks)]
     return {
         "equal": lambda checkpointed: mlp([256] * num_blocks, checkpointed=checkpointed),
@@ -20,8 +29,11 @@ def subjects(num_blocks: int) -> dict[str, Callable[[bool], Subject]]:
     }
 
 
-def measure_memory(num_devices: int, microbatches: Sequence[int], progress: Callable[[str], None]) -> dict[str, Any]:
-    """Compile every way of training for every number of microbatches, each of them of the same size.
+def measure_memory(
+    num_devices: int, microbatches: Sequence[int], progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Compile every way of training for every number of microbatches, each of them of the same
+    size.
 
     Args:
       num_devices: devices of the pipeline.
@@ -41,14 +53,17 @@ def measure_memory(num_devices: int, microbatches: Sequence[int], progress: Call
             for count in microbatches:
                 program = staged_program(subject, way, num_devices * way.stages_per_device, count)
                 compiled = jax.jit(program.step).lower(program.params, *program.batch).compile()
-                ways[way.name].append({**device_bytes(compiled, program.batch), "stash_slots": program.stash_slots})
+                ways[way.name].append(
+                    {**device_bytes(compiled, program.batch), "stash_slots": program.stash_slots}
+                )
                 progress(f"memory, {kind} stages, {way.name}, {count} microbatches")
         figures[kind] = {"title": make(False).title, "ways": ways}
     return {"devices": num_devices, "microbatches": list(microbatches), "stages": figures}
 
 
 def growth(held: Sequence[dict[str, Any]]) -> float | None:
-    """How much more temporary memory the most microbatches take than the fewest that have as large a stash.
+    """How much more temporary memory the most microbatches take than the fewest that have as large
+    a stash.
 
     A share of the latter; None if no two of them have equal stashes.
     """

@@ -1,4 +1,6 @@
-"""Models that are trained here, in Flax Linen: blocks of one kind, so that they can be cut anywhere between two."""
+"""Models that are trained here, in Flax Linen: blocks of one kind, so that they can be cut anywhere
+between two.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +26,9 @@ class FeedForward(nn.Module):
 
 
 class MLP(nn.Module):
-    """Blocks of as many hidden features as `hidden` says for each, each under `jax.checkpoint` if `checkpointed`."""
+    """Blocks of as many hidden features as `hidden` says for each, each under `jax.checkpoint` if
+    `checkpointed`.
+    """
 
     hidden: Sequence[int]
     checkpointed: bool = False
@@ -39,7 +43,9 @@ class MLP(nn.Module):
 
 
 def mean_square(model: nn.Module) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """The mean squared difference between what the model makes of float[batch, width] and a target of that shape."""
+    """The mean squared difference between what the model makes of float[batch, width] and a target
+    of that shape.
+    """
 
     def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.mean((jnp.asarray(model.apply(params, x)) - y) ** 2)
@@ -48,7 +54,9 @@ def mean_square(model: nn.Module) -> Callable[[Any, jax.Array, jax.Array], jax.A
 
 
 class Residual(nn.Module):
-    """Two convolutions of 3 x 3, normalised, added to their input, which is projected where the shape changes."""
+    """Two convolutions of 3 x 3, normalised, added to their input, which is projected where the
+    shape changes.
+    """
 
     channels: int
     stride: int
@@ -56,9 +64,13 @@ class Residual(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """float[batch, height, width, channels] to float[batch, height / stride, width / stride, self.channels]."""
+        """float[batch, height, width, channels] to float[batch, height / stride, width / stride,
+        self.channels].
+        """
         convolve: Callable[..., Any] = partial(nn.Conv, self.channels, use_bias=False)
-        y = nn.relu(self.norm(name="norm_0")(convolve((3, 3), strides=self.stride, name="conv_0")(x)))
+        y = nn.relu(
+            self.norm(name="norm_0")(convolve((3, 3), strides=self.stride, name="conv_0")(x))
+        )
         y = self.norm(name="norm_1")(convolve((3, 3), name="conv_1")(y))
         if x.shape != y.shape:
             x = convolve((1, 1), strides=self.stride, name="project")(x)
@@ -71,7 +83,8 @@ class ResNet(nn.Module):
     Attributes:
       classes: classes that there are.
       channels: of each block; where they change, the image is halved.
-      norm: "group" normalises each image by itself, "batch" by the statistics of the batch, which it also averages.
+      norm: "group" normalises each image by itself, "batch" by the statistics of the batch, which
+        it also averages.
     """
 
     classes: int
@@ -93,7 +106,9 @@ class ResNet(nn.Module):
 
 
 def classification(model: nn.Module) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """The mean cross-entropy (nats) of int[batch] labels; images are float[batch, height, width, 3]."""
+    """The mean cross-entropy (nats) of int[batch] labels; images are float[batch, height, width,
+    3].
+    """
 
     def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         logits = jnp.asarray(model.apply(params, images))
@@ -102,7 +117,9 @@ def classification(model: nn.Module) -> Callable[[Any, jax.Array, jax.Array], ja
     return loss
 
 
-def classification_with_statistics(model: nn.Module) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]:
+def classification_with_statistics(
+    model: nn.Module,
+) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]:
     """The same for a model with batch norm, beside its new running averages."""
 
     def loss(variables: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:

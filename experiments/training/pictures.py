@@ -11,22 +11,28 @@ matplotlib.use("Agg")  # no screen is needed, and none may be there
 
 import matplotlib.pyplot as plt
 
-from layerwise_jax.schedule_simulate import ScheduleSimulation
-from layerwise_jax.timeline import draw_timeline
+from layerwise_jax.schedule.picture import draw_timeline
+from layerwise_jax.schedule.timing import ScheduleSimulation
 
 MIB = 2**20
 DOTS_PER_INCH = 130
 
 
 def draw_memory(figures: Mapping[str, Any], path: Path) -> None:
-    """Temporary bytes against the number of microbatches, a panel a kind of stages, a line a way of training."""
+    """Temporary bytes against the number of microbatches, a panel a kind of stages, a line a way of
+    training.
+    """
     kinds = figures["stages"]
-    figure, panels = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 4.5), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(kinds), figsize=(6 * len(kinds), 4.5), sharey=True, squeeze=False
+    )
     counts = figures["microbatches"]
     for axes, (kind, found) in zip(panels[0], kinds.items(), strict=True):
         for name, held in found["ways"].items():
             style = "--" if name.startswith("differentiated") else "-"
-            axes.plot(counts, [sizes["temporary"] / MIB for sizes in held], style, marker="o", label=name)
+            axes.plot(
+                counts, [sizes["temporary"] / MIB for sizes in held], style, marker="o", label=name
+            )
         axes.set(xscale="log", yscale="log", xlabel="microbatches", title=f"{kind} stages")
         axes.set_xticks(counts, [str(count) for count in counts], minor=False)
         axes.minorticks_off()
@@ -36,13 +42,17 @@ def draw_memory(figures: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_step_time(figures: Mapping[str, Any], path: Path) -> None:
-    """Processor time of a step over that of the unstaged step of the same JAX: a panel a subject, a bar a program."""
+    """Processor time of a step over that of the unstaged step of the same JAX: a panel a subject, a
+    bar a program.
+    """
     subjects = figures["subjects"]
     figure, panels = plt.subplots(1, len(subjects), figsize=(5 * len(subjects), 5), squeeze=False)
     for axes, (name, found) in zip(panels[0], subjects.items(), strict=True):
         _draw_ratios(axes, found["programs"], "", "#6baed6")
         if found["rival"]:
-            _draw_ratios(axes, found["rival"]["programs"], f", JAX {found['rival']['jax']}", "#fdae6b")
+            _draw_ratios(
+                axes, found["rival"]["programs"], f", JAX {found['rival']['jax']}", "#fdae6b"
+            )
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set(title=name, xlabel="processor time over the unstaged step's")
         axes.invert_yaxis()
@@ -58,12 +68,16 @@ def _draw_ratios(axes: Any, programs: Mapping[str, Any], jax: str, colour: str) 
 
 def draw_schedules(simulations: Mapping[str, ScheduleSimulation], path: Path) -> None:
     """One below the other, on one scale of time."""
-    figure, panels = plt.subplots(len(simulations), 1, figsize=(13, 2.4 * len(simulations)), squeeze=False)
+    figure, panels = plt.subplots(
+        len(simulations), 1, figsize=(13, 2.4 * len(simulations)), squeeze=False
+    )
     longest = max(simulation.makespan for simulation in simulations.values())
     for axes, (name, simulation) in zip(panels[:, 0], simulations.items(), strict=True):
         draw_timeline(simulation, axes)
         axes.set_title(f"{name}: {axes.get_title()}")
-        axes.set(xlim=(0, longest), xlabel="")  # the label would lie upon the legend, and the title has the unit
+        axes.set(
+            xlim=(0, longest), xlabel=""
+        )  # the label would lie upon the legend, and the title has the unit
     _save(figure, path)
 
 

@@ -16,9 +16,9 @@ from experiments.models.gpt import GPT, next_token_loss
 from experiments.training.models import ResNet, classification_with_statistics
 from experiments.training.subjects import split
 from layerwise_jax.build import build_pipeline
-from layerwise_jax.layers import trace_layers
+from layerwise_jax.mesh import STAGE
 from layerwise_jax.pipeline import Pipeline
-from layerwise_jax.placement import STAGE
+from layerwise_jax.trace.layers import trace_layers
 
 STAGES = 4
 MICROBATCHES = 8
@@ -50,7 +50,9 @@ class Problem:
     unstaged: Step
 
 
-def cut(loss: Callable[..., Any], params: Any, batch: tuple[jax.Array, ...], **choices: Any) -> Pipeline:
+def cut(
+    loss: Callable[..., Any], params: Any, batch: tuple[jax.Array, ...], **choices: Any
+) -> Pipeline:
     """The loss as a pipeline of `STAGES` stages with about as many layers each, trained by 1F1B."""
     layers = trace_layers(loss, params, *(x[: len(x) // MICROBATCHES] for x in batch))
     boundaries = np.linspace(0, len(layers), STAGES + 1).round().astype(int).tolist()
@@ -86,7 +88,9 @@ def gpt_problem() -> Problem:
 
 
 def resnet_problem() -> Problem:
-    """Microbatches one after the other, in the pipeline and out of it, each with its own statistics."""
+    """Microbatches one after the other, in the pipeline and out of it, each with its own
+    statistics.
+    """
     model = ResNet(classes=4, channels=(8, 8, 16, 16), norm="batch")
     loss = classification_with_statistics(model)
 
@@ -94,7 +98,9 @@ def resnet_problem() -> Problem:
         """Noise about a pattern of the class."""
         labels = jnp.arange(32) % model.classes
         patterns = jax.random.normal(jax.random.key(0), (model.classes, 8, 8, 3))
-        return patterns[labels] + 2 * jax.random.normal(jax.random.key(step + 1), (32, 8, 8, 3)), labels
+        return patterns[labels] + 2 * jax.random.normal(
+            jax.random.key(step + 1), (32, 8, 8, 3)
+        ), labels
 
     variables = jax.jit(model.init)(jax.random.key(0), batch(0)[0])
     optimiser = optax.sgd(0.05, momentum=0.9)
@@ -112,18 +118,36 @@ def resnet_problem() -> Problem:
         return optax.apply_updates(params, updates), state, value
 
     title = f"ResNet with batch norm, {len(model.channels)} blocks, SGD with momentum"
-    return Problem(title, variables, optimiser, batch, pipeline, staged, accumulating_with_statistics(loss, optimiser))
+    return Problem(
+        title,
+        variables,
+        optimiser,
+        batch,
+        pipeline,
+        staged,
+        accumulating_with_statistics(loss, optimiser),
+    )
 
 
-def accumulating_with_statistics(loss: Callable[..., Any], optimiser: optax.GradientTransformation) -> Step:
-    """The unstaged step: gradients added up over microbatches, running averages handed from one to the next."""
+def accumulating_with_statistics(
+    loss: Callable[..., Any], optimiser: optax.GradientTransformation
+) -> Step:
+    """The unstaged step: gradients added up over microbatches, running averages handed from one to
+    the next.
+    """
 
     def step(variables: Any, state: Any, *inputs: jax.Array) -> tuple[Any, Any, jax.Array]:
         def add(so_far: Any, microbatch: Any) -> Any:
             variables, total, grads = so_far
-            (value, statistics), more = jax.value_and_grad(loss, has_aux=True)(variables, *microbatch)
+            (value, statistics), more = jax.value_and_grad(loss, has_aux=True)(
+                variables, *microbatch
+            )
             grads = jax.tree.map(lambda a, b: a + b / MICROBATCHES, grads, more)
-            return ({**variables, STATISTICS: statistics}, total + value / MICROBATCHES, grads), None
+            return (
+                {**variables, STATISTICS: statistics},
+                total + value / MICROBATCHES,
+                grads,
+            ), None
 
         start = (variables, jnp.zeros(()), jax.tree.map(jnp.zeros_like, variables))
         (variables, value, grads), _ = jax.lax.scan(add, start, split(inputs, MICROBATCHES))
@@ -137,7 +161,9 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {"GPT": gpt_problem, "ResNet": resn
 
 
 def train_both(problem: Problem, steps: int, progress: Callable[[], None]) -> dict[str, Any]:
-    """Both runs' losses from the first step on, and how far they are apart relative to the unstaged run's."""
+    """Both runs' losses from the first step on, and how far they are apart relative to the unstaged
+    run's.
+    """
     runs = {
         "staged": (jax.jit(problem.staged), problem.pipeline.place(problem.params)),
         "unstaged": (jax.jit(problem.unstaged), problem.params),

@@ -55,11 +55,16 @@ def report(folder: Path, page: Path) -> list[str]:
     Returns:
       The names of the results that there were; the page keeps what it says of others.
     """
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    found = {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*.json"))
+    }
     known = {name: found[name] for name, _ in TABLES.values() if name in found}
     for name, figures in known.items():
         _draw(name, figures, folder / f"{name}.png")
-    update_page(page, {mark: table(known[name]) for mark, (name, table) in TABLES.items() if name in known})
+    update_page(
+        page, {mark: table(known[name]) for mark, (name, table) in TABLES.items() if name in known}
+    )
     return list(known)
 
 

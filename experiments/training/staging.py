@@ -11,13 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.training.subjects import Subject, accumulating_step, descend, unstaged_step
-from layerwise_jax.build import ScheduleName, build_pipeline
-from layerwise_jax.layers import trace_layers
+from layerwise_jax.build import build_pipeline
+from layerwise_jax.mesh import STAGE
 from layerwise_jax.pipeline import Pipeline, Remat
-from layerwise_jax.placement import STAGE
-from layerwise_jax.schedule import Schedule
-from layerwise_jax.schedule_generators import one_f_one_b
-from layerwise_jax.schedule_tables import tables
+from layerwise_jax.schedule.arrays import lower_schedule
+from layerwise_jax.schedule.generators import ScheduleName, one_f_one_b
+from layerwise_jax.schedule.table import Schedule
+from layerwise_jax.trace.layers import trace_layers
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Way:
 
     Attributes:
       name: as the tables have it.
-      schedule: by which schedule: a name, or what makes one of (stages, microbatches); None differentiates through the
-        whole pipeline instead.
+      schedule: by which schedule: a name, or what makes one of (stages, microbatches); None
+        differentiates through the whole pipeline instead.
       remat: as `build_pipeline` takes it.
       stages_per_device: stages that share a device.
       checkpointed: whether the model itself has `jax.checkpoint` around its blocks.
@@ -63,7 +63,8 @@ STORED = (
 class Program:
     """A step (params, *batch) to (params, loss), and what it starts from.
 
-    `stash_slots` is how many microbatches the fullest device holds for their backward, None where nothing is stashed.
+    `stash_slots` is how many microbatches the fullest device holds for their backward, None where
+    nothing is stashed.
     """
 
     name: str
@@ -74,7 +75,9 @@ class Program:
 
 
 def stage(subject: Subject, way: Way, num_stages: int, num_microbatches: int) -> Pipeline:
-    """The subject's loss as a pipeline over emulated devices, cut between equal counts of blocks."""
+    """The subject's loss as a pipeline over emulated devices, cut between equal counts of
+    blocks.
+    """
     num_devices = num_stages // way.stages_per_device
     layers = trace_layers(subject.loss, subject.params, *subject.inputs)
     after = [layers.names.index(name) + 1 for name in subject.last_blocks(num_stages)]
@@ -84,7 +87,9 @@ def stage(subject: Subject, way: Way, num_stages: int, num_microbatches: int) ->
         Mesh(np.array(jax.devices()[:num_devices]), (STAGE,)),
         num_microbatches,
         reduce="mean",
-        schedule=way.schedule(num_stages, num_microbatches) if callable(way.schedule) else way.schedule or "1f1b",
+        schedule=way.schedule(num_stages, num_microbatches)
+        if callable(way.schedule)
+        else way.schedule or "1f1b",
         remat=way.remat,
     )
 
@@ -97,8 +102,10 @@ def staged_program(subject: Subject, way: Way, num_stages: int, num_microbatches
         loss, grads = value_and_grad(params, *inputs)
         return descend(params, grads), loss
 
-    slots = tables(pipeline.schedule).num_stash_slots if way.schedule else None
-    return Program(way.name, step, pipeline.place(subject.params), subject.batch(num_microbatches), slots)
+    slots = lower_schedule(pipeline.schedule).num_stash_slots if way.schedule else None
+    return Program(
+        way.name, step, pipeline.place(subject.params), subject.batch(num_microbatches), slots
+    )
 
 
 def unstaged_programs(subject: Subject, num_microbatches: int) -> list[Program]:
@@ -106,12 +113,16 @@ def unstaged_programs(subject: Subject, num_microbatches: int) -> list[Program]:
     batch = subject.batch(num_microbatches)
     return [
         Program("unstaged", unstaged_step(subject), subject.params, batch),
-        Program("accumulating", accumulating_step(subject, num_microbatches), subject.params, batch),
+        Program(
+            "accumulating", accumulating_step(subject, num_microbatches), subject.params, batch
+        ),
     ]
 
 
 def device_bytes(compiled: Any, batch: tuple[jax.Array, ...]) -> dict[str, int]:
-    """What each device holds by the compiler's account; the batch, which every device has, stands apart."""
+    """What each device holds by the compiler's account; the batch, which every device has, stands
+    apart.
+    """
     sizes = compiled.memory_analysis()
     inputs = sum(x.nbytes for x in batch)
     return {

@@ -50,16 +50,26 @@ class Runner:
 
     def advance(self) -> dict[str, float]:
         """One step: seconds, and the loss before it."""
-        seconds, (self.params, loss) = timed(lambda: self.compiled(self.params, *self.program.batch))
+        seconds, (self.params, loss) = timed(
+            lambda: self.compiled(self.params, *self.program.batch)
+        )
         return {"wall": seconds.wall, "cpu": seconds.cpu, "loss": float(loss)}
 
 
 class Rival:
-    """JaxPP in a process of its own, which takes a step of each of its programs whenever it is asked."""
+    """JaxPP in a process of its own, which takes a step of each of its programs whenever it is
+    asked.
+    """
 
     def __init__(self, python: str, subject: str, num_stages: int, num_microbatches: int):
         """Start it; it compiles until `first` is read."""
-        arguments = ["-m", "experiments.training.jaxpp_rival", subject, str(num_stages), str(num_microbatches)]
+        arguments = [
+            "-m",
+            "experiments.training.jaxpp_rival",
+            subject,
+            str(num_stages),
+            str(num_microbatches),
+        ]
         self.process = subprocess.Popen(
             [python, *arguments], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -79,7 +89,9 @@ class Rival:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"JaxPP's process ended with {self.process.wait()}; its own words are above.")
+            raise RuntimeError(
+                f"JaxPP's process ended with {self.process.wait()}; its own words are above."
+            )
         return json.loads(line)
 
 
@@ -102,8 +114,8 @@ def measure_subject(
       progress: told of every program compiled and every round of repetitions.
 
     Returns:
-      The subject's title, `programs` by name (samples of wall and CPU seconds, losses, compile seconds, bytes), and
-      `rival` likewise, or None.
+      The subject's title, `programs` by name (samples of wall and CPU seconds, losses, compile
+      seconds, bytes), and `rival` likewise, or None.
     """
     subject = SUBJECTS[name]()
     programs = unstaged_programs(subject, num_microbatches)
@@ -122,7 +134,8 @@ def measure_subject(
         progress(f"{name}: round {turn}")
     figures: dict[str, Any] = {"title": subject.title, "rival": None}
     figures["programs"] = {
-        runner.program.name: runner.figures | samples(rounds, runner.program.name) for runner in runners
+        runner.program.name: runner.figures | samples(rounds, runner.program.name)
+        for runner in runners
     }
     if rival:
         rival.close()
@@ -140,8 +153,12 @@ def samples(rounds: Sequence[dict[str, dict[str, float]]], program: str) -> dict
     }
 
 
-def rival_figures(first: dict[str, Any], rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """The rival's figures in the form of the staged runs'; what its first step takes is mostly compiling."""
+def rival_figures(
+    first: dict[str, Any], rounds: Sequence[dict[str, dict[str, float]]]
+) -> dict[str, Any]:
+    """The rival's figures in the form of the staged runs'; what its first step takes is mostly
+    compiling.
+    """
     programs = {}
     for name, step in first["first"].items():
         found = samples(rounds, name)
@@ -150,4 +167,9 @@ def rival_figures(first: dict[str, Any], rounds: Sequence[dict[str, dict[str, fl
             "compile_seconds": step["wall"] - usual,
             "losses": [step["loss"], *found["losses"][:-1]],
         }
-    return {"jax": first["jax"], "jaxpp": first["jaxpp"], "programs": programs, "failures": first["failures"]}
+    return {
+        "jax": first["jax"],
+        "jaxpp": first["jaxpp"],
+        "programs": programs,
+        "failures": first["failures"],
+    }

@@ -1,6 +1,7 @@
 """What is trained: a loss, its parameters and a batch, and where it is cut.
 
-Used by the staged runs and by the rival alike, which has another JAX: nothing here knows about either of them.
+Used by the staged runs and by the rival alike, which has another JAX: nothing here knows about
+either of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,14 +37,22 @@ class Subject:
     num_blocks: int
 
     def batch(self, num_microbatches: int) -> tuple[jax.Array, ...]:
-        """Inputs of that many microbatches, no two of them equal: (microbatches * examples, ...)."""
+        """Inputs of that many microbatches, no two of them equal: (microbatches * examples,
+        ...).
+        """
         return tuple(
-            jnp.concatenate([jnp.roll(x, step, axis=-1) if x.ndim > 1 else x for step in range(num_microbatches)])
+            jnp.concatenate(
+                [
+                    jnp.roll(x, step, axis=-1) if x.ndim > 1 else x
+                    for step in range(num_microbatches)
+                ]
+            )
             for x in self.inputs
         )
 
     def last_blocks(self, num_stages: int) -> tuple[str, ...]:
-        """The names of the blocks that a stage ends with, all stages but the last; each stage has as many blocks.
+        """The names of the blocks that a stage ends with, all stages but the last; each stage has
+        as many blocks.
 
         Raises:
           ValueError: the blocks do not divide evenly.
@@ -51,22 +60,31 @@ class Subject:
         blocks, left = divmod(self.num_blocks, num_stages)
         if left or not blocks:
             raise ValueError(
-                f"{self.num_blocks} blocks do not make {num_stages} stages of equally many; give a divisor"
+                f"{self.num_blocks} blocks do not make {num_stages} stages of equally many; give "
+                "a divisor"
             )
         return tuple(f"block_{stage * blocks - 1}" for stage in range(1, num_stages))
 
 
-def mlp(hidden: Sequence[int], width: int = 128, examples: int = 32, checkpointed: bool = False) -> Subject:
+def mlp(
+    hidden: Sequence[int], width: int = 128, examples: int = 32, checkpointed: bool = False
+) -> Subject:
     model = MLP(tuple(hidden), checkpointed)
     x = jax.random.normal(jax.random.key(0), (examples, width))
-    title = f"MLP, {len(hidden)} blocks of width {width}, {_spread(hidden)} inside, {examples} examples a microbatch"
+    title = (
+        f"MLP, {len(hidden)} blocks of width {width}, {_spread(hidden)} inside, {examples} "
+        "examples a microbatch"
+    )
     return Subject(title, mean_square(model), _start(model, x), (x, jnp.sin(x)), len(hidden))
 
 
 def gpt(depth: int = 8, width: int = 64, context: int = 64, sequences: int = 4) -> Subject:
     model = GPT(vocabulary=512, width=width, depth=depth, heads=4, context=context)
     tokens = jax.random.randint(jax.random.key(0), (sequences, context + 1), 0, 512)
-    title = f"GPT, {depth} blocks of width {width}, tied embedding, {sequences} x {context} tokens a microbatch"
+    title = (
+        f"GPT, {depth} blocks of width {width}, tied embedding, {sequences} x {context} "
+        "tokens a microbatch"
+    )
     return Subject(title, next_token_loss(model), _start(model, tokens[:, :-1]), (tokens,), depth)
 
 
@@ -74,7 +92,10 @@ def resnet(channels: Sequence[int], side: int = 16, images: int = 4) -> Subject:
     model = ResNet(classes=10, channels=tuple(channels))
     x = jax.random.normal(jax.random.key(0), (images, side, side, 3))
     labels = jnp.arange(images) % 10
-    title = f"ResNet, {len(channels)} blocks of {_spread(channels)} channels, group norm, {images} images a microbatch"
+    title = (
+        f"ResNet, {len(channels)} blocks of {_spread(channels)} channels, group norm, "
+        f"{images} images a microbatch"
+    )
     return Subject(title, classification(model), _start(model, x), (x, labels), len(channels))
 
 
@@ -107,10 +128,14 @@ def unstaged_step(subject: Subject) -> Callable[..., Any]:
 
 
 def accumulating_step(subject: Subject, num_microbatches: int) -> Callable[..., Any]:
-    """(params, *batch) to (params, loss): one microbatch after the other, their gradients added up."""
+    """(params, *batch) to (params, loss): one microbatch after the other, their gradients added
+    up.
+    """
 
     def step(params: Any, *inputs: jax.Array) -> tuple[Any, jax.Array]:
-        def add(so_far: tuple[jax.Array, Any], microbatch: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], None]:
+        def add(
+            so_far: tuple[jax.Array, Any], microbatch: tuple[jax.Array, ...]
+        ) -> tuple[tuple[jax.Array, Any], None]:
             made = jax.value_and_grad(subject.loss)(params, *microbatch)
             return jax.tree.map(lambda total, x: total + x / num_microbatches, so_far, made), None
 

@@ -11,19 +11,35 @@ KIB, MIB = 2**10, 2**20
 
 def circumstances(figures: Mapping[str, Any]) -> str:
     """Where and when figures came about."""
-    return f"{figures['machine']}; Python {figures['python']}, JAX {figures['jax']}; {figures['date']}."
+    return (
+        f"{figures['machine']}; Python {figures['python']}, JAX {figures['jax']}; "
+        f"{figures['date']}."
+    )
 
 
 def memory_table(figures: Mapping[str, Any]) -> str:
-    """A row a way of training: temporary MiB a device by the number of microbatches, and how much that grows."""
-    head = ["temporary MiB a device", *(f"{count} microbatches" for count in figures["microbatches"])]
+    """A row a way of training: temporary MiB a device by the number of microbatches, and how much
+    that grows.
+    """
+    head = [
+        "temporary MiB a device",
+        *(f"{count} microbatches" for count in figures["microbatches"]),
+    ]
     head += ["microbatches stashed", "growth at equal stash"]
     lines = [circumstances(figures)]
     for kind, found in figures["stages"].items():
         first = next(iter(found["ways"].values()))
         inputs = ", ".join(f"{sizes['inputs'] / MIB:.2f}" for sizes in first)
-        lines += ["", f"{kind.capitalize()} stages: {found['title']}; {figures['devices']} devices."]
-        lines += [f"Each device holds the inputs besides: {inputs} MiB.", "", _row(head), _rule(len(head))]
+        lines += [
+            "",
+            f"{kind.capitalize()} stages: {found['title']}; {figures['devices']} devices.",
+        ]
+        lines += [
+            f"Each device holds the inputs besides: {inputs} MiB.",
+            "",
+            _row(head),
+            _rule(len(head)),
+        ]
         lines += [_memory_row(name, held) for name, held in found["ways"].items()]
     return "\n".join(lines)
 
@@ -31,17 +47,35 @@ def memory_table(figures: Mapping[str, Any]) -> str:
 def _memory_row(name: str, held: Sequence[dict[str, Any]]) -> str:
     grows = growth(held)
     cells = [f"{sizes['temporary'] / MIB:.2f}" for sizes in held]
-    cells.append("-" if held[0]["stash_slots"] is None else _listed([sizes["stash_slots"] for sizes in held]))
+    cells.append(
+        "-" if held[0]["stash_slots"] is None else _listed([sizes["stash_slots"] for sizes in held])
+    )
     return _row([name, *cells, "-" if grows is None else f"{grows:+.1%}"])
 
 
 def step_time_table(figures: Mapping[str, Any]) -> str:
     """A table a subject, a row a program."""
-    head = f"{figures['stages']} stages, {figures['microbatches']} microbatches, {figures['repetitions']} repetitions."
+    head = (
+        f"{figures['stages']} stages, {figures['microbatches']} microbatches, "
+        f"{figures['repetitions']} repetitions."
+    )
     lines = [circumstances(figures), head]
     for found in figures["subjects"].values():
-        columns = ["program", "CPU ms: median", "least to most", "over unstaged", "over accumulating"]
-        columns += ["wall ms", "wall over unstaged", "compile s", "temporary KiB", "loss first", "last"]
+        columns = [
+            "program",
+            "CPU ms: median",
+            "least to most",
+            "over unstaged",
+            "over accumulating",
+        ]
+        columns += [
+            "wall ms",
+            "wall over unstaged",
+            "compile s",
+            "temporary KiB",
+            "loss first",
+            "last",
+        ]
         lines += ["", f"{found['title']}:", "", _row(columns), _rule(len(columns))]
         programs = found["programs"]
         lines += [_program_row(name, x, programs) for name, x in programs.items()]
@@ -57,7 +91,9 @@ def _rival_rows(rival: Mapping[str, Any] | None, columns: int) -> list[str]:
     for name, figures in programs.items():
         label = name if name.startswith("JaxPP") else f"{name}, JAX {rival['jax']}"
         rows.append(_program_row(label, figures, programs))
-    return rows + [_row([name, why, *[""] * (columns - 2)]) for name, why in rival["failures"].items()]
+    return rows + [
+        _row([name, why, *[""] * (columns - 2)]) for name, why in rival["failures"].items()
+    ]
 
 
 def _program_row(label: str, figures: Mapping[str, Any], programs: Mapping[str, Any]) -> str:
@@ -86,9 +122,16 @@ def ratio(figures: Mapping[str, Any], base: Mapping[str, Any], seconds: str) -> 
 
 
 def rivals_table(figures: Mapping[str, Any]) -> str:
-    """A row a schedule and subject: CPU time of ours and of JaxPP, each over the unstaged step of its own JAX."""
+    """A row a schedule and subject: CPU time of ours and of JaxPP, each over the unstaged step of
+    its own JAX.
+    """
     columns = ["model", "schedule", "ours, recomputing", "ours, stored", "JaxPP"]
-    columns += ["recomputing over JaxPP", "stored over JaxPP", "by the clock: recomputing", "stored"]
+    columns += [
+        "recomputing over JaxPP",
+        "stored over JaxPP",
+        "by the clock: recomputing",
+        "stored",
+    ]
     lines = [_row(columns), _rule(len(columns))]
     for name, found in figures["subjects"].items():
         if found["rival"] is None:
@@ -118,7 +161,14 @@ def _rival_row(name: str, schedule: str, found: Mapping[str, Any]) -> str:
 
 def schedules_table(figures: Mapping[str, Any]) -> str:
     """A row a schedule: simulated, and in closed form."""
-    columns = ["schedule", "makespan", "in closed form", "bubble", "live microbatches by device", "in closed form"]
+    columns = [
+        "schedule",
+        "makespan",
+        "in closed form",
+        "bubble",
+        "live microbatches by device",
+        "in closed form",
+    ]
     lines = [_row(columns), _rule(len(columns))]
     for name, found in figures["schedules"].items():
         known = found["expected"]
@@ -139,11 +189,24 @@ def schedules_table(figures: Mapping[str, Any]) -> str:
 
 def losses_table(figures: Mapping[str, Any]) -> str:
     """A row a subject: both runs' first and last losses, and how far they are apart."""
-    columns = ["model", "first loss", "last loss, staged", "unstaged", "apart at the end", "most apart at any step"]
+    columns = [
+        "model",
+        "first loss",
+        "last loss, staged",
+        "unstaged",
+        "apart at the end",
+        "most apart at any step",
+    ]
     lines = [circumstances(figures), "", _row(columns), _rule(len(columns))]
     for run in figures["subjects"].values():
-        cells = [f"{run['staged'][0]:.6f}", f"{run['staged'][-1]:.6f}", f"{run['unstaged'][-1]:.6f}"]
-        lines.append(_row([run["title"], *cells, f"{run['apart_at_end']:.1e}", f"{run['most_apart']:.1e}"]))
+        cells = [
+            f"{run['staged'][0]:.6f}",
+            f"{run['staged'][-1]:.6f}",
+            f"{run['unstaged'][-1]:.6f}",
+        ]
+        lines.append(
+            _row([run["title"], *cells, f"{run['apart_at_end']:.1e}", f"{run['most_apart']:.1e}"])
+        )
     return "\n".join(lines)
 
 

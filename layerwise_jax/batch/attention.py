@@ -1,0 +1,55 @@
+"""Roles through cuDNN's attention, which `jax.nn.dot_product_attention(implementation="cudnn")`
+calls.
+
+Examples lie along the first axis of all operands: query, key, value, bias, lengths of queries and
+of keys, then four arrays for packed sequences, empty where there are none; the gradient takes the
+softmax's statistics, the result and its cotangent besides.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from layerwise_jax.batch.elementwise import Rule
+from layerwise_jax.batch.lattice import NotSeparableError, OpContext, Role, build
+from layerwise_jax.batch.linearity import nonlinear, product
+
+VALUE, BIAS, PACKED, COTANGENT = 2, 3, range(6, 10), 12
+NUM_OPERANDS = {"dot_product_attention_fwd_wrapper": 10, "dot_product_attention_bwd_wrapper": 13}
+
+
+def _forward(step: OpContext) -> list[Role]:
+    axis, ratio, summed = _linear_in(step, VALUE)
+    statistics = [build(axis, 1.0, False)] * (len(step.micro.outvars) - 1)
+    return [build(axis, ratio, summed), *statistics]
+
+
+def _backward(step: OpContext) -> list[Role]:
+    axis, ratio, summed = _linear_in(step, COTANGENT)
+    if len(step.micro.outvars) > BIAS and axis is not None and step.axis(BIAS) is None:
+        raise NotSeparableError("sums the gradient of a bias over the examples")
+    return [build(axis, ratio, summed)] * len(step.micro.outvars)
+
+
+def _linear_in(step: OpContext, operand: int) -> tuple[int | None, float, bool]:
+    """The axis of the examples in all results, and how they scale: with one operand alone."""
+    given = [i for i in range(len(step.roles)) if prod(step.shape(i))]
+    if len(step.roles) != NUM_OPERANDS[step.name]:
+        raise NotSeparableError(
+            "changes the scores of attention by a function of its own, which is not followed"
+        )
+    if step.params["dropout_rate"]:
+        raise NotSeparableError("draws dropout by the place of an example in the batch")
+    if any(i in given for i in PACKED):
+        raise NotSeparableError("packs several sequences into one example, or pages them")
+    axes = {step.axis(i) for i in given if i != BIAS or step.axis(i) is not None}
+    if axes - {0, None} or len(axes) > 1:
+        raise NotSeparableError("attends to other examples")
+    nonlinear(step, [i for i in given if i != operand])
+    return axes.pop(), *product(step, (operand,))
+
+
+RULES: dict[str, Rule] = {
+    "dot_product_attention_fwd_wrapper": _forward,
+    "dot_product_attention_bwd_wrapper": _backward,
+}

@@ -1,0 +1,76 @@
+"""Roles through contractions: matrix products and convolutions."""
+
+from __future__ import annotations
+
+from layerwise_jax.batch.elementwise import Rule
+from layerwise_jax.batch.lattice import NotSeparableError, OpContext, Role, build
+from layerwise_jax.batch.linearity import product
+
+EVERY_PAIR = "combines every example with every other"
+
+
+def _dot_general(step: OpContext) -> Role:
+    contracting, batch = step.params["dimension_numbers"]
+    places = [_place(step, side, contracting[side], batch[side]) for side in (0, 1)]
+    ratio, summed = product(step)
+    kinds = {kind for kind, _ in filter(None, places)}
+    if "contracted" in kinds:
+        if places[0] != places[1]:
+            raise NotSeparableError(EVERY_PAIR)
+        return build(None, ratio, True)
+    if places[0] and places[1] and places[0] != places[1]:
+        raise NotSeparableError(EVERY_PAIR)
+    if kinds == {"free"} and places[0] and places[1]:
+        raise NotSeparableError(EVERY_PAIR)
+    axis = _result_axis(step, places[0], 0) if places[0] else _result_axis(step, places[1], 1)
+    return build(axis, ratio, summed)
+
+
+def _place(
+    step: OpContext, side: int, contracting: tuple[int, ...], batch: tuple[int, ...]
+) -> tuple[str, int] | None:
+    """Where an operand's examples are: ("contracted" | "batch" | "free", position among those
+    axes).
+    """
+    axis = step.axis(side)
+    if axis is None:
+        return None
+    for kind, axes in (("contracted", contracting), ("batch", batch)):
+        if axis in axes:
+            return kind, tuple(axes).index(axis)
+    free = [i for i in range(len(step.shape(side))) if i not in contracting and i not in batch]
+    return "free", free.index(axis)
+
+
+def _result_axis(step: OpContext, place: tuple[str, int] | None, side: int) -> int | None:
+    """Where a place is in the result, whose axes are the batch axes, the left operand's free ones,
+    the right's.
+    """
+    if place is None or place[0] == "batch":
+        return place and place[1]
+    contracting, batch = step.params["dimension_numbers"]
+    left_free = len(step.shape(0)) - len(contracting[0]) - len(batch[0])
+    return len(batch[0]) + place[1] + (left_free if side else 0)
+
+
+def _convolution(step: OpContext) -> Role:
+    left, right = step.axis(0), step.axis(1)
+    left_spec, right_spec, out_spec = step.params["dimension_numbers"]
+    ratio, summed = product(step)
+    grouped = step.params["feature_group_count"] * step.params["batch_group_count"] != 1
+    if left == left_spec[0] and right is None and step.params["batch_group_count"] == 1:
+        return build(out_spec[0], ratio, summed)
+    if right == right_spec[0] and left is None and not grouped:
+        return build(out_spec[1], ratio, summed)
+    if left == left_spec[1] and right == right_spec[1] and not grouped:
+        return build(None, ratio, True)
+    if left is None and right is None:
+        return build(None, ratio, summed)
+    raise NotSeparableError(
+        "moves its window over the examples, or groups them"
+        if None in (left, right)
+        else EVERY_PAIR
+    )
+
+
+RULES: dict[str, Rule] = {"dot_general": _dot_general, "conv_general_dilated": _convolution}

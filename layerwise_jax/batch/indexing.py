@@ -1,0 +1,203 @@
+"""Roles through operations that read or write at computed places.
+
+The examples may be found in an index operation in three ways: in a batching dimension (each example
+reads its own entry), in a dimension that is indexed by the numbers of the rows (`x[jnp.arange(b),
+labels]`), or in a dimension that is read whole at places which all examples share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from layerwise_jax.batch.elementwise import Rule
+from layerwise_jax.batch.lattice import (
+    BatchIota,
+    IndexColumns,
+    NotSeparable,
+    NotSeparableError,
+    OpContext,
+    PartialSum,
+    Replicated,
+    Role,
+    Split,
+    build,
+)
+from layerwise_jax.batch.linearity import STATISTICS, additive, nonlinear
+
+BY_INDEX = "reads or writes the examples at computed places of the batch"
+
+
+def is_by_length(step: OpContext) -> bool:
+    """Whether an index counts from the end of the batch, as JAX lets a negative one do."""
+    if step.name not in RULES or isinstance(step.roles[0], NotSeparable) or step.axis(0) is None:
+        return False
+    return any(isinstance(role, NotSeparable) and role.cause == "size" for role in step.roles[1:])
+
+
+def _gather(step: OpContext) -> Role:
+    numbers = step.params["dimension_numbers"]
+    window = _others(step.shape(0), (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims))
+    result = step.result_shapes()[0]
+    index_dims = _others(result, numbers.offset_dims)
+    _check_indices(step, 1)
+    ratio, summed = additive(step, [0])
+    place = _place(
+        step,
+        indexed=numbers.start_index_map,
+        batching=(numbers.operand_batching_dims, numbers.start_indices_batching_dims),
+    )
+    if place is None:
+        return build(None, ratio, summed)
+    if summed:
+        raise NotSeparableError(STATISTICS)
+    kind, axis = place
+    if kind == "index":
+        return build(index_dims[axis], ratio, summed)
+    if axis not in window or _is_cut(step, axis):
+        raise NotSeparableError(BY_INDEX)
+    return build(numbers.offset_dims[window.index(axis)], ratio, summed)
+
+
+def _is_cut(step: OpContext, axis: int) -> bool:
+    micro, full = step.params["slice_sizes"][axis], step.full.params["slice_sizes"][axis]
+    return (micro, full) != (step.shape(0)[axis], step.full_shape(0)[axis])
+
+
+def _scatter(step: OpContext) -> Role:
+    numbers = step.params["dimension_numbers"]
+    window = _others(step.shape(0), (*numbers.inserted_window_dims, *numbers.operand_batching_dims))
+    index_dims = _others(step.shape(2), numbers.update_window_dims)
+    _check_indices(step, 1)
+    adds = step.name in ("scatter-add", "scatter-sub")
+    place = _place(
+        step,
+        indexed=numbers.scatter_dims_to_operand_dims,
+        batching=(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims),
+    )
+    updates = step.axis(2)
+    if step.axis(0) is None:
+        if place is None and updates is None:
+            return build(
+                None,
+                *(
+                    additive(step, [0, 2])
+                    if adds or step.name == "scatter"
+                    else nonlinear(step, [0, 2])
+                ),
+            )
+        return _summed_by_scatter(step, adds)
+    assert place is not None
+    kind, axis = place
+    want = (
+        index_dims[axis]
+        if kind == "index"
+        else _window_dim(numbers.update_window_dims, window, axis)
+    )
+    if updates != want:
+        raise NotSeparableError(BY_INDEX)
+    linear = adds or step.name == "scatter"
+    return build(step.axis(0), *(additive(step, [0, 2]) if linear else nonlinear(step, [0, 2])))
+
+
+def _window_dim(update_window_dims: Sequence[int], window: Sequence[int], axis: int) -> int | None:
+    return update_window_dims[window.index(axis)] if axis in window else None
+
+
+def _summed_by_scatter(step: OpContext, adds: bool) -> Role:
+    """Of a scatter of the examples into an array without them: a sum over examples, if it adds."""
+    if not adds:
+        raise NotSeparableError(
+            "writes all examples into one array, where they overwrite one another"
+        )
+    updates = step.roles[2]
+    assert isinstance(updates, Split | Replicated | PartialSum)
+    into, added = step.roles[0], PartialSum(updates.ratio)
+    return build(None, *additive(step.with_roles([into, added])))
+
+
+def _check_indices(step: OpContext, operand: int) -> None:
+    """Refuse indices that are themselves sums, or follow the length of the batch."""
+    role = step.roles[operand]
+    if isinstance(role, IndexColumns):
+        for column in role.columns:
+            if not isinstance(column, BatchIota):
+                nonlinear(step.with_roles([column]))
+    elif not isinstance(role, BatchIota):
+        nonlinear(step, [operand])
+
+
+def _place(
+    step: OpContext, indexed: Sequence[int], batching: tuple[Sequence[int], Sequence[int]]
+) -> tuple[str, int] | None:
+    """Where the examples are: ("index", axis of the indices), ("window", axis of the operand), or
+    nowhere.
+    """
+    operand, indices = step.axis(0), step.axis(1)
+    if operand is None:
+        return None if indices is None else ("index", indices)
+    if operand in batching[0]:
+        partner = batching[1][list(batching[0]).index(operand)]
+        if indices is not None and partner != indices:
+            raise NotSeparableError(BY_INDEX)
+        return "index", partner
+    if operand in indexed:
+        if not _counts_rows(step, operand, list(indexed).index(operand)):
+            raise NotSeparableError(BY_INDEX)
+        assert indices is not None
+        return "index", indices
+    if indices is not None:
+        raise NotSeparableError("reads every example at the places that every other one gives")
+    return "window", operand
+
+
+def _counts_rows(step: OpContext, axis: int, column: int) -> bool:
+    """Whether a column of the indices is the number of each row along the operand's axis of the
+    examples.
+    """
+    role = step.roles[1]
+    if isinstance(role, IndexColumns):
+        role = role.columns[column]
+    return (
+        isinstance(role, BatchIota) and role.offset == (0, 0) and role.length == step.shape(0)[axis]
+    )
+
+
+def _others(shape: Sequence[int], dims: Sequence[int]) -> list[int]:
+    return [i for i in range(len(shape)) if i not in dims]
+
+
+def _dynamic_slice(step: OpContext) -> Role:
+    role = step.roles[0]
+    places = range(1, len(step.roles))
+    if any(isinstance(step.roles[i], Split) for i in places):
+        raise NotSeparableError(BY_INDEX)
+    nonlinear(step, places)
+    axis = step.axis()
+    if isinstance(role, Split) and axis is not None and _is_cut(step, axis):
+        raise NotSeparableError("takes some of the examples by their place in the batch")
+    return build(role.axis if isinstance(role, Split) else None, *additive(step, [0]))
+
+
+def _dynamic_update_slice(step: OpContext) -> Role:
+    nonlinear(step, range(2, len(step.roles)))
+    axis, update = step.axis(0), step.axis(1)
+    if axis != update:
+        raise NotSeparableError("writes some of the examples by their place in the batch")
+    if axis is not None and (step.shape(0)[axis], step.full_shape(0)[axis]) != (
+        step.shape(1)[axis],
+        step.full_shape(1)[axis],
+    ):
+        raise NotSeparableError("writes some of the examples by their place in the batch")
+    rows = any(step.has_rows(i) for i in (0, 1))
+    return build(axis if rows else None, *additive(step, [0, 1]))
+
+
+_SCATTERS = "scatter scatter-add scatter-sub scatter-mul scatter-min scatter-max".split()
+RULES: dict[str, Rule] = {
+    "gather": _gather,
+    **dict.fromkeys(_SCATTERS, _scatter),
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
+}
+INDEX_OPERAND = dict.fromkeys(["gather", *_SCATTERS], 1)
+"""Which operand is the index vectors, where rows may be given by number."""

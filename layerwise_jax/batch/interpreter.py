@@ -1,0 +1,260 @@
+"""The walk over a pair of programs that gives every value its role."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from layerwise_jax._jax import CUSTOM_RULE_PRIMITIVES, AbstractRef, Literal, is_key, source_line
+from layerwise_jax.batch import attention, bodies, contractions, elementwise, indexing, shapes
+from layerwise_jax.batch.derivatives import check_derivative
+from layerwise_jax.batch.draws import Draws, numbers_through
+from layerwise_jax.batch.lattice import (
+    BatchIota,
+    IndexColumns,
+    NotSeparable,
+    NotSeparableError,
+    OpContext,
+    PartialSum,
+    Replicated,
+    Role,
+    Split,
+    checked,
+    known,
+    same,
+    scaling_axes,
+)
+from layerwise_jax.batch.linearity import STATISTICS, nonlinear
+from layerwise_jax.batch.pairs import PairedOp, ProgramPair, constants_of, differing_parameter
+from layerwise_jax.trace.program import Op, Operand, Value
+
+RULES = {
+    **elementwise.RULES,
+    **shapes.RULES,
+    **contractions.RULES,
+    **attention.RULES,
+    **indexing.RULES,
+}
+DRAWING = frozenset("iota random_bits random_split".split())
+
+
+@dataclass
+class BatchInterpreter:
+    """The roles of values, in the program proper or in the body of a loop or branch.
+
+    Attributes:
+      parts: parts that the batch is split into.
+      per_microbatch: whether a sum or mean over examples that is used on is accepted as a statistic
+        of the part.
+      draws: what was found out about drawing operations.
+      is_inner: whether this is a body.
+      checks_derivatives: whether derivative rules are looked into (not in derivatives, which may
+        name themselves).
+    """
+
+    parts: int
+    per_microbatch: bool = False
+    draws: Draws = field(default_factory=Draws)
+    is_inner: bool = False
+    checks_derivatives: bool = True
+
+    def run(self, pair: ProgramPair, given: dict[Value, Role]) -> list[Role]:
+        """The roles of the outputs.
+
+        Args:
+          pair: the two programs.
+          given: the roles of the full program's weights and inputs.
+        """
+        env = dict(given)
+        env.update({value: constant_role(micro, full) for value, micro, full in constants_of(pair)})
+        for i, op in enumerate(pair.ops):
+            roles = [_located(role, pair, i) for role in self._roles_of_results(op, env)]
+            env.update(zip(op.full.results, roles, strict=True))
+        return [
+            _read(m, f, env) for m, f in zip(pair.micro.outputs, pair.full.outputs, strict=True)
+        ]
+
+    def outputs(self, pair: ProgramPair, given: dict[Value, Role]) -> list[Role]:
+        """The roles of the outputs, numbers of rows made those of the full batch."""
+        return [self._as_rows(role) for role in self.run(pair, given)]
+
+    def _as_rows(self, role: Role) -> Role:
+        try:
+            return self.draws.as_rows(role)
+        except NotSeparableError as mixes:
+            return NotSeparable(mixes.cause, str(mixes))
+
+    def _roles_of_results(self, op: PairedOp, env: dict[Value, Role]) -> Sequence[Role]:
+        if op.micro is None:
+            return [self._repeated(env[op.full.values[0]], op)]
+        roles = tuple(
+            _read(m, f, env) for m, f in zip(op.micro.operands, op.full.operands, strict=True)
+        )
+        step = OpContext(op.micro.eqn, op.full.eqn, roles, self.parts)
+        position = None if self.is_inner else op.position
+        if _references(op.full):
+            return self._use_of_reference(step, op, env)
+        return self.results(step, position)
+
+    def _repeated(self, role: Role, op: PairedOp) -> Role:
+        """What the full batch's trace repeats for its examples."""
+        return (
+            role
+            if isinstance(role, Replicated | NotSeparable)
+            else NotSeparable("statistics", STATISTICS, op.full.eqn)
+        )
+
+    def results(self, step: OpContext, position: int | None) -> Sequence[Role]:
+        """The roles of an operation's results."""
+        try:
+            return self._checked(step, self._apply(step, position))
+        except NotSeparableError as mixes:
+            if self.per_microbatch and any(isinstance(role, PartialSum) for role in step.roles):
+                return self.results(
+                    step.with_roles([self._as_statistic(role) for role in step.roles]), position
+                )
+            return [NotSeparable(mixes.cause, str(mixes), step.micro)] * len(step.micro.outvars)
+
+    def _as_statistic(self, role: Role) -> Role:
+        """A sum or mean over the examples of a part, taken for what it is of the full batch."""
+        return Replicated(role.ratio * self.parts) if isinstance(role, PartialSum) else role
+
+    def _checked(self, step: OpContext, roles: Sequence[Role]) -> list[Role]:
+        shapes = [step.result_shapes(i) for i in range(len(roles))]
+        return [
+            checked(role, *shape, self.parts) for role, shape in zip(roles, shapes, strict=True)
+        ]
+
+    def _apply(self, step: OpContext, position: int | None) -> Sequence[Role]:
+        if step.name in bodies.RULES:
+            step = step.with_roles([self.draws.as_rows(role) for role in step.roles])
+            results = bodies.RULES[step.name](self._run_body, step)
+            if step.name in CUSTOM_RULE_PRIMITIVES and self.checks_derivatives:
+                check_derivative(replace(self, checks_derivatives=False)._run_body, step, results)
+            return results
+        if step.name == "select_n" and (chosen := elementwise.chosen_case(step)):
+            return [chosen]
+        if indexing.is_by_length(step):
+            raise NotSeparableError(indexing.BY_INDEX)
+        if mixed := [role for role in step.roles if isinstance(role, NotSeparable)]:
+            # What may be asked for ("statistics") must not hide what may not.
+            return [min(mixed, key=lambda role: role.is_excusable)] * len(step.micro.outvars)
+        if (parameter := differing_parameter(step.micro, step.full)) is not None:
+            raise NotSeparableError(f"has {parameter}", "size")
+        if step.name in DRAWING:
+            return [self.draws.draw(step, position)]
+        return self._by_rule(step)
+
+    def _by_rule(self, step: OpContext) -> Sequence[Role]:
+        if any(isinstance(role, BatchIota | IndexColumns) for role in step.roles):
+            if (counted := numbers_through(step)) is not None:
+                return [counted]
+            step = self._settle_numbers(step)
+        if (number := elementwise.folded(step)) is not None:
+            return [number]
+        if step.name not in RULES:
+            return _unknown(step)
+        result = RULES[step.name](step)
+        return result if isinstance(result, list) else [result]
+
+    def _settle_numbers(self, step: OpContext) -> OpContext:
+        """Numbers of rows stay so as an index; anywhere else they are data of the examples."""
+        index = indexing.INDEX_OPERAND.get(step.name)
+        if index is not None:
+            self.draws.index_by(step.roles[index])
+        return step.with_roles(
+            [role if i == index else self.draws.as_rows(role) for i, role in enumerate(step.roles)]
+        )
+
+    def _run_body(self, pair: ProgramPair, roles: Sequence[Role]) -> list[Role]:
+        inner = replace(self, is_inner=True)
+        given = dict(zip(pair.full.inputs, roles, strict=True))
+        return [self.draws.as_rows(role) for role in inner.run(pair, given)]
+
+    def _use_of_reference(
+        self, step: OpContext, op: PairedOp, env: dict[Value, Role]
+    ) -> Sequence[Role]:
+        """A mutable array: only what is the same for every part is followed through it."""
+        shapes = [(step.shape(i), step.full_shape(i)) for i in range(len(step.roles))]
+        alike = all(isinstance(role, Replicated) and same(role.ratio, 1.0) for role in step.roles)
+        is_plain = step.name not in bodies.RULES  # what a body does to it is not followed
+        if alike and is_plain and all(micro == full for micro, full in shapes):
+            return [Replicated()] * len(step.micro.outvars)
+        mixed = NotSeparable(
+            "size",
+            "changes a mutable array by what depends on the batch, which is not followed",
+            step.micro,
+        )
+        env.update(dict.fromkeys(_references(op.full), mixed))
+        return [mixed] * len(step.micro.outvars)
+
+
+def _located(role: Role, pair: ProgramPair, position: int) -> Role:
+    """A role that is new with the operation at `position`, with a line of the user's near it."""
+    op = pair.ops[position].micro
+    if (
+        not isinstance(role, NotSeparable)
+        or op is None
+        or role.eqn is not op.eqn
+        or source_line(op.eqn)
+    ):
+        return role
+    lines = (source_line(op.full.eqn) for op in pair.ops[position::-1])
+    return replace(role, after=next(filter(None, lines), ""))
+
+
+def _references(op: Op) -> list[Value]:
+    pairs = zip(op.operands, op.eqn.invars, strict=True)
+    return [
+        x for x, var in pairs if not isinstance(x, Literal) and isinstance(var.aval, AbstractRef)
+    ]
+
+
+def _unknown(step: OpContext) -> list[Role]:
+    """Of an operation without a rule: the same for every part if all that it reads and makes is."""
+    results = len(step.micro.outvars)
+    shapes = [step.result_shapes(i) for i in range(results)]
+    shapes += [(step.shape(i), step.full_shape(i)) for i in range(len(step.roles))]
+    nonlinear(step)
+    if any(isinstance(role, Split) for role in step.roles) or any(
+        micro != full for micro, full in shapes
+    ):
+        raise NotSeparableError(
+            "is an operation of which it is not known whether it treats each example alone",
+            "unknown",
+        )
+    return [Replicated()] * results
+
+
+def _read(micro: Operand, full: Operand, env: dict[Value, Role]) -> Role:
+    if isinstance(full, Literal):
+        assert isinstance(micro, Literal)
+        return constant_role(micro.val, full.val)
+    return env[full]
+
+
+def constant_role(micro: Any, full: Any) -> Role:
+    """The role of a number or array that is part of the function."""
+    if micro is full:
+        return Replicated()
+    micro, full = (
+        np.asarray(jax.random.key_data(x) if is_key(jax.typeof(x)) else x) for x in (micro, full)
+    )
+    if micro.shape == full.shape == ():
+        return known(micro[()], full[()])
+    axes = scaling_axes(micro.shape, full.shape) if micro.ndim == full.ndim else ()
+    rows = full[tuple(slice(1) if i in axes else slice(None) for i in range(full.ndim))]
+    if all(_same_bits(np.broadcast_to(rows, x.shape), x) for x in (micro, full)):
+        return Replicated()
+    return NotSeparable(
+        "size",
+        "has an array in it that follows the length of the batch; pass that array as an input",
+    )
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.tobytes() == b.tobytes()

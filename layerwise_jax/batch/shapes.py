@@ -1,0 +1,286 @@
+"""Roles through operations that move, reshape, cut, join, reduce or order axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+from layerwise_jax.batch.elementwise import Rule, common_axis
+from layerwise_jax.batch.lattice import (
+    NotSeparableError,
+    OpContext,
+    PartialSum,
+    Replicated,
+    Role,
+    Split,
+    build,
+    scaling_axes,
+)
+from layerwise_jax.batch.linearity import additive, nonlinear
+
+
+def _moved(new_axis: Callable[[OpContext, int], int]) -> Rule:
+    """The rule of an operation that only moves axes: `new_axis` says where the examples' axis
+    goes.
+    """
+
+    def rule(step: OpContext) -> Role:
+        role = step.roles[0]
+        if isinstance(role, Split):
+            return Split(new_axis(step, role.axis), role.ratio)
+        return role
+
+    return rule
+
+
+def _broadcast_axis(step: OpContext, axis: int) -> int:
+    return step.params["broadcast_dimensions"][axis]
+
+
+def _transposed_axis(step: OpContext, axis: int) -> int:
+    return tuple(step.params["permutation"]).index(axis)
+
+
+def _squeezed_axis(step: OpContext, axis: int) -> int:
+    dimensions = step.params["dimensions"]
+    if axis in dimensions:
+        raise NotSeparableError(
+            "drops the axis of the examples, which it can only where a part is one example", "size"
+        )
+    return axis - sum(d < axis for d in dimensions)
+
+
+def _expanded_axis(step: OpContext, axis: int) -> int:
+    kept = [i for i in range(len(step.result_shapes()[0])) if i not in step.params["dimensions"]]
+    return kept[axis]
+
+
+def _reshaped_axis(step: OpContext, axis: int) -> int:
+    """The axis that keeps each part's entries in one block: equally many entries precede it, in
+    both traces.
+    """
+    micro, full = step.result_shapes()
+    for i, (m, f) in enumerate(zip(micro, full, strict=True)):
+        before = prod(micro[:i]) == prod(step.shape()[:axis]) and prod(full[:i]) == prod(
+            step.full_shape()[:axis]
+        )
+        if (
+            before
+            and f == step.parts * m
+            and (f != m or step.full_shape()[axis] == step.shape()[axis])
+        ):
+            return i
+    raise NotSeparableError(
+        "reshapes an array so that the entries of an example are no longer together"
+    )
+
+
+def _reshape(step: OpContext) -> Role:
+    role = step.roles[0]
+    if isinstance(role, Split):
+        return Split(_reshaped_axis(step, role.axis), role.ratio)
+    axis = step.axis()
+    if not isinstance(role, Replicated) or role.fill or axis is None:
+        return role
+    new = _reshaped_axis(step, axis)
+    shapes = step.shape()[axis], step.result_shapes()[0][new]
+    return role if shapes[0] == shapes[1] else Split(new, role.ratio)
+
+
+def _reduce_sum(step: OpContext) -> Role:
+    role, axes = step.roles[0], step.params["axes"]
+    if isinstance(role, Split):
+        return (
+            PartialSum(role.ratio)
+            if role.axis in axes
+            else Split(_after(role.axis, axes), role.ratio)
+        )
+    ratio, summed = additive(step)
+    summands = [prod(shape[i] for i in axes) for shape in (step.shape(), step.full_shape())]
+    if scaling_axes(step.shape(), step.full_shape()) and summands[0]:
+        ratio *= summands[1] / summands[0]
+    return build(None, ratio, summed)
+
+
+def _reduce(step: OpContext) -> Role:
+    """Any other reduction of one array."""
+    nonlinear(step)
+    role, axes = step.roles[0], step.params["axes"]
+    constant = step.name in ("reduce_max", "reduce_min", "reduce_and", "reduce_or")
+    axis = None if isinstance(role, Replicated) and constant else step.axis()
+    if axis is not None and axis in axes:
+        raise NotSeparableError(f"takes one result ({step.name}) over all examples")
+    return (
+        Split(_after(axis, axes)) if isinstance(role, Split) and axis is not None else Replicated()
+    )
+
+
+def _after(axis: int, dropped: Sequence[int]) -> int:
+    return axis - sum(i < axis for i in dropped)
+
+
+def _along(parameter: str, linear: bool, what: str) -> Rule:
+    """The rule of an operation that works along one axis, its parameter `parameter`, example by
+    example if not that.
+    """
+
+    def rule(step: OpContext) -> list[Role]:
+        along = step.params[parameter]
+        along = along if isinstance(along, tuple) else (along,)
+        if any(
+            step.axis(i) in [a % len(step.shape(i)) for a in along] for i in range(len(step.roles))
+        ):
+            raise NotSeparableError(f"{what} along the axis of the examples")
+        ratio, summed = additive(step) if linear else nonlinear(step)
+        return [build(common_axis(step), ratio, summed)] * len(step.micro.outvars)
+
+    return rule
+
+
+def _slice(step: OpContext) -> Role:
+    role = step.roles[0]
+    if isinstance(role, Split) and not _slices_all(step, role.axis):
+        raise NotSeparableError("takes some of the examples by their place in the batch")
+    if _starts(step.params, step.axis()) != _starts(step.full.params, step.axis()):
+        raise NotSeparableError("begins at a place that depends on the length of the batch", "size")
+    return build(common_axis(step), *additive(step))
+
+
+def _starts(params: dict[str, Any], axis: int | None) -> list[int]:
+    """Where a slice begins, along all axes but that of the examples."""
+    return [start for i, start in enumerate(params["start_indices"]) if i != axis]
+
+
+def _slices_all(step: OpContext, axis: int) -> bool:
+    result = step.result_shapes()
+    return (result[0][axis], result[1][axis]) == (step.shape()[axis], step.full_shape()[axis])
+
+
+def _split(step: OpContext) -> list[Role]:
+    if step.axis() == step.params["axis"]:
+        raise NotSeparableError("splits the examples by their place in the batch")
+    return [build(common_axis(step), *additive(step))] * len(step.micro.outvars)
+
+
+def _concatenate(step: OpContext) -> Role:
+    dimension = step.params["dimension"]
+    if any(step.axis(i) == dimension for i in range(len(step.roles))):
+        raise NotSeparableError("concatenates along the axis of the examples")
+    return build(common_axis(step), *additive(step))
+
+
+def _stack(step: OpContext) -> Role:
+    axis, role = common_axis(step), build(common_axis(step), *additive(step))
+    return (
+        Split(axis + (axis >= step.params["axis"]), role.ratio)
+        if isinstance(role, Split) and axis is not None
+        else role
+    )
+
+
+def _unstack(step: OpContext) -> list[Role]:
+    axis = step.axis()
+    if axis == step.params["axis"]:
+        raise NotSeparableError("splits the examples by their place in the batch")
+    role = step.roles[0]
+    if isinstance(role, Split):
+        role = Split(_after(role.axis, [step.params["axis"]]), role.ratio)
+    return [role] * len(step.micro.outvars)
+
+
+def _tile(step: OpContext) -> Role:
+    axis = step.axis()
+    if axis is not None and step.params["reps"][axis] != 1:
+        raise NotSeparableError("repeats the examples")
+    return build(common_axis(step), *additive(step))
+
+
+def _pad(step: OpContext) -> Role:
+    axis = step.axis()
+    if axis is not None and any(step.params["padding_config"][axis]):
+        raise NotSeparableError("pads along the axis of the examples")
+    return build(common_axis(step), *additive(step))
+
+
+def _window(linear: bool) -> Rule:
+    """The rule of a reduction over windows, which must not reach from one example into the next."""
+
+    def rule(step: OpContext) -> list[Role]:
+        for i in range(len(step.roles)):
+            axis = step.axis(i) if step.shape(i) else None
+            if axis is not None and not _is_window_of_one(step, axis):
+                raise NotSeparableError("moves a window along the axis of the examples")
+        ratio, summed = additive(step) if linear else nonlinear(step)
+        return [build(common_axis(step), ratio, summed)] * len(step.micro.outvars)
+
+    return rule
+
+
+def _is_window_of_one(step: OpContext, axis: int) -> bool:
+    params = step.params
+    plain = {
+        "window_dimensions": 1,
+        "window_strides": 1,
+        "base_dilation": 1,
+        "window_dilation": 1,
+        "padding": (0, 0),
+    }
+    return all(params[name][axis] == want for name, want in plain.items() if params.get(name))
+
+
+def _leading(trailing: int) -> Rule:
+    """The rule of a linear-algebra operation on the last `trailing` axes of each operand, the
+    leading ones a batch.
+    """
+
+    def rule(step: OpContext) -> list[Role]:
+        nonlinear(step)
+        for i in range(len(step.roles)):
+            axis = step.axis(i)
+            if axis is not None and axis >= len(step.shape(i)) - trailing:
+                raise NotSeparableError("works along the axis of the examples")
+        return [build(common_axis(step), 1.0, False)] * len(step.micro.outvars)
+
+    return rule
+
+
+def _fft(step: OpContext) -> list[Role]:
+    return _leading(len(step.params["fft_lengths"]))(step)  # type: ignore[return-value]
+
+
+_REDUCTIONS = (
+    "reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split()
+)
+_LINEAR_ALGEBRA = (
+    "cholesky eig eigh householder_product lu qr schur svd triangular_solve tridiagonal_solve"
+).split()
+RULES: dict[str, Rule] = {
+    "broadcast_in_dim": _moved(_broadcast_axis),
+    "transpose": _moved(_transposed_axis),
+    "squeeze": _moved(_squeezed_axis),
+    "expand_dims": _moved(_expanded_axis),
+    "reshape": _reshape,
+    "reduce_sum": _reduce_sum,
+    **dict.fromkeys(_REDUCTIONS, _reduce),
+    "cumsum": _along("axis", True, "sums up"),
+    **dict.fromkeys(
+        ("cumlogsumexp", "cummax", "cummin", "cumprod"), _along("axis", False, "accumulates")
+    ),
+    "rev": _along("dimensions", True, "reverses the order"),
+    "sort": _along("dimension", False, "sorts"),
+    "top_k": _along("axis", False, "takes the largest"),
+    "approx_top_k": _along("reduction_dimension", False, "takes the largest"),
+    "slice": _slice,
+    "split": _split,
+    "concatenate": _concatenate,
+    "stack": _stack,
+    "unstack": _unstack,
+    "tile": _tile,
+    "pad": _pad,
+    "reduce_window_sum": _window(True),
+    **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window"), _window(False)),
+    **dict.fromkeys(("select_and_scatter_add", "select_and_gather_add"), _window(False)),
+    **dict.fromkeys(_LINEAR_ALGEBRA, _leading(2)),
+    "fft": _fft,
+}

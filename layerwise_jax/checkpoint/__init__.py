@@ -1,0 +1,19 @@
+"""Checkpoints in the user's own parameter tree."""
+
+from layerwise_jax.checkpoint.files import CheckpointError
+from layerwise_jax.checkpoint.save import (
+    Checkpoint,
+    checkpoint_steps,
+    read_checkpoint,
+    restore_checkpoint,
+    save_checkpoint,
+)
+
+__all__ = [
+    "Checkpoint",
+    "checkpoint_steps",
+    "read_checkpoint",
+    "restore_checkpoint",
+    "save_checkpoint",
+    "CheckpointError",
+]

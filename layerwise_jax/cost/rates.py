@@ -1,0 +1,67 @@
+"""Rates, cache knees and sources shared by the table of known devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+MIB = 2**20
+GIB = 2**30
+
+# Knees that were measured, as shares of the cache. The published ones are those of RRZE's
+# gpu-benches (gpu-l2-cache).
+A100_KNEE = 25 * MIB
+H100_KNEE = 37 * MIB
+H200_KNEE = 48 * MIB
+ADA_SHARE = 91 / 96
+
+# For an architecture whose knee nobody published: the smallest share measured on another, the
+# A100's 25 of 40 MiB.
+UNMEASURED_SHARE = 25 / 40
+ADA_KNEE_SOURCE = (
+    "91 of 96 MiB, the knee published for the L40 (gpu-benches), taken as a share of this cache"
+)
+UNMEASURED_KNEE_SOURCE = (
+    "not measured: 25/40 of the cache, the smallest share measured on another GPU (A100)"
+)
+
+# jax.lax.ppermute in a compiled loop takes 18 to 25 us a turn, the loop without it 9 us (H200, JAX
+# 0.11.2).
+PERMUTE_SECONDS = 12e-6
+NVLINK_SOURCE = "NVIDIA data sheet: NVLink, half of the bidirectional figure"
+PCIE_SOURCE = "PCI Express 16 lanes, one direction, by the standard"
+TARGET_SOURCE = "OpenXLA's target description of this device"
+
+
+def sources_of(data_sheet: str, **particular: str) -> Mapping[str, str]:
+    """The source of each field: the data sheet, but for those that are named."""
+    usual = {
+        "l2_bytes": f"{data_sheet}; cudaDeviceProp.l2CacheSize",
+        "usable_l2_bytes": UNMEASURED_KNEE_SOURCE,
+        "memory_bytes": data_sheet,
+        "memory_bandwidth": data_sheet,
+        "l2_bandwidth": "not measured",
+        "flops_per_second": (
+            f"{data_sheet}: tensor cores, dense (half of the figures with sparsity)"
+        ),
+        "link_bandwidth": NVLINK_SOURCE,
+        "link_latency": (
+            "measured on an H200 (ppermute in a compiled loop, JAX 0.11.2), taken for all"
+        ),
+        "compute_capability": "NVIDIA's list of CUDA GPUs",
+        "multiprocessors": data_sheet,
+        "clock_hz": f"{data_sheet}: boost clock",
+    }
+    return {**usual, **particular}
+
+
+def tera(half: float, **others: float) -> Mapping[str, float]:
+    """Rates by dtype from figures in 10^12 a second; `half` is that of float16 and of bfloat16."""
+    return {
+        name: rate * 1e12 for name, rate in {**others, "bfloat16": half, "float16": half}.items()
+    }
+
+
+A100_RATES = tera(float64=19.5, float32=19.5, tensorfloat32=156, half=312, int8=624)
+HOPPER_SXM_RATES = tera(
+    float64=67, float32=67, tensorfloat32=494.7, half=989.4, float8=1978.9, int8=1978.9
+)

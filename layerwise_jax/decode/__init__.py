@@ -1,0 +1,10 @@
+"""Token generation: a ring of stages with their caches."""
+
+from layerwise_jax.decode.build import decode_ring
+from layerwise_jax.decode.generation import Generation
+from layerwise_jax.decode.ring import DecodeRing
+from layerwise_jax.decode.sampling import Sampler
+from layerwise_jax.decode.state import rotated
+from layerwise_jax.decode.values import RingState
+
+__all__ = ["decode_ring", "DecodeRing", "Generation", "RingState", "Sampler", "rotated"]

@@ -1,0 +1,213 @@
+"""The decode ring: tokens are generated with every layer's cache on its own stage, in one
+`shard_map` program.
+
+    ring = lw.decode_ring(step_fn, params, cache, group_size=8)
+    staged = ring.place(params)
+    generation = ring.generate(staged, prompts, max_new_tokens=100)
+
+As many groups of sequences are in flight as there are stages, so that in every tick every stage
+works on another group; `ring_loop.py` draws it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from layerwise_jax._arguments import checked_int, checked_ints
+from layerwise_jax._jax import is_key
+from layerwise_jax.decode.cache import find_cache_layers
+from layerwise_jax.decode.independence import check_rows
+from layerwise_jax.decode.loop import RingLoop
+from layerwise_jax.decode.prefill import Prefill, check_prefill
+from layerwise_jax.decode.ring import DecodeRing
+from layerwise_jax.decode.sampling import Sampler
+from layerwise_jax.decode.sharding import InnerSharding
+from layerwise_jax.decode.step import StepFunction, own_bytes, stage_step, trace_step
+from layerwise_jax.measure.layers import measured_by_shape
+from layerwise_jax.mesh import DATA, STAGE, check_mesh, stage_mesh
+from layerwise_jax.partition.solver import partition_layers
+from layerwise_jax.plan import Plan, make_plan
+from layerwise_jax.trace.layers import LayerSequence
+from layerwise_jax.trace.program import nbytes
+
+# What stages have of their own is run by all and selected, rather than branched to, if its weights
+# are no more bytes: a branch takes some 15 us on a GPU, in which an H200 reads 60 MB.
+MOST_SELECTED_BYTES = 16 * 2**20
+
+
+def decode_ring(
+    step_fn: StepFunction,
+    params: Any,
+    cache: Any,
+    *,
+    group_size: int,
+    num_groups: int | None = None,
+    mesh: Mesh | None = None,
+    num_stages: int | None = None,
+    partition: Any = None,
+    sampler: Sampler | None = None,
+    stop_tokens: Sequence[int] = (),
+    pad_token: int = 0,
+    selects: bool | None = None,
+    param_specs: Any = None,
+    cache_specs: Any = None,
+    prefill_fn: StepFunction | None = None,
+    prefill_length: int | None = None,
+) -> DecodeRing:
+    """Make a step of token generation run as a ring of stages.
+
+    Args:
+      step_fn: `step_fn(params, cache, tokens, positions) -> (logits, cache)` for int32[sequences]
+        tokens at int32[sequences] positions: logits are float[sequences, vocabulary], the cache
+        comes back with the same types.
+      params: its parameters, arrays or `jax.ShapeDtypeStruct`.
+      cache: the cache of one group as it is before the first token, likewise; types alone stand for
+        zeros. A leaf that changes belongs to one layer, or is stacked over layers, as by a scan
+        over them. Sequences are its first axis, or the one behind that of the layers; what has them
+        nowhere (a counter) they share, so that a group starts and ends together.
+      group_size: sequences of a group, the rows of `tokens`.
+      num_groups: groups in flight; None for as many as there are stages, which keeps all of them
+        busy.
+      mesh: a mesh with an axis `stage`; None for one of the first local devices.
+      num_stages: stages; None for as many as there are devices on the mesh, or as there are layers.
+      partition: a `Partition` of the step's layers, or its boundaries; None balances bytes of
+        weights and cache.
+      sampler: how tokens are drawn from logits; None for the likeliest.
+      stop_tokens: tokens that end a sequence, themselves included in it.
+      pad_token: what an ended sequence is given from then on.
+      selects: whether what only some stages have (an embedding, a head) is run by all of them and
+        selected. That takes no branch, but reads its weights on every device. None decides by their
+        size.
+      param_specs: where the mesh has more axes than `stage`, how parameters are sharded over them
+        inside a stage: a tree of `PartitionSpec`, or a prefix of one. The step is then written for
+        shards, with collectives of its own over these axes, and returns the same logits on all of
+        them; `params` and `cache` are whole.
+      cache_specs: likewise for the cache.
+      prefill_fn: reads prompts at once, `prefill_fn(params, cache, tokens, lengths) -> (logits,
+        cache)` for int32[sequences, prefill_length] tokens of which int32[sequences] lengths count:
+        logits are those of every prompt's last token, float[sequences, vocabulary]. It has the
+        layers of the step, and runs in stages with the groups as microbatches. What it leaves in
+        the cache beyond a prompt's length must not matter, as where attention is masked by
+        position. None reads prompts a token a step.
+      prefill_length: tokens that it reads: a shorter prompt is padded with zeros on the right, what
+        a longer one has beyond is read a token a step. Where sequences share a part of the cache (a
+        counter), only groups are read at once of which all prompts are at least so long.
+
+    Raises:
+      ValueError, CutError, BatchError: what came, what was wanted, and what to do.
+    """
+    _check(
+        mesh,
+        sampler,
+        cache,
+        num_groups=num_groups,
+        num_stages=num_stages,
+        prefill_length=prefill_length,
+    )
+    group_size = checked_int("group_size", group_size)
+    pad_token = checked_int("pad_token", pad_token, least=0)
+    stop_tokens = checked_ints("stop_tokens", stop_tokens)
+    check_prefill(prefill_fn, prefill_length)
+    sharding = InnerSharding.of(mesh, (params, cache), (param_specs, cache_specs))
+    rows = find_cache_layers(step_fn, *sharding.shards, group_size, sharding.axes)
+    step_fn, cache_specs, cache = rows.step(step_fn), rows.specs(cache_specs), rows.split(cache)
+    sharding = InnerSharding.of(mesh, (params, cache), (param_specs, cache_specs))
+    layers, state = trace_step(
+        step_fn, sampler or Sampler(), *sharding.shards, group_size, sharding.axes
+    )
+    num_stages = _num_stages(mesh, num_stages, partition, len(layers))
+    mesh = mesh or stage_mesh(num_stages)
+    cut: Any = partition or partition_layers(measured_by_shape(layers).costs, num_stages)
+    num_groups = num_groups or num_stages
+    is_by_rows = check_rows(step_fn, *sharding.shards, group_size, num_groups, axes=sharding.axes)
+    kinds = {weight: sharding.specs[weight.leaf] for weight in layers.program.weights.values()}
+    step = stage_step(layers, state, tuple(getattr(cut, "boundaries", cut)), kinds, sharding.axes)
+    step = replace(step, keeps_rows=step.keeps_rows and is_by_rows)
+    selecting = own_bytes(step.loop) <= MOST_SELECTED_BYTES if selects is None else selects
+    specs = sharding.of_slots(step.loop.placement)
+    loop = RingLoop(step, num_groups, selecting, specs, stop_tokens, pad_token)
+    sampler = sampler or Sampler()
+    if prefill_fn is None or prefill_length is None:
+        prefill = None
+    else:
+        read = rows.step(prefill_fn)
+        prefill = _prefill(layers, loop, read, sampler, sharding, group_size, prefill_length)
+    draws = not sampler.is_greedy
+    plan = _plan(layers, cut, loop)
+    return DecodeRing(layers, mesh, loop, plan, sharding, group_size, cache, rows, draws, prefill)
+
+
+def _prefill(
+    layers: LayerSequence,
+    loop: RingLoop,
+    read: StepFunction,
+    sampler: Sampler,
+    sharding: InnerSharding,
+    group_size: int,
+    length: int,
+) -> Prefill:
+    """A program over the ring's stages that reads prompts of up to `length` tokens at once."""
+    axes = sharding.axes
+    traced, state = trace_step(read, sampler, *sharding.shards, group_size, axes, length)
+    prefill = Prefill.of(layers, loop, traced, state, length, axes)
+    check_rows(read, *sharding.shards, group_size, loop.num_groups, length, axes)
+    return prefill
+
+
+def _check(mesh: Mesh | None, sampler: Sampler | None, cache: Any, **numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None:
+            checked_int(name, number)
+    if sampler is not None and not isinstance(sampler, Sampler):
+        raise ValueError(
+            f"sampler is {sampler!r}; None for the likeliest token, or lw.Sampler(temperature, "
+            "top_k), is wanted."
+        )
+    if mesh is not None and mesh.shape.get(DATA, 1) > 1:
+        raise ValueError(
+            f"The mesh has {mesh.shape[DATA]} replicas on the axis 'data'. Sequences need nothing "
+            "of each other: make "
+            "a ring for each replica, and give each its share of the prompts."
+        )
+    if any(is_key(leaf) for leaf in jax.tree.leaves(cache) if hasattr(leaf, "dtype")):
+        raise ValueError(
+            "The cache holds random keys; give them to generate(keys=...), a key a sequence, "
+            "instead."
+        )
+
+
+def _num_stages(mesh: Mesh | None, num_stages: int | None, partition: Any, num_layers: int) -> int:
+    boundaries = getattr(partition, "boundaries", partition)
+    wanted = len(boundaries) - 1 if boundaries is not None else num_stages
+    if num_stages is not None and num_stages != wanted:
+        raise ValueError(
+            f"num_stages is {num_stages} and the partition has {wanted} stages; give one of them."
+        )
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"num_stages is {wanted}; at least one stage is wanted.")
+    if mesh is not None:
+        check_mesh(mesh, wanted)
+        return mesh.shape[STAGE]
+    return wanted or min(jax.local_device_count(), num_layers)
+
+
+def _plan(layers: LayerSequence, cut: Any, ring: RingLoop) -> Plan:
+    loop = ring.loop
+    return make_plan(
+        cut,
+        measured_by_shape(layers),
+        send_bytes=[
+            sum(nbytes(loop.program.avals[x]) for x in stage.sends) for stage in loop.stages
+        ],
+        num_devices=loop.num_devices,
+        num_microbatches=ring.num_groups,
+        num_ticks=ring.length,
+        padding_bytes=loop.placement.padding_bytes,
+        common_layers=loop.alignment.num_layers,
+        has_branch=loop.wiring.needs_branch and not ring.selects,
+    )

@@ -1,0 +1,325 @@
+"""The ring's tick loop, as it runs on one device inside `shard_map`.
+
+In tick t stage s works on group (t - s) mod R of R groups (R is the number of stages, or of groups
+if there are more), and what the last stage samples goes to the first. The groups' caches are stored
+rotated by the stage: place j of stage s holds group (j - s) mod R, so that in tick t every device
+uses its place t mod R. R ticks are written out as one round, in which every place is an array of
+its own: no cache is sliced, copied or moved.
+
+    tick              0    1    2    3    4    5        place = tick mod 3
+    stage 0         g0   g1   g2   g0   g1   g2
+    stage 1          .   g0   g1   g2   g0   g1
+    stage 2          .    .   g0   g1   g2   g0         its token is at stage 0 in the next tick
+
+The first round fills the ring and one after the last drains it; in these, stages without a group do
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from layerwise_jax.decode.message import Message
+from layerwise_jax.decode.step import StepProgram
+from layerwise_jax.decode.values import Carry, Prompts, RingState, Slots
+from layerwise_jax.mesh import STAGE
+from layerwise_jax.run.buffers import do_if
+from layerwise_jax.run.segment import StageSegment, segment_after_body, segment_before_body
+from layerwise_jax.run.stage import LocalStage, MicrobatchContext, StageResults
+from layerwise_jax.run.wire import fill, from_wire, to_wire, wire_aval
+from layerwise_jax.stage.staged_program import StagedProgram
+from layerwise_jax.trace.program import Operand
+
+
+class TokenContext(MicrobatchContext):
+    """A moment of the ring: the tokens, positions and keys that a stage works on."""
+
+    def __init__(self, inputs: Sequence[Any]):
+        self.inputs, self.is_active, self.rows = inputs, True, None
+
+    def input(self, j: int) -> Any:
+        return self.inputs[j]
+
+    def gate(self, values: Any) -> dict[Any, Any]:
+        return dict(values)
+
+
+@dataclass(frozen=True, eq=False)
+class RingLoop:
+    """The ring.
+
+    Attributes:
+      step: the step's stages.
+      num_groups: groups of sequences.
+      selects: whether what stages have of their own is run by all, and its results selected; else
+        it is branched to.
+      specs: for slots that are sharded over other axes of the mesh than `stage`, how.
+      stop_tokens: tokens that end a sequence.
+      pad_token: what an ended sequence goes on with.
+    """
+
+    step: StepProgram
+    num_groups: int
+    selects: bool
+    specs: Mapping[int, PartitionSpec]
+    stop_tokens: tuple[int, ...]
+    pad_token: int
+
+    @property
+    def loop(self) -> StagedProgram:
+        return self.step.loop
+
+    @property
+    def length(self) -> int:
+        """Ticks of a round, and places of a stage."""
+        return max(self.loop.num_stages, self.num_groups)
+
+    def run(
+        self, weights: Sequence[Any], places: RingState, forced: Any, prompts: Prompts | None = None
+    ) -> tuple[RingState, Any]:
+        """Rounds of the ring: every group gets as many tokens as there are rounds.
+
+        Args:
+          weights: this device's row of every slot (those of the cache are not read).
+          places: this device's.
+          forced: int32[rounds + 1, length, sequences], by the tick in which a token arrives at the
+            first stage: what stands there in a prompt, or -1.
+          prompts: this device's, in a round in which these are read in place of the next token.
+
+        Returns:
+          The places afterwards. Tokens int32[rounds + 1, length, sequences] in the order of their
+          arrival at the first stage, meaningless on the others, and where nothing arrived.
+        """
+        device = LocalStage(self.loop, [], jnp.int32(0), gates=False)
+        carry = Carry(places, [fill(wire_aval(x), 0.0) for x in self._message.avals])
+        ring = _Round(self, device, list(weights), prompts)
+        arrived = []
+        for phase, rounds in (
+            ("fill", forced[:1]),
+            ("steady", forced[1:-1]),
+            ("drain", forced[-1:]),
+        ):
+            if rounds.shape[0]:
+                carry, tokens = lax.scan(partial(ring.run, phase), carry, rounds)
+                arrived.append(tokens)
+        return carry.places, jnp.concatenate(arrived)
+
+    @property
+    def _message(self) -> Message:
+        return Message.of(self.loop)
+
+
+class _Round:
+    """The ticks of a round on one device."""
+
+    def __init__(
+        self, ring: RingLoop, device: LocalStage, weights: list[Any], prompts: Prompts | None
+    ):
+        self.ring, self.device, self.weights, self.prompts = ring, device, weights, prompts
+        self.loop, self.length = ring.loop, ring.length
+        self.message = Message.of(ring.loop)
+
+    def run(self, phase: str, carry: Carry, forced: Any) -> tuple[Carry, Any]:
+        """One round: the carry, and the tokens that arrived."""
+        arrived = []
+        for j in range(self.length):
+            tokens, carry = self._receive(phase, j, carry, forced[j])
+            arrived.append(tokens)
+            if phase != "drain" or j < self.loop.num_stages - 1:
+                carry = self._tick(phase, j, carry)
+        return carry, jnp.stack(arrived)
+
+    def _receive(self, phase: str, j: int, carry: Carry, forced: Any) -> tuple[Any, Carry]:
+        """Take the token that the last stage sent in the tick before; a prompt's own token goes
+        before it.
+        """
+        places, sender = carry.places, (j - self.loop.num_stages) % self.length
+        if (phase == "fill") == (j < self.loop.num_stages) and phase != "steady":
+            return places.tokens[sender], carry  # nothing was sent yet, or any more
+        if self.prompts is not None:  # a group that read nothing stays as it is
+            forced = jnp.where(self.prompts.lengths[sender].any(), forced, places.tokens[sender])
+        done = places.done[sender]
+        tokens = jnp.where(done, self.ring.pad_token, self.message.tokens(carry.arrived))
+        is_stop = jnp.zeros_like(done)
+        for stop in self.ring.stop_tokens:
+            is_stop |= tokens == stop
+        tokens = jnp.where(forced >= 0, forced, tokens)
+        places = places._replace(
+            tokens=_with(places.tokens, sender, tokens),
+            done=_with(places.done, sender, done | (is_stop & (forced < 0))),
+        )
+        return tokens, carry._replace(places=places)
+
+    def _tick(self, phase: str, j: int, carry: Carry) -> Carry:
+        places, active = carry.places, self._is_active(phase, j)
+        tokens, positions, next_positions = (
+            places.tokens[j],
+            places.positions[j],
+            places.positions[j] + 1,
+        )
+        if self.prompts is not None:
+            tokens, positions, next_positions = (
+                self.prompts.tokens[j],
+                self.prompts.lengths[j],
+                self.prompts.lengths[j],
+            )
+        moment = TokenContext([tokens, positions, places.keys[j]])
+
+        def run(state: Any) -> Any:
+            _, caches = state
+            return self._run_stage(moment, carry.arrived, caches)
+
+        idle = ([fill(wire_aval(x), 0.0) for x in self.message.avals], places.caches[j])
+        made, caches = run(idle) if active is None else do_if(active, run, idle)
+        positions = (
+            next_positions
+            if active is None
+            else jnp.where(active, next_positions, places.positions[j])
+        )
+        places = places._replace(
+            caches=_with(places.caches, j, caches), positions=_with(places.positions, j, positions)
+        )
+        sent = [
+            lax.ppermute(x, STAGE, pairs) for x, pairs in zip(made, self.message.pairs, strict=True)
+        ]
+        return Carry(places, sent)
+
+    def _is_active(self, phase: str, j: int) -> Any:
+        """Whether this device has a group in this tick; None if all have one."""
+        s, masks = self.device.stage, []
+        if phase == "fill" and j < self.loop.num_stages - 1:
+            masks.append(s <= j)
+        if phase == "drain":
+            masks.append(s > j)
+        if self.prompts is not None:
+            masks.append(self.prompts.lengths[j].any())
+        if self.ring.num_groups < self.length:
+            masks.append((j - s) % self.length < self.ring.num_groups)
+        return jnp.stack(masks).all() if masks else None
+
+    def _run_stage(
+        self, moment: TokenContext, arrived: list[Any], caches: Slots
+    ) -> tuple[list[Any], Slots]:
+        """The stage, for one group: what it sends, and its cache."""
+        slots = self._slots(caches)
+        branch, caches = self._run_own(moment, self.message.lanes(arrived), caches)
+        body: dict[int, Any] = {}
+        if self.loop.has_body:
+            reads = self.device.body_reads(moment, self.message.lanes(arrived), branch)
+            weights = [slots[j] for j in self.device.body_slots]
+            body = self.device.run_body(
+                moment, [*weights, *reads], self.ring.step.body_state.values()
+            )
+            caches = {
+                **caches,
+                **{j: to_wire(body[r]) for j, r in self.ring.step.body_state.items()},
+            }
+        results = StageResults(body, branch, slots)
+        tokens, caches = self._sample(moment, results, caches)
+        made = [results.made(lane.source) for lane in self.loop.wiring.lanes]
+        return self.message.pack(made, tokens, self.device), caches
+
+    def _slots(self, caches: Slots) -> list[Any]:
+        """Weights and cache, by slot."""
+        slots = zip(self.loop.placement.slots, self.weights, strict=True)
+        return [
+            from_wire(caches[j], slot.aval) if j in caches else held
+            for j, (slot, held) in enumerate(slots)
+        ]
+
+    def _run_own(
+        self, moment: TokenContext, arrived: list[Any], caches: Slots
+    ) -> tuple[list[Any], Slots]:
+        """What stages run before the common body: results in the order of the wiring, and the
+        cache.
+        """
+        avals = [aval for aval, _ in self.loop.wiring.branch_results]
+        carry = ([fill(wire_aval(aval), 0.0) for aval in avals], caches)
+        for s in self.device.stages:
+            piece, asked = segment_before_body(self.device, s)
+            new = {
+                j: x
+                for j, x in self.ring.step.own_state[s].items()
+                if x not in _made_by(segment_after_body(self.device)[0], s)
+            }
+            if asked or new:
+                known = self.device.arrived_values(s, arrived)
+                carry = self._on_stage(
+                    s, partial(self._run_piece, piece, asked, new, moment, known), carry
+                )
+        rows, caches = carry
+        return [from_wire(x, aval) for x, aval in zip(rows, avals, strict=True)], caches
+
+    def _run_piece(
+        self,
+        piece: StageSegment,
+        asked: Sequence[int],
+        new: dict[int, Operand],
+        moment: TokenContext,
+        arrived: dict[int, Any],
+        carry: tuple[list[Any], Slots],
+    ) -> tuple[list[Any], Slots]:
+        rows, caches = carry
+        known = {**self.device.known(moment, piece.stage, self._slots(caches)), **arrived}
+        made = self.device.evaluate(piece.ops, known, [*piece.wanted, *new.values()], moment)
+        found = dict(zip(asked, made, strict=False))
+        rows = [to_wire(found[r]) if r in found else x for r, x in enumerate(rows)]
+        return rows, {
+            **caches,
+            **{j: to_wire(x) for j, x in zip(new, made[len(asked) :], strict=True)},
+        }
+
+    def _sample(
+        self, moment: TokenContext, results: StageResults, caches: Slots
+    ) -> tuple[Any, Slots]:
+        """The tokens that the last stage samples, meaningless on the others, and the cache."""
+        (output,) = self.loop.wiring.outputs
+        piece, positions = segment_after_body(self.device)
+        if not positions:
+            return results.made(output.source), caches
+        kept = {x: results.made(source) for x, source in self.loop.wiring.kept}
+        last = piece.stage
+        new = {
+            j: x for j, x in self.ring.step.own_state[last].items() if x in _made_by(piece, last)
+        }
+        run = partial(self._run_piece, piece, [0], new, moment, kept)
+        idle = ([fill(self.loop.output_aval(0), 0.0)], caches)
+        if self.ring.selects:  # the caches; of tokens, only the last stage's are sent
+            (tokens,), held = run(idle)
+            return tokens, self._selected(last, held, caches)
+        (tokens,), caches = self._on_stage(last, run, idle)
+        return tokens, caches
+
+    def _on_stage(
+        self, s: int, run: Callable, carry: tuple[list[Any], Slots]
+    ) -> tuple[list[Any], Slots]:
+        """`run(carry)` on stage s, the carry elsewhere."""
+        if self.loop.num_stages == 1:
+            return run(carry)
+        if self.ring.selects:
+            return self._selected(s, run(carry), carry)
+        return do_if(self.device.stage == s, run, carry)
+
+    def _selected(self, s: int, new: Any, old: Any) -> Any:
+        """`new` on stage s, `old` elsewhere."""
+        return jax.tree.map(
+            lambda x, held: x if x is held else jnp.where(self.device.stage == s, x, held), new, old
+        )
+
+
+def _made_by(piece: StageSegment, stage: int) -> set[Any]:
+    """The values that a piece makes, if it is this stage's."""
+    return {x for op in piece.ops for x in op.results} if piece.stage == stage else set()
+
+
+def _with(values: Sequence[Any], j: int, value: Any) -> list[Any]:
+    """The values with another one at place j."""
+    return [*values[:j], value, *values[j + 1 :]]

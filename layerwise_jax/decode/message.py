@@ -1,0 +1,130 @@
+"""What goes round the ring in a tick as one collective: activations to the next stage, tokens from
+the last to stage 0.
+
+The last stage has no next stage, so its tokens travel in the place of the activations, as bits: a
+floating-point array is sent as unsigned integers of its width, since a bit pattern that happens to
+be a signalling NaN may not survive arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from layerwise_jax.run.stage import LocalStage
+from layerwise_jax.run.wire import to_wire, wire_aval
+from layerwise_jax.stage.staged_program import StagedProgram
+
+TOKEN_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Message:
+    """The arrays that a tick sends.
+
+    Attributes:
+      lanes_avals: the types of the lanes' values.
+      carrier: the lane whose array also carries the tokens (the last stage has nothing else to send
+        in it); None if tokens have an array of their own.
+      num_sequences: tokens.
+      pairs: for every array, its (sender, receiver) pairs.
+    """
+
+    lanes_avals: tuple[Any, ...]
+    carrier: int | None
+    num_sequences: int
+    pairs: tuple[tuple[tuple[int, int], ...], ...]
+
+    @classmethod
+    def of(cls, loop: StagedProgram) -> Message:
+        """The message of a ring's stages."""
+        avals = tuple(lane.aval for lane in loop.wiring.lanes)
+        num_sequences = loop.output_aval(0).shape[0]
+        ring = tuple((s, (s + 1) % loop.num_stages) for s in range(loop.num_stages))
+        carrier = next(
+            (j for j, aval in enumerate(avals) if _carries(wire_aval(aval), num_sequences)), None
+        )
+        pairs = [tuple(lane.pairs(loop.num_stages)) for lane in loop.wiring.lanes]
+        if carrier is None:
+            pairs.append(((loop.num_stages - 1, 0),))
+        else:
+            pairs[carrier] = ring
+        return cls(avals, carrier, num_sequences, tuple(pairs))
+
+    @property
+    def avals(self) -> list[Any]:
+        """The types of the arrays that are sent."""
+        sent = [wire_aval(aval) for aval in self.lanes_avals]
+        if self.carrier is None:
+            return [*sent, jax.ShapeDtypeStruct((self.num_sequences,), jnp.int32)]
+        carrier = sent[self.carrier]
+        sent[self.carrier] = jax.ShapeDtypeStruct(carrier.shape, _bits(carrier.dtype))
+        return sent
+
+    def pack(self, lanes: Sequence[Any], tokens: Any, device: LocalStage) -> list[Any]:
+        """The arrays to send, given the lanes' values and, on the last stage, the tokens."""
+        sent = [to_wire(x) for x in lanes]
+        if self.carrier is None:
+            return [*sent, tokens]
+        carrier = sent[self.carrier]
+        bits = lax.bitcast_convert_type(carrier, _bits(carrier.dtype))
+        is_last = device.stage == device.loop.num_stages - 1
+        sent[self.carrier] = jnp.where(is_last, _spread(tokens, bits), bits)
+        return sent
+
+    def lanes(self, arrived: Sequence[Any]) -> list[Any]:
+        """The lanes' values, as they are held, of what arrived."""
+        values = list(arrived[: len(self.lanes_avals)])
+        if self.carrier is not None:
+            aval = wire_aval(self.lanes_avals[self.carrier])
+            values[self.carrier] = lax.bitcast_convert_type(values[self.carrier], aval.dtype)
+        return values
+
+    def tokens(self, arrived: Sequence[Any]) -> Any:
+        """The tokens of what arrived at the first stage."""
+        if self.carrier is None:
+            return arrived[-1]
+        bits = arrived[self.carrier].reshape(self.num_sequences, -1)
+        parts = [bits[:, i].astype(jnp.uint32) for i in range(_parts_of(bits.dtype))]
+        # Shifted and joined, not cast as an array, which would be a kernel of its own on a GPU.
+        joined = reduce(
+            jnp.bitwise_or, [part << (8 * bits.dtype.itemsize * i) for i, part in enumerate(parts)]
+        )
+        return joined.astype(jnp.int32)
+
+
+def _carries(aval: Any, num_sequences: int) -> bool:
+    """Whether an array has room for a token in each of as many rows, in elements that can be joined
+    to one.
+    """
+    itemsize = np.dtype(aval.dtype).itemsize
+    rows = aval.shape[:1] == (num_sequences,)
+    return rows and itemsize in (2, 4) and int(np.prod(aval.shape[1:])) * itemsize >= TOKEN_BYTES
+
+
+def _bits(dtype: Any) -> Any:
+    return jnp.dtype(f"uint{np.dtype(dtype).itemsize * 8}")
+
+
+def _spread(tokens: Any, like: Any) -> Any:
+    """Tokens in the first elements of every row, the lowest bits first; behind them what stands in
+    `like`.
+    """
+    rows = like.reshape(like.shape[0], -1)
+    column = lax.broadcasted_iota(jnp.int32, rows.shape, 1)
+    for i in range(_parts_of(like.dtype)):
+        part = (tokens.astype(jnp.uint32) >> (8 * like.dtype.itemsize * i)).astype(like.dtype)
+        rows = jnp.where(column == i, part[:, None], rows)
+    return rows.reshape(like.shape)
+
+
+def _parts_of(dtype: Any) -> int:
+    """Elements that a token takes."""
+    return TOKEN_BYTES // dtype.itemsize

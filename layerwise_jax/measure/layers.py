@@ -1,0 +1,198 @@
+"""What layers and stages hold and do, read from programs compiled for the device that was asked
+for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layerwise_jax._jax import Literal
+from layerwise_jax.cost.device import DeviceSpec
+from layerwise_jax.cost.layer_cost import LayerCost
+from layerwise_jax.plan import Sizes
+from layerwise_jax.stage.cut import Stage, cut_stages
+from layerwise_jax.trace.canonical import CanonicalOps, canonicalize
+from layerwise_jax.trace.flops import count_work
+from layerwise_jax.trace.layers import LayerSequence
+from layerwise_jax.trace.program import Operand, Value, evaluate, nbytes
+from layerwise_jax.xla.aot import CompiledProgram, can_compile_for_absent_gpus, compile_for
+
+
+def measure_costs(
+    layers: LayerSequence, device: DeviceSpec | None = None, *, backward: bool = False
+) -> tuple[LayerCost, ...]:
+    """Compile every structurally distinct layer once and read its cost; no weight is in memory.
+
+    Args:
+      layers: the layers of one microbatch; the sizes are that microbatch's.
+      device: the device to compile for, which need not be there; None for the local one.
+      backward: measure forward plus backward, as training runs a layer, rather than forward alone.
+
+    Returns:
+      A `LayerCost` a layer: bytes of its weights, of what it passes on (the output feature map),
+      and of the workspace that the compiler allocates inside it.
+    """
+    return CompiledCosts(layers, device, backward=backward).costs()
+
+
+@dataclass(eq=False)
+class CompiledCosts:
+    """Measures layers, and runs of them, for one device; equal runs are compiled once.
+
+    Attributes:
+      layers: the layers of one microbatch.
+      device: the device to compile for; None for the local one.
+      backward: whether the vjp is measured too.
+      num_compiles: programs compiled so far.
+    """
+
+    layers: LayerSequence
+    device: DeviceSpec | None = None
+    backward: bool = False
+    num_compiles: int = 0
+    _fingerprints: dict[int, Hashable] = field(default_factory=dict, repr=False)
+    _known: dict[Hashable, CompiledProgram | None] = field(default_factory=dict, repr=False)
+
+    @property
+    def compiler(self) -> str:
+        """What compiles: the plan says so beside its sizes."""
+        if self._is_local:
+            return f"XLA for the local {jax.local_devices()[0].device_kind}"
+        if can_compile_for_absent_gpus():
+            return f"XLA:GPU for {self._spec.name}, which is not here"
+        return "shapes alone: there is no compiler for this device here (the extra 'aot' brings it)"
+
+    @property
+    def _spec(self) -> DeviceSpec:
+        assert self.device is not None
+        return self.device
+
+    @property
+    def _is_local(self) -> bool:
+        """Whether the local backend is the device's: a CPU's temporaries say nothing of a GPU's."""
+        if self.device is None or self.device.compute_capability is None:
+            return True
+        return jax.local_devices()[0].device_kind == self.device.name
+
+    def costs(self) -> tuple[LayerCost, ...]:
+        """The cost of every layer."""
+        return tuple(
+            self._cost(stage) for stage in cut_stages(self.layers, range(len(self.layers) + 1))
+        )
+
+    def stage_bytes(self, start: int, stop: int) -> int:
+        """Bytes that layers start..stop-1 hold at their peak when they are compiled as one stage.
+
+        That is less than the sum of their sizes, since workspace is used again by one layer after
+        the other.
+        """
+        boundaries = sorted({0, start, stop, len(self.layers)})
+        stage = cut_stages(self.layers, boundaries)[boundaries.index(start)]
+        compiled = self._compiled(stage, self._shape(stage))
+        if compiled is None:
+            return sum(
+                self._cost(each).size
+                for each in cut_stages(self.layers, range(len(self.layers) + 1))[start:stop]
+            )
+        return compiled.peak_bytes
+
+    def _cost(self, stage: Stage) -> LayerCost:
+        shape, made = self._shape(stage), made_outside(stage)
+        compiled = self._compiled(stage, shape)
+        avals = self.layers.program.avals
+        work = compiled or count_work(
+            jax.make_jaxpr(self._function(stage, shape))(*self._arguments(shape))
+        )
+        return LayerCost(
+            name=stage.layers[0],
+            weight_bytes=sum(nbytes(avals[x]) for x in shape.weights),
+            activation_bytes=sum(nbytes(avals[x]) for x in made),
+            buffer_bytes=compiled.temp_bytes + compiled.constant_bytes if compiled else 0,
+            flops=work.flops,
+            bytes_accessed=work.bytes_accessed,
+            peak_bytes=compiled.peak_bytes if compiled else 0,
+        )
+
+    def _shape(self, stage: Stage) -> CanonicalOps:
+        return canonicalize(self.layers.program, stage.ops, self._fingerprints)
+
+    def _compiled(self, stage: Stage, shape: CanonicalOps) -> CompiledProgram | None:
+        """The stage's program, compiled the first time that one of its shape is asked for; None
+        without a compiler.
+        """
+        key = shape.key, tuple(shape.made.index(x) for x in made_outside(stage))
+        if key not in self._known:
+            self._known[key] = self._compile(stage, shape)
+        return self._known[key]
+
+    def _compile(self, stage: Stage, shape: CanonicalOps) -> CompiledProgram | None:
+        if not self._is_local and not can_compile_for_absent_gpus():
+            return None
+        self.num_compiles += 1
+        target = None if self._is_local else self.device
+        return compile_for(
+            target, self._function(stage, shape), self._arguments(shape), weights=[0]
+        )
+
+    def _arguments(self, shape: CanonicalOps) -> tuple[list[Any], list[Any]]:
+        avals = self.layers.program.avals
+
+        def shapes(values: Sequence[Value]) -> list[Any]:
+            return [jax.ShapeDtypeStruct(avals[x].shape, avals[x].dtype) for x in values]
+
+        return shapes(shape.weights), shapes(shape.reads)
+
+    def _function(self, stage: Stage, shape: CanonicalOps) -> Any:
+        """(weights, reads) to what the stage makes and, backward, its gradients."""
+        program, made = self.layers.program, made_outside(stage)
+        names = (*shape.weights, *shape.reads)
+
+        def forward(weights: list[Any], reads: list[Any]) -> list[Any]:
+            env = {**program.constants, **dict(zip(names, (*weights, *reads), strict=True))}
+            return evaluate(stage.ops, env, made)
+
+        def both(weights: list[Any], reads: list[Any]) -> Any:
+            values = [*weights, *reads]
+            moves = [jnp.issubdtype(x.dtype, jnp.inexact) for x in values]
+
+            def of_moving(*moving: Any) -> list[Any]:
+                rest = iter(moving)
+                filled = [next(rest) if m else x for m, x in zip(moves, values, strict=True)]
+                outputs = forward(filled[: len(weights)], filled[len(weights) :])
+                return [x for x in outputs if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+            outputs, pull = jax.vjp(
+                of_moving, *(x for m, x in zip(moves, values, strict=True) if m)
+            )
+            return outputs, pull([jnp.ones_like(x) for x in outputs])
+
+        return both if self.backward else forward
+
+
+def measured_by_shape(layers: LayerSequence) -> Sizes:
+    """Weights and outputs of every layer, without compiling; the workspace is unknown and counted
+    as nothing.
+    """
+    avals = layers.program.avals
+    costs = tuple(
+        LayerCost(
+            stage.layers[0],
+            weight_bytes=sum(nbytes(avals[x]) for x in stage.weights),
+            activation_bytes=sum(nbytes(avals[x]) for x in made_outside(stage)),
+            buffer_bytes=0,
+        )
+        for stage in cut_stages(layers, range(len(layers) + 1))
+    )
+    return Sizes(costs, "any device", "shapes alone, without workspace")
+
+
+def made_outside(stage: Stage) -> tuple[Value, ...]:
+    """The values that a stage makes and others, or the caller, use."""
+    made = stage.made
+    used: list[Operand] = [*stage.sends, *stage.outputs.values()]
+    return tuple(dict.fromkeys(x for x in used if not isinstance(x, Literal) and x in made))

@@ -1,0 +1,6 @@
+"""Partitioning: exact cut points under a memory capacity, with certificates. Imports no JAX."""
+
+from layerwise_jax.partition.result import CapacityError, Partition
+from layerwise_jax.partition.solver import partition_layers, solve, solve_measured
+
+__all__ = ["partition_layers", "solve", "solve_measured", "CapacityError", "Partition"]

@@ -1,0 +1,67 @@
+"""The paper's greedy layer aggregation: each stage takes layers in order until the next would
+exceed the capacity C.
+
+It uses the fewest stages (where all places are alike and sub-runs of runs that fit do fit) and
+balances nothing: the last stage gets what is left. Loads play no part in it.
+"""
+
+from bisect import bisect_left
+
+import numpy as np
+
+from layerwise_jax.partition.certificate import refuse
+from layerwise_jax.partition.result import CapacityError
+from layerwise_jax.partition.solution import Solution
+from layerwise_jax.partition.stage_costs import Indices, StageCosts
+from layerwise_jax.partition.sweep import Optimum, least_bottleneck, sweep
+
+
+def greedy_plan(costs: StageCosts) -> Solution:
+    """Fill stage after stage to the capacity; with `exactly`, a layer is kept back for each stage
+    that is left.
+
+    Raises:
+        ValueError: there is no hard capacity to fill.
+        CapacityError: layers remain after the last stage.
+    """
+    problem = costs.problem
+    if problem.capacity is None or problem.is_soft:
+        raise ValueError(
+            "method='greedy' fills stages to a hard capacity: give one, or use method='dp'."
+        )
+    if problem.objective not in ("bottleneck", "stages"):
+        raise ValueError(
+            f"method='greedy' does not look at the {problem.objective}: use method='dp'."
+        )
+    boundaries = _fill(costs, problem.max_stages)
+    if boundaries[-1] < costs.num_blocks:
+        failed = sweep(costs, np.inf, problem.max_stages)
+        if not failed.is_complete:
+            refuse(costs, failed, problem.max_stages)
+        raise CapacityError(
+            "Greedy filling leaves layers over, though some partition may fit: use method='dp'."
+        )
+    boundaries = boundaries if costs.may_idle else np.unique(boundaries)
+    count = (
+        problem.max_stages
+        if problem.objective == "bottleneck"
+        else np.count_nonzero(np.diff(boundaries))
+    )
+    relaxed = least_bottleneck(costs.without_cuts(), int(count))
+    assert isinstance(relaxed, Optimum)
+    return Solution(costs, boundaries, relaxed.bound, relaxed.failed, "")
+
+
+def _fill(costs: StageCosts, num_stages: int) -> Indices:
+    """Boundaries from the front; they end before the last block where the stages do not suffice."""
+    last = costs.num_blocks
+    boundaries = [0]
+    for place in range(num_stages - 1, -1, -1):
+        start = boundaries[-1]
+        most = max(start, last - place) if costs.problem.exactly else last
+        stops = range(start + 1, most + 1)
+        too_long = bisect_left(
+            stops, True, key=lambda stop: not costs.is_allowed(start, stop, place)
+        )
+        boundaries.append(start + too_long)
+    return np.asarray(boundaries, dtype=np.int64)

@@ -1,0 +1,135 @@
+"""From a problem to a plan: the objectives other than the bottleneck, each by way of
+bottlenecks.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from layerwise_jax.partition.bottleneck import (
+    answers,
+    are_cuts_prunable,
+    bottleneck_plan,
+    is_sweep_exact,
+    largest_conceivable_load,
+)
+from layerwise_jax.partition.certificate import fewest_stages, refuse
+from layerwise_jax.partition.search import least_totals, run_table
+from layerwise_jax.partition.solution import Solution, objective_value
+from layerwise_jax.partition.stage_costs import StageCosts
+from layerwise_jax.partition.sweep import lower_bound, prune_cuts, sweep
+
+_EVERY_COUNT = "every number of stages was solved or bounded."
+_EVERY_BOUND = "the least sum of loads was searched under every bottleneck that could win."
+
+
+def optimal_plan(costs: StageCosts) -> Solution:
+    """The plan that is best by the problem's objective.
+
+    Raises:
+        CapacityError: no partition satisfies the constraints.
+    """
+    num_stages = costs.problem.max_stages
+    if costs.problem.objective == "stages":
+        return fewest_stages_plan(costs)
+    if costs.problem.objective == "lockstep_makespan":
+        return lockstep_plan(costs)
+    plan = bottleneck_plan(costs, num_stages)
+    return makespan_plan(costs, plan) if costs.problem.objective == "makespan" else plan
+
+
+def fewest_stages_plan(costs: StageCosts) -> Solution:
+    """As few stages as fit, whatever their load; among those, the smallest bottleneck."""
+    most = costs.problem.max_stages
+    fewest = fewest_stages(costs)
+    if fewest is None or fewest > most:
+        refuse(costs, sweep(costs, np.inf, most), most)
+    if not costs.forbidden_runs:
+        return bottleneck_plan(costs, fewest)
+    table = run_table(costs, largest_conceivable_load(costs, most), most)
+    counts = np.flatnonzero(np.isfinite(least_totals(table, most, np.maximum).totals))
+    return bottleneck_plan(costs, int(counts[0])) if len(counts) else refuse(costs, None, most)
+
+
+def lockstep_plan(costs: StageCosts) -> Solution:
+    """The smallest (microbatches - 1 + stages) * bottleneck: every tick waits for the heaviest
+    stage.
+    """
+    most = costs.problem.max_stages
+    plan = bottleneck_plan(costs, most)
+    if costs.problem.exactly or costs.may_idle:
+        best = plan
+    elif is_sweep_exact(costs) or are_cuts_prunable(costs):
+        best = _swept_lockstep_plan(costs, plan)
+    else:
+        best = _searched_lockstep_plan(costs, plan)
+    return replace(best, lower_bound=objective_value(costs, best.loads))
+
+
+def _swept_lockstep_plan(costs: StageCosts, best: Solution) -> Solution:
+    """Each number of stages, the most promising first, until the bound of the next is no better
+    than the best.
+    """
+    extra, fewest = costs.problem.num_microbatches - 1, fewest_stages(costs)
+    assert fewest is not None
+    bounds = {
+        count: (extra + count) * lower_bound(costs, count)
+        for count in range(fewest, costs.problem.max_stages + 1)
+    }
+    for count in sorted(bounds, key=bounds.__getitem__):
+        if bounds[count] >= objective_value(costs, best.loads):
+            break
+        best = _better(costs, best, bottleneck_plan(costs, count))
+    return replace(best, failed=None, proof=_EVERY_COUNT)
+
+
+def _searched_lockstep_plan(costs: StageCosts, best: Solution) -> Solution:
+    """One search gives the bottleneck for every number of stages; no bottleneck above the best
+    value is of use.
+    """
+    most, extra = costs.problem.max_stages, costs.problem.num_microbatches - 1
+    table = run_table(costs, objective_value(costs, best.loads) / (extra + 1), most)
+    totals = least_totals(table, most, np.maximum).totals
+    count = 1 + int(((extra + np.arange(1, most + 1)) * totals[1:]).argmin())
+    evened = least_totals(replace(table, bound=totals[count]), most, np.add, power=2)
+    return replace(
+        _better(costs, best, Solution(costs, evened.boundaries(count), 0.0)), proof=_EVERY_COUNT
+    )
+
+
+def makespan_plan(costs: StageCosts, plan: Solution) -> Solution:
+    """The smallest sum of loads + (microbatches - 1) * bottleneck: stages that each start when
+    their input is there.
+
+    Where the sum is the same for every partition the smallest bottleneck decides. Elsewhere the
+    bound on the bottleneck comes down from the highest that could still win, each time with the
+    least sum under it, until none can.
+    """
+    if costs.has_fixed_total:
+        return replace(plan, lower_bound=objective_value(costs, plan.loads))
+    costs = prune_cuts(costs) if are_cuts_prunable(costs) else costs
+    extra, most = costs.problem.num_microbatches - 1, costs.problem.max_stages
+    least_bottleneck, best, least_sum = plan.lower_bound, plan, 0.0
+    bound = largest_conceivable_load(costs, most)
+    while bound >= least_bottleneck:
+        value = objective_value(costs, best.loads)
+        bound = min(bound, value - least_sum if extra == 0 else (value - least_sum) / extra)
+        search = least_totals(run_table(costs, bound, most), most, np.add)
+        totals = answers(costs, search.totals)
+        least_sum = float(totals.min())
+        if least_sum + extra * least_bottleneck >= value:
+            break
+        found = Solution(costs, search.boundaries(int(totals.argmin())), 0.0)
+        best = _better(costs, best, found)
+        bound = np.nextafter(found.loads.max(), -np.inf)
+    return replace(
+        best, lower_bound=objective_value(costs, best.loads), failed=None, proof=_EVERY_BOUND
+    )
+
+
+def _better(costs: StageCosts, first: Solution, second: Solution) -> Solution:
+    return (
+        second
+        if objective_value(costs, second.loads) < objective_value(costs, first.loads)
+        else first
+    )

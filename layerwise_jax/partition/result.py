@@ -1,0 +1,214 @@
+"""The answers: a `Partition` or a `CapacityError`, each with its certificate and what blocks a
+better answer.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+_STAGES_PRINTED = 64
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Contiguous stages: stage s holds the layers `boundaries[s]` to `boundaries[s + 1] - 1`.
+
+    Attributes:
+        boundaries: 0 = boundaries[0] < ... < boundaries[-1] = n.
+        stage_loads: seconds (or the unit that was given) a stage, cuts included.
+        stage_bytes: bytes a stage.
+        lower_bound: what no partition's objective can beat, in the unit of the loads.
+        objective: which figure was made small: "bottleneck", "stages", "makespan" or
+          "lockstep_makespan".
+        objective_value: that figure for this partition.
+        method: "dp" or "greedy".
+        devices: for each stage, the index of its device; all in order, and some may stay idle.
+        capacity: bytes of each stage's device; None without a capacity.
+        fewest_stages: the fewest stages that fit the capacity, where that was counted.
+        blocking_layer: the layer whose move to the neighbouring stage would come closest to
+            helping, or that is a stage by itself; None where the heaviest stage is the only one.
+        blocking_constraint: "load", "memory", "constraint" or "single layer": what refuses that
+          move.
+        limits: the same as a sentence.
+        certificate: runs of layers (start, stop), none of which can be one stage of a better
+            partition. Each needs a boundary strictly inside, no two share one, and there are as
+            many runs as stages: one boundary too few. Where memory depends on a stage's place in
+            the schedule, the runs count at theirs, from the end. Empty where the lower bound has
+            another reason, which `proof` gives.
+        proof: why the lower bound holds.
+        measured: (start, stop, bytes) of every stage that was measured on the way, if any was.
+    """
+
+    boundaries: tuple[int, ...]
+    stage_loads: tuple[float, ...]
+    stage_bytes: tuple[float, ...]
+    lower_bound: float
+    objective: str
+    objective_value: float
+    method: str
+    devices: tuple[int, ...]
+    capacity: tuple[float, ...] | None
+    fewest_stages: int | None
+    blocking_layer: int | None
+    blocking_constraint: str | None
+    limits: str
+    certificate: tuple[tuple[int, int], ...]
+    proof: str
+    measured: tuple[tuple[int, int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        steps = zip(self.boundaries, self.boundaries[1:], strict=False)
+        if (
+            len(self.boundaries) < 2
+            or self.boundaries[0] != 0
+            or any(stop <= start for start, stop in steps)
+        ):
+            raise ValueError(
+                f"boundaries are {self.boundaries}; increasing layer indices from 0 are wanted."
+            )
+        for name in ("stage_loads", "stage_bytes", "devices", "capacity"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.num_stages:
+                raise ValueError(
+                    f"{name} has {len(values)} entries; one for each of {self.num_stages} stages "
+                    "is wanted."
+                )
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.boundaries) - 1
+
+    @property
+    def num_layers(self) -> int:
+        return self.boundaries[-1]
+
+    @property
+    def bottleneck(self) -> float:
+        """The largest stage load."""
+        return max(self.stage_loads)
+
+    @property
+    def gap(self) -> float:
+        """How far the objective may be from the optimum, as a share of the lower bound; 0 is proven
+        optimal.
+        """
+        if self.objective_value <= self.lower_bound:
+            return 0.0
+        return math.inf if self.lower_bound == 0 else self.objective_value / self.lower_bound - 1
+
+    @property
+    def is_optimal(self) -> bool:
+        return self.gap == 0
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """The run of layers (start, stop) of each stage."""
+        return tuple(zip(self.boundaries, self.boundaries[1:], strict=False))
+
+    def stage_of(self, layer: int) -> int:
+        """The stage that holds a layer."""
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer is {layer}; an index in 0..{self.num_layers - 1} is wanted.")
+        return next(stage for stage, stop in enumerate(self.boundaries[1:]) if layer < stop)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and None, ready for JSON."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Partition":
+        """The partition that `to_dict` wrote.
+
+        Raises:
+            ValueError: an entry is missing, unknown or contradicts another one.
+        """
+        wanted, given = {field.name for field in fields(cls)}, set(values)
+        if wanted != given:
+            raise ValueError(
+                f"not a Partition's entries; missing: {sorted(wanted - given)}, unknown: "
+                f"{sorted(given - wanted)}."
+            )
+        return cls(**{name: _frozen(value) for name, value in values.items()})
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.num_layers} layers over {self.num_stages} stages by {self.method}: "
+            f"bottleneck {self.bottleneck:.6g}, lower bound {self.lower_bound:.6g}, gap "
+            f"{self.gap:.2%}"
+        )
+        if self.objective != "bottleneck":
+            head += f", {self.objective} {self.objective_value:.6g}"
+        if self.fewest_stages is not None:
+            head += f", fewest stages that fit {self.fewest_stages}"
+        return "\n".join([head, *self._rows(), self.limits, f"Lower bound: {self.proof}"])
+
+    def _rows(self) -> list[str]:
+        rows = [f"{'stage':>5} {'layers':>13} {'load':>12} {'bytes':>16} {'of capacity':>11}"]
+        for stage, (start, stop) in enumerate(self.stages[:_STAGES_PRINTED]):
+            share = (
+                ""
+                if self.capacity is None
+                else f"{_share(self.stage_bytes[stage], self.capacity[stage]):.1%}"
+            )
+            rows.append(
+                f"{stage:>5} {f'{start}..{stop - 1}':>13} {self.stage_loads[stage]:>12.6g} "
+                f"{self.stage_bytes[stage]:>16,.0f} {share:>11}".rstrip()
+            )
+        hidden = self.num_stages - _STAGES_PRINTED
+        return rows + ([f"... and {hidden} more stages"] if hidden > 0 else [])
+
+
+class CapacityError(ValueError):
+    """No partition satisfies the constraints. The message names the smallest thing that is in the
+    way.
+
+    Attributes:
+        layers: the layers (start, stop) that exceed the capacity by themselves, or None.
+        needed_bytes: what those layers need; NaN where nothing was measured.
+        capacity: the capacity in bytes of the device in question.
+        fewest_stages: the number of stages that would do, where one is known.
+        certificate: runs of layers, none of which can be one stage. Each needs a boundary of its
+            own, and there are more of them than boundaries between stages; or, where stages were
+            measured, those that do not fit. Empty where devices differ.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        layers: tuple[int, int] | None = None,
+        needed_bytes: float = math.nan,
+        capacity: float = math.nan,
+        fewest_stages: int | None = None,
+        certificate: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        super().__init__(message)
+        self.layers = layers
+        self.needed_bytes = needed_bytes
+        self.capacity = capacity
+        self.fewest_stages = fewest_stages
+        self.certificate = tuple(certificate)
+
+    def with_note(self, note: str) -> "CapacityError":
+        """The same error with a sentence more."""
+        return CapacityError(
+            f"{self} {note}",
+            layers=self.layers,
+            needed_bytes=self.needed_bytes,
+            capacity=self.capacity,
+            fewest_stages=self.fewest_stages,
+            certificate=self.certificate,
+        )
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else (0.0 if part == 0 else math.inf)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(entry) for entry in value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,298 @@
+"""All strategies for one step side by side: predicted, measured where somebody did, and which to
+choose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from layerwise_jax._arguments import checked_int
+from layerwise_jax._tables import render
+from layerwise_jax.cost.capacity import CapacityBound, capacity_bound
+from layerwise_jax.cost.device import DeviceSpec
+from layerwise_jax.cost.layer_cost import LayerCost
+from layerwise_jax.simulate.advice import advise, rate_unit, shape_text, time_text
+from layerwise_jax.simulate.calibration import STOCK, Calibration
+from layerwise_jax.simulate.predictor import (
+    Prediction,
+    Strategy,
+    best_strategies,
+    dense_decode,
+    ideal_per_second,
+    predict,
+)
+from layerwise_jax.simulate.records import Measurement, measurements
+from layerwise_jax.simulate.work import StepWork
+
+COMPARISON_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What every strategy takes for one step.
+
+    Attributes:
+      work: the step.
+      device: the device.
+      num_devices: how many of them.
+      calibration: how far programs are taken to stay behind the device's figures.
+      rows: a prediction for every strategy, the fastest first, those that fit no memory last.
+      alone: the same for one example alone, which is what its latency can be; none for training.
+      measured: for every row, the measurement that belongs to it, or None.
+    """
+
+    work: StepWork
+    device: DeviceSpec
+    num_devices: int
+    calibration: Calibration
+    rows: tuple[Prediction, ...]
+    alone: tuple[Prediction, ...]
+    measured: tuple[Measurement | None, ...]
+
+    @property
+    def best_throughput(self) -> Prediction:
+        """The most examples a second of what fits memory (of all, if nothing does)."""
+        return _first(self.rows)
+
+    @property
+    def best_latency(self) -> Prediction:
+        """The least seconds a step for one example alone. With the whole batch, fastest is best for
+        throughput too.
+        """
+        return _first(self.alone or self.rows)
+
+    @property
+    def advice(self) -> str:
+        """What to choose, whether layer-wise is it, and why."""
+        return advise(self.rows, self.best_latency if self.alone else None)
+
+    @property
+    def verdict(self) -> CapacityBound:
+        """The capacity law for these layers on these devices."""
+        costs = [
+            LayerCost(layer.name, math.ceil(layer.weight_bytes), 0, 0) for layer in self.work.layers
+        ]
+        return capacity_bound(
+            costs, self.device, self.num_devices, bits=8 * self.work.weight_item_bytes
+        )
+
+    @property
+    def ideal_per_second(self) -> float:
+        """Tokens a second if weights and caches were read once a step and nothing else took
+        time.
+        """
+        return ideal_per_second(self.work, self.device, self.num_devices)
+
+    def row(self, name: str | None = None, **mesh: int) -> Prediction:
+        """The fastest row of a strategy's name, of a mesh (`stage=2, tensor=8`), or of both.
+
+        Raises:
+          ValueError: there is none.
+        """
+        found = [
+            row
+            for row in self.rows
+            if name in (None, row.strategy.name)
+            and all(row.strategy.mesh.get(a) == n for a, n in mesh.items())
+        ]
+        if not found:
+            known = ", ".join(shape_text(row) for row in self.rows)
+            raise ValueError(f"No row is called {name!r} with the mesh {mesh}; there are {known}.")
+        return found[0]
+
+    def with_rows(self, *strategies: Strategy) -> Comparison:
+        """With rows for these strategies too, on however many devices."""
+        more = [
+            predict(self.work, strategy, self.device, self.calibration) for strategy in strategies
+        ]
+        return _sorted(
+            self, [*zip(self.rows, self.measured, strict=True), *((row, None) for row in more)]
+        )
+
+    def beside(self, records: Iterable[Mapping[str, Any]]) -> Comparison:
+        """With what was measured of the same step on the same mesh: see `simulate_records` for the
+        records.
+
+        Of several measurements for a row the last counts.
+        """
+        found = [each for each in measurements(records) if _is_same_work(each.work, self.work)]
+        measured = [
+            next(
+                (
+                    each
+                    for each in reversed(found)
+                    if _is_same_strategy(each.strategy, row, self.work)
+                ),
+                old,
+            )
+            for row, old in zip(self.rows, self.measured, strict=True)
+        ]
+        return dataclasses.replace(self, measured=tuple(measured))
+
+    def to_json(self) -> str:
+        """All figures as JSON text."""
+        rows = []
+        for row, measured in zip(self.rows, self.measured, strict=True):
+            figures = row.to_dict()
+            if measured:
+                figures |= {"measured_step_seconds": measured.seconds, "error": measured.error(row)}
+            rows.append(figures)
+        document = {
+            "version": COMPARISON_VERSION,
+            "device": self.device.name,
+            "num_devices": self.num_devices,
+            "work": dataclasses.asdict(self.work),
+            "calibration": dataclasses.asdict(self.calibration),
+            "ideal_per_second": self.ideal_per_second,
+            "rows": rows,
+            "best_throughput": self.best_throughput.to_dict(),
+            "best_latency": self.best_latency.to_dict(),
+            "advice": self.advice,
+        }
+        return json.dumps(document, indent=1)
+
+    def __str__(self) -> str:
+        return render(_table(self)) + _footer(self)
+
+
+def compare_work(
+    work: StepWork, device: DeviceSpec, num_devices: int, calibration: Calibration = STOCK
+) -> Comparison:
+    """Predict a step for every way of spreading it over `num_devices`, and for one device alone.
+
+    Args:
+      work: the step.
+      device: the device.
+      num_devices: how many of them, all linked alike.
+      calibration: how far programs stay behind the device's figures; `fit_calibration` makes one
+        from measurements.
+
+    Raises:
+      ValueError: there is no device.
+    """
+    num_devices = checked_int("num_devices", num_devices)
+    rows = best_strategies(work, num_devices, device, calibration)
+    alone = []
+    if work.kind != "training":
+        alone = best_strategies(
+            dataclasses.replace(work, batch=1), num_devices, device, calibration
+        )
+    found = Comparison(work, device, num_devices, calibration, (), _ranked(alone), ())
+    return _sorted(found, [(row, None) for row in rows])
+
+
+def compare_dense(
+    device: DeviceSpec, num_devices: int, calibration: Calibration = STOCK, **model: Any
+) -> Comparison:
+    """`compare_work` for token generation by a dense network, by default the 16-layer one: see
+    `dense_decode`.
+    """
+    return compare_work(dense_decode(**model), device, num_devices, calibration)
+
+
+def _rank(row: Prediction) -> tuple[bool, float, int]:
+    """What fits memory first, then the faster, of equals the one with fewer devices."""
+    return not row.fits_memory, row.step_seconds, row.strategy.num_devices
+
+
+def _ranked(rows: Iterable[Prediction]) -> tuple[Prediction, ...]:
+    return tuple(sorted(rows, key=_rank))
+
+
+def _first(rows: Sequence[Prediction]) -> Prediction:
+    return min(rows, key=_rank)
+
+
+def _sorted(
+    comparison: Comparison, pairs: list[tuple[Prediction, Measurement | None]]
+) -> Comparison:
+    rows, measured = zip(*sorted(pairs, key=lambda pair: _rank(pair[0])), strict=True)
+    return dataclasses.replace(comparison, rows=rows, measured=measured)
+
+
+def _is_same_work(one: StepWork, other: StepWork) -> bool:
+    """Whether they have the same layers, by their bytes, for as many examples: names and dtypes of
+    a width aside.
+    """
+    if (one.kind, one.batch, len(one.layers)) != (other.kind, other.batch, len(other.layers)):
+        return False
+    return math.isclose(one.read_bytes, other.read_bytes) and math.isclose(
+        one.state_bytes, other.state_bytes
+    )
+
+
+def _is_same_strategy(strategy: Strategy, row: Prediction, work: StepWork) -> bool:
+    same_groups = strategy.num_groups(work.batch) == row.strategy.num_groups(work.batch)
+    return strategy.mesh == row.strategy.mesh and same_groups
+
+
+def _table(comparison: Comparison) -> Table:
+    work, unit = comparison.work, rate_unit(comparison.work)
+    table = Table(
+        title=f"{work.kind} of {len(work.layers)} layers, batch {work.batch}, on "
+        f"{comparison.num_devices} x "
+        f"{comparison.device.name}; ideally {comparison.ideal_per_second:,.0f} {unit}",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("strategy", no_wrap=True)
+    table.add_column("d x s x t", no_wrap=True)
+    for name in ("groups", "step", unit, "bound", "GB each", "MB sent", "in cache"):
+        table.add_column(name, justify="right")
+    table.add_column("bound by")
+    has_measured = any(comparison.measured)
+    for name in ("measured", "error") if has_measured else ():
+        table.add_column(name, justify="right")
+    for row, measured in zip(comparison.rows, comparison.measured, strict=True):
+        table.add_row(*_cells(row), *(_beside(row, measured) if has_measured else ()))
+    return table
+
+
+def _cells(row: Prediction) -> list[str]:
+    return [
+        row.strategy.name,
+        " x ".join(str(size) for size in row.strategy.mesh.values()),
+        str(row.num_groups),
+        time_text(row.step_seconds),
+        f"{row.tokens_per_second:,.0f}",
+        f"{row.lower_bound_per_second:,.0f}",
+        f"{row.bytes_per_device / 1e9:.3g}{'' if row.fits_memory else '!'}",
+        f"{row.link_bytes / 1e6:,.3g}",
+        "yes" if row.is_resident else "no",
+        row.bound_by,
+    ]
+
+
+def _beside(row: Prediction, measured: Measurement | None) -> tuple[str, str]:
+    if measured is None:
+        return "", ""
+    return f"{measured.tokens_per_second:,.0f}", f"{measured.error(row):+.1%}"
+
+
+def _footer(comparison: Comparison) -> str:
+    lines = [
+        (
+            "d x s x t: replicas (data), stages, tensor ways. GB each: the fullest "
+            "device; ! is more "
+            "than it has."
+        )
+    ]
+    lines += [
+        (
+            "bound: what arithmetic and reading weights and caches allow, as often as the strategy "
+            "reads them."
+        )
+    ]
+    lines += [
+        comparison.advice,
+        str(comparison.verdict),
+        f"Constants: {comparison.calibration.source}.",
+    ]
+    return "\n".join(lines) + "\n"

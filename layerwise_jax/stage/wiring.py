@@ -1,0 +1,250 @@
+"""Where every value that a stage reads comes from, and where what it makes goes: the loop's wiring,
+in plain numbers.
+
+Values cross boundaries in lanes. A lane is one array of fixed shape that every tick moves from some
+stages to the next, between just the pairs of stages that need it. A lane carries either the same
+result of every sender's body, or whatever the sender's branch puts in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from layerwise_jax._jax import Literal
+from layerwise_jax.stage.align import Alignment
+from layerwise_jax.stage.cut import Stage
+from layerwise_jax.trace.program import Op, Operand, Program, Value
+
+
+@dataclass(frozen=True)
+class FromInput:
+    """An input of the current microbatch."""
+
+    input: int
+
+
+@dataclass(frozen=True)
+class FromConstant:
+    """A constant of the program."""
+
+    value: Value
+
+
+@dataclass(frozen=True)
+class FromBody:
+    """A result of the body."""
+
+    result: int
+
+
+@dataclass(frozen=True)
+class FromBranch:
+    """A result of the stage's branch."""
+
+    result: int
+
+
+@dataclass(frozen=True)
+class FromLane:
+    """What came over a lane; on the first stage something else."""
+
+    lane: int
+    first: FromInput | FromBranch
+
+
+Source = FromInput | FromConstant | FromLane | FromBody | FromBranch
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What moves from stage s to stage s + 1.
+
+    Attributes:
+      aval: shape and dtype of what it carries.
+      values: for every sender s in 0..k-2, the value, or None where the lane is idle.
+      source: the result of the body, or of the branch, that it carries.
+    """
+
+    aval: Any
+    values: tuple[Value | None, ...]
+    source: FromBody | FromBranch
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a gradient comes back for what it carries."""
+        return jnp.issubdtype(self.aval.dtype, jnp.inexact)
+
+    def pairs(self, num_devices: int) -> list[tuple[int, int]]:
+        """(sender, receiver) pairs of devices for a `ppermute`; stage s lives on device s %
+        num_devices.
+        """
+        senders = [s for s, value in enumerate(self.values) if value is not None]
+        return sorted({(s % num_devices, (s + 1) % num_devices) for s in senders})
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where an output of the program appears: on which stage, from what, and how many ticks
+    late.
+    """
+
+    stage: int
+    source: FromBody | FromBranch
+    lag: int
+
+
+@dataclass(frozen=True, eq=False)
+class Wiring:
+    """The loop's wiring.
+
+    Attributes:
+      lanes: what crosses boundaries.
+      body_reads: the source of every value that the body reads.
+      kept: the values that the last stage's `after` reads a tick later, and their sources.
+      outputs: every output of the program.
+      branch_results: for every result that the branches return: its type, and each stage's value
+        (None: zeros).
+      needs_branch: whether there is a branch at all.
+    """
+
+    lanes: tuple[Lane, ...]
+    body_reads: tuple[Source, ...]
+    kept: tuple[tuple[Value, FromBody | FromBranch], ...]
+    outputs: tuple[Output, ...]
+    branch_results: tuple[tuple[Any, tuple[Operand | None, ...]], ...]
+
+    @property
+    def body_results(self) -> tuple[int, ...]:
+        """Which results of the body anything uses."""
+        sources = [
+            *(lane.source for lane in self.lanes),
+            *(s for _, s in self.kept),
+            *(o.source for o in self.outputs),
+        ]
+        return tuple(sorted({source.result for source in sources if isinstance(source, FromBody)}))
+
+    @property
+    def needs_branch(self) -> bool:
+        return bool(self.branch_results)
+
+    @property
+    def lag(self) -> int:
+        """Ticks by which the last output comes after its microbatch has left the last stage's
+        body.
+        """
+        return max((output.lag for output in self.outputs), default=0)
+
+
+def wire(program: Program, stages: Sequence[Stage], alignment: Alignment) -> Wiring:
+    """Decide lanes and sources for stages split as `alignment` says."""
+    return _Wirer(program, stages, alignment).wire()
+
+
+class _Wirer:
+    def __init__(self, program: Program, stages: Sequence[Stage], alignment: Alignment):
+        self.program, self.stages, self.parts = program, stages, alignment.parts
+        self.body_results = [
+            {x: j for j, x in enumerate(part.shape.made)} for part in alignment.parts
+        ]
+        self.branch_results: list[tuple[Any, list[Operand | None]]] = []
+        self.lanes: list[tuple[Any, list[Value | None], int | None]] = []
+        self.inputs = {value: j for j, value in enumerate(program.inputs)}
+
+    def wire(self) -> Wiring:
+        for s, stage in enumerate(self.stages[:-1]):
+            self._fill_lanes(s, stage)
+        reads = tuple(
+            self._body_read(values)
+            for values in zip(*(p.shape.reads for p in self.parts), strict=True)
+        )
+        kept = tuple((x, self._on_last_stage(x)) for x in self._reads_of_after())
+        outputs = tuple(self._output(position) for position in range(len(self.program.outputs)))
+        lanes = tuple(self._lane(*lane) for lane in self.lanes)
+        results = tuple((aval, tuple(values)) for aval, values in self.branch_results)
+        return Wiring(lanes, reads, kept, outputs, results)
+
+    def _lane(self, aval: Any, values: list[Value | None], result: int | None) -> Lane:
+        source = self._branch_result(aval, [*values, None]) if result is None else FromBody(result)
+        return Lane(aval, tuple(values), source)
+
+    def _fill_lanes(self, s: int, stage: Stage) -> None:
+        for x in stage.sends:
+            aval, result = self.program.avals[x], self.body_results[s].get(x)
+            lane = next((lane for lane in self.lanes if self._fits(lane, s, x, result)), None)
+            if lane is None:
+                idle: list[Value | None] = [None] * (len(self.stages) - 1)
+                lane = (aval, idle, result)
+                self.lanes.append(lane)
+            lane[1][s] = x
+
+    def _fits(
+        self, lane: tuple[Any, list[Value | None], int | None], s: int, x: Value, result: int | None
+    ) -> bool:
+        aval, values, carried = lane
+        same = (aval.shape, aval.dtype) == (
+            self.program.avals[x].shape,
+            self.program.avals[x].dtype,
+        )
+        return same and carried == result and values[s] is None
+
+    def _body_read(self, values: Sequence[Value]) -> Source:
+        """The source of one value that all bodies read, given each stage's value."""
+        first, *rest = values
+        if all(x in self.inputs for x in values) and len(set(values)) == 1:
+            return FromInput(self.inputs[first])
+        if all(x in self.program.constants for x in values) and self._same_constants(values):
+            return FromConstant(first)
+        lanes = {self._lane_into(s, x) for s, x in enumerate(rest, start=1)}
+        lane = lanes.pop() if len(lanes) == 1 else None
+        if lane is None:
+            return self._branch_result(self.program.avals[first], list(values))
+        if first in self.inputs:
+            return FromLane(lane, FromInput(self.inputs[first]))
+        return FromLane(
+            lane, self._branch_result(self.program.avals[first], [first, *[None] * len(rest)])
+        )
+
+    def _same_constants(self, values: Sequence[Value]) -> bool:
+        arrays = [self.program.constants[x] for x in values]
+        return all(
+            array is arrays[0] or np.array_equal(np.asarray(array), np.asarray(arrays[0]))
+            for array in arrays
+        )
+
+    def _lane_into(self, s: int, x: Value) -> int | None:
+        return next((j for j, (_, values, _) in enumerate(self.lanes) if values[s - 1] == x), None)
+
+    def _reads_of_after(self) -> list[Value]:
+        after: tuple[Op, ...] = self.parts[-1].after
+        made = {x for op in after for x in op.results}
+        known = {*made, *self.program.weights, *self.program.constants, *self.program.inputs}
+        return list(dict.fromkeys(x for op in after for x in op.values if x not in known))
+
+    def _on_last_stage(self, x: Value) -> FromBody | FromBranch:
+        last = len(self.stages) - 1
+        if x in self.body_results[last]:
+            return FromBody(self.body_results[last][x])
+        return self._branch_result(self.program.avals[x], [None] * last + [x])
+
+    def _output(self, position: int) -> Output:
+        s = next(s for s, stage in enumerate(self.stages) if position in stage.outputs)
+        operand = self.stages[s].outputs[position]
+        if not isinstance(operand, Literal) and operand in self.body_results[s]:
+            return Output(s, FromBody(self.body_results[s][operand]), 0)
+        lag = int(
+            not isinstance(operand, Literal)
+            and any(operand in op.results for op in self.parts[s].after)
+        )
+        aval = self.program.aval(operand)
+        values: list[Operand | None] = [None] * len(self.stages)
+        values[s] = operand
+        return Output(s, self._branch_result(aval, values), lag)
+
+    def _branch_result(self, aval: Any, values: Sequence[Operand | None]) -> FromBranch:
+        self.branch_results.append((aval, list(values)))
+        return FromBranch(len(self.branch_results) - 1)

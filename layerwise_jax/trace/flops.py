@@ -1,0 +1,261 @@
+"""Count what a traced program computes and moves, with every loop body counted as often as it runs.
+
+XLA's own `cost_analysis` counts the body of a loop once and is empty for a device that is not
+there, so it is not used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# Nothing is computed, and XLA fuses it into whatever reads it.
+MOVES = frozenset(
+    "broadcast_in_dim reshape transpose squeeze expand_dims slice pad concatenate rev iota copy "
+    "copy_p split select_n "
+    "convert_element_type bitcast_convert_type reduce_precision stop_gradient device_put "
+    "sharding_constraint pvary "
+    "ppermute all_gather all_to_all axis_index optimization_barrier random_wrap random_unwrap "
+    "name stack "
+    "unstack".split()
+)
+
+# Read only the rows that they are asked for, and write as much.
+PARTIAL_READS = frozenset({"gather", "dynamic_slice"})
+
+# Write in place, into rows of their first operand: (which operand holds the rows).
+PARTIAL_WRITES = {"dynamic_update_slice": 1} | dict.fromkeys(
+    ("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max"), 2
+)
+
+# Whole arrays in, one operation an element.
+REDUCTIONS = frozenset(
+    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin "
+    "reduce reduce_window "
+    "reduce_window_sum reduce_window_max reduce_window_min cumsum cumprod cummax cummin "
+    "cumlogsumexp "
+    "select_and_scatter_add".split()
+)
+
+# Run one jaxpr on just their operands.
+CALLS = frozenset(
+    {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call"}
+)
+
+# Their work is decided elsewhere: by a library, or by code that is no jaxpr.
+OPAQUE = frozenset(
+    "ffi_call custom_call pallas_call pure_callback io_callback debug_callback cholesky lu qr "
+    "eigh eig svd schur "
+    "triangular_solve tridiagonal_solve householder_product fft custom_linear_solve".split()
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a program does.
+
+    Attributes:
+      flops: floating-point operations (a multiply-add is two).
+      bytes_accessed: bytes read and written by the operations that XLA does not fuse away
+        (products, convolutions, reductions, gathers, scatters, sorts).
+      uncounted: operations whose work is not known, in the order in which they are met: calls of
+        libraries and kernels (counted as their arguments read and results written), and loops whose
+        number of turns is not known before they run (counted as one turn).
+    """
+
+    flops: float = 0.0
+    bytes_accessed: float = 0.0
+    uncounted: tuple[str, ...] = ()
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.flops + other.flops,
+            self.bytes_accessed + other.bytes_accessed,
+            _merged(self.uncounted, other.uncounted),
+        )
+
+    def __mul__(self, repeats: int) -> Work:
+        return Work(self.flops * repeats, self.bytes_accessed * repeats, self.uncounted)
+
+    def __or__(self, other: Work) -> Work:
+        """Either of the two: the larger in each respect."""
+        return Work(
+            max(self.flops, other.flops),
+            max(self.bytes_accessed, other.bytes_accessed),
+            _merged(self.uncounted, other.uncounted),
+        )
+
+
+def count_work(jaxpr: Any) -> Work:
+    """The work of a jaxpr (closed or not) on one device.
+
+    Inputs are read and outputs written at least once, but of an input that is only looked up in (an
+    embedding table) just the rows. What no output depends on is left out, as XLA leaves it out. A
+    `shard_map` counts as one device's share, a `cond` as the larger branch in each respect.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    work, whole = _body(jaxpr), _read_whole(jaxpr)
+    boundary = sum(_nbytes(x) for i, x in enumerate(jaxpr.invars) if i in whole) + sum(
+        map(_nbytes, jaxpr.outvars)
+    )
+    return Work(work.flops, max(work.bytes_accessed, boundary), work.uncounted)
+
+
+def _body(jaxpr: Any) -> Work:
+    return sum((_equation(eqn) for eqn in _live_equations(getattr(jaxpr, "jaxpr", jaxpr))), Work())
+
+
+def _live_equations(jaxpr: Any) -> list[Any]:
+    """The equations that an output or an effect depends on."""
+    needed = {id(x) for x in jaxpr.outvars}
+    live = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(id(x) in needed for x in eqn.outvars):
+            live.append(eqn)
+            needed |= {id(x) for x in eqn.invars}
+    return live[::-1]
+
+
+def _read_whole(jaxpr: Any) -> set[int]:
+    """The positions of the inputs that some operation reads more of than rows."""
+    whole: set[int] = set()
+    for eqn in _live_equations(getattr(jaxpr, "jaxpr", jaxpr)):
+        inner = [each for each in _jaxprs(eqn.params.values()) if eqn.primitive.name in CALLS]
+        if eqn.primitive.name in PARTIAL_READS:
+            whole |= {id(x) for x in eqn.invars[1:]}
+        elif inner:
+            whole |= {id(eqn.invars[i]) for i in _read_whole(inner[0])}
+        else:
+            whole |= {id(x) for x in eqn.invars}
+    return {i for i, x in enumerate(getattr(jaxpr, "jaxpr", jaxpr).invars) if id(x) in whole}
+
+
+def _equation(eqn: Any) -> Work:
+    name = eqn.primitive.name
+    if name in _RULES:
+        return _RULES[name](eqn)
+    if name in MOVES:
+        return Work()
+    if name in OPAQUE:
+        return _opaque(eqn)
+    if name in PARTIAL_READS:
+        return Work(0.0, 2 * _nbytes(eqn.outvars[0]) + sum(_nbytes(x) for x in eqn.invars[1:]))
+    if name in PARTIAL_WRITES:
+        rows = eqn.invars[PARTIAL_WRITES[name]]
+        return Work(_elements(rows) if "scatter" in name else 0.0, 2 * _nbytes(rows))
+    if name in REDUCTIONS:
+        return Work(_elements(eqn.invars[0]), _traffic(eqn))
+    inner = list(_jaxprs(eqn.params.values()))
+    return (
+        sum((_body(each) for each in inner), Work())
+        if inner
+        else Work(sum(_elements(x) for x in eqn.outvars))
+    )
+
+
+def _dot(eqn: Any) -> Work:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    summed = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+    return Work(2.0 * _elements(eqn.outvars[0]) * summed, _traffic(eqn))
+
+
+def _ragged_dot(eqn: Any) -> Work:
+    """Rows in groups, each against its group's matrix: a row meets one matrix, however many there
+    are.
+    """
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    rows, groups = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    ragged_contraction = set(numbers.lhs_ragged_dimensions) & set(contracted)
+    summed = math.prod(rows[i] for i in contracted)
+    # Where the groups part the summed dimension, each group's result sums its own share only.
+    results = math.prod(groups[1:]) if ragged_contraction else math.prod(groups)
+    return Work(2.0 * results * summed, _traffic(eqn))
+
+
+def _convolution(eqn: Any) -> Work:
+    """Each output element sums over the kernel; zeros that dilation puts between inputs cost
+    nothing, padding does.
+    """
+    kernel = eqn.invars[1].aval.shape
+    summed = math.prod(kernel) / max(1, kernel[eqn.params["dimension_numbers"].rhs_spec[0]])
+    return Work(
+        2.0 * _elements(eqn.outvars[0]) * summed / math.prod(eqn.params["lhs_dilation"]),
+        _traffic(eqn),
+    )
+
+
+def _sort(eqn: Any) -> Work:
+    length = eqn.invars[0].aval.shape[
+        eqn.params["dimension" if eqn.primitive.name == "sort" else "axis"]
+    ]
+    return Work(_elements(eqn.invars[0]) * math.ceil(math.log2(max(length, 2))), _traffic(eqn))
+
+
+def _scan(eqn: Any) -> Work:
+    return _body(eqn.params["jaxpr"]) * eqn.params["length"]
+
+
+def _while(eqn: Any) -> Work:
+    return (
+        _body(eqn.params["cond_jaxpr"])
+        + _body(eqn.params["body_jaxpr"])
+        + Work(uncounted=("while",))
+    )
+
+
+def _cond(eqn: Any) -> Work:
+    work = Work()
+    for branch in eqn.params["branches"]:
+        work = work | _body(branch)
+    return work
+
+
+def _opaque(eqn: Any) -> Work:
+    """What the call says of itself, as Pallas kernels may; else its traffic alone."""
+    estimate = eqn.params.get("cost_estimate")
+    if estimate is not None:
+        return Work(float(estimate.flops), float(estimate.bytes_accessed))
+    name = eqn.params.get("target_name") or eqn.params.get("call_target_name") or eqn.primitive.name
+    return Work(0.0, _traffic(eqn), (str(name),))
+
+
+_RULES: dict[str, Callable[[Any], Work]] = {
+    "dot_general": _dot,
+    "ragged_dot_general": _ragged_dot,
+    "conv_general_dilated": _convolution,
+    "sort": _sort,
+    "top_k": _sort,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}
+
+
+def _jaxprs(values: Any) -> Iterator[Any]:
+    """The jaxprs among an equation's parameters, in tuples too."""
+    for value in values:
+        if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _jaxprs(value)
+
+
+def _merged(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*a, *b)))
+
+
+def _elements(x: Any) -> float:
+    return float(math.prod(getattr(x.aval, "shape", ())))
+
+
+def _traffic(eqn: Any) -> float:
+    return float(sum(_nbytes(x) for x in (*eqn.invars, *eqn.outvars)))
+
+
+def _nbytes(x: Any) -> float:
+    """Bytes of an array; tokens have none."""
+    dtype = getattr(x.aval, "dtype", None)
+    return 0.0 if dtype is None else _elements(x) * dtype.itemsize

@@ -1,0 +1,147 @@
+"""A traced function as a sequence of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+
+from layerwise_jax import _jax
+from layerwise_jax.trace.flatten import flatten
+from layerwise_jax.trace.layer_search import Layer, find_layers
+from layerwise_jax.trace.modules import modules_of, path_names
+from layerwise_jax.trace.pinned import live_bytes
+from layerwise_jax.trace.program import Program, evaluate
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a function was traced with: the trees and types of parameters and inputs, and the tree
+    of outputs.
+    """
+
+    params_tree: Any
+    params_avals: tuple[Any, ...]
+    params_paths: tuple[Any, ...]
+    inputs_tree: Any
+    inputs_avals: tuple[Any, ...]
+    outputs_tree: Any
+    outputs_avals: tuple[Any, ...]
+
+    @property
+    def params_names(self) -> tuple[str, ...]:
+        """The path of every parameter, as JAX prints it."""
+        return tuple(jax.tree_util.keystr(path) for path in self.params_paths)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSequence:
+    """A traced function as layers in order; calling it runs them one after the other, operation by
+    operation.
+
+    Attributes:
+      fn: the function that was traced, `fn(params, *inputs)`.
+      program: its flat program, at the shapes it was traced with.
+      layers: contiguous runs that together hold every anchored operation once.
+      signature: trees and types of what goes in and comes out.
+    """
+
+    fn: Callable[..., Any]
+    program: Program
+    layers: tuple[Layer, ...]
+    signature: Signature
+
+    def __call__(self, params: Any, *inputs: Any) -> Any:
+        """`fn(params, *inputs)`, evaluated layer by layer.
+
+        Raises:
+          ValueError: the trees of parameters or inputs are not the traced ones.
+        """
+        program = self.program
+        came = jax.tree.structure(params), jax.tree.structure(inputs)
+        wanted = self.signature.params_tree, self.signature.inputs_tree
+        if came != wanted:
+            raise ValueError(
+                f"The layers were traced with parameters and inputs {wanted}; these are {came}."
+            )
+        leaves = jax.tree.leaves(params)
+        env = dict(program.constants)
+        env.update(
+            {value: weight.of(leaves[weight.leaf]) for value, weight in program.weights.items()}
+        )
+        env.update(zip(program.inputs, jax.tree.leaves(inputs), strict=True))
+        return jax.tree.unflatten(
+            self.signature.outputs_tree, evaluate(program.ops, env, program.outputs)
+        )
+
+    def with_program(self, program: Program) -> LayerSequence:
+        """The same layers over a program whose operations are the same ones in the same places."""
+        assert len(program.ops) == len(self.program.ops)
+        return replace(self, program=program)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(layer.name for layer in self.layers)
+
+    @cached_property
+    def boundary_bytes(self) -> tuple[int, ...]:
+        """Bytes alive at each boundary 0..n between layers (both ends are 0): what a cut there
+        would send.
+        """
+        widths = live_bytes(self.program, [i for layer in self.layers for i in layer.anchors])
+        ends = np.cumsum([0] + [len(layer.anchors) for layer in self.layers])
+        return tuple(widths[end] for end in ends)
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.names)
+        rows = [
+            f"{name:{width}}  {len(layer.anchors):4} operations  {cut:>12,} bytes out"
+            for name, layer, cut in zip(
+                self.names, self.layers, self.boundary_bytes[1:], strict=True
+            )
+        ]
+        return "\n".join(rows)
+
+
+def trace_layers(fn: Callable[..., Any], params: Any, *inputs: Any) -> LayerSequence:
+    """Trace `fn(params, *inputs)` and find its layers.
+
+    Args:
+      fn: any JAX function of a tree of parameters and inputs: a Flax model's `apply`, or plain JAX.
+      params: the parameters, as arrays or `jax.ShapeDtypeStruct`; nothing is computed.
+      *inputs: one microbatch of inputs, likewise.
+
+    Raises:
+      ValueError: the function reads no parameter in any operation on its inputs (there is nothing
+        to stage), returns nothing, or closes over a traced array.
+    """
+    paths, leaves, params_tree = _jax.key_paths(params)
+    input_leaves, inputs_tree = jax.tree.flatten(inputs)
+    jaxpr, outputs = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
+    program = flatten(jaxpr, len(leaves))
+    output_leaves, outputs_tree = jax.tree.flatten(outputs)
+    signature = Signature(
+        params_tree=params_tree,
+        params_avals=tuple(var.aval for var in jaxpr.invars[: len(leaves)]),
+        params_paths=tuple(paths),
+        inputs_tree=inputs_tree,
+        inputs_avals=tuple(var.aval for var in jaxpr.invars[len(leaves) :]),
+        outputs_tree=outputs_tree,
+        outputs_avals=tuple(output_leaves),
+    )
+    assert len(input_leaves) == len(signature.inputs_avals)
+    layers = find_layers(program, modules_of([path_names(path) for path in paths]))
+    if not layers or not outputs_tree.num_leaves:
+        raise ValueError(
+            "The function has no layer: no operation on its inputs reads a parameter. "
+            "Give the model's parameters as the first argument, and return what is computed from "
+            "them."
+        )
+    return LayerSequence(fn, program, layers, signature)

@@ -1,0 +1,169 @@
+"""Which parameters belong together: the modules of a model, read off the paths of its parameter
+tree.
+
+A layer is what people call a layer: one element of a repeated family (`Block_3`, `layers[3]`), or a
+module that stands alone (`embed`, `head`). Containers (the root, `encoder`, a list of blocks) are
+opened, elements of a family are not, unless they are themselves lists of blocks (the stages of a
+ResNet).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+WRAPPERS = ("value", "raw_value")
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module's name, and whether it is no module but a bare array (a bias, a table of
+    positions).
+    """
+
+    name: str
+    is_bare: bool
+
+
+@dataclass
+class _Node:
+    children: dict[str, _Node] = field(default_factory=dict)
+    leaves: list[int] = field(default_factory=list)
+
+    @property
+    def is_list_of_arrays(self) -> bool:
+        arrays = [name.isdigit() and not child.children for name, child in self.children.items()]
+        return len(arrays) > 1 and all(arrays)
+
+    @property
+    def is_module_of_modules(self) -> bool:
+        return any(child.children for child in self.children.values())
+
+
+def path_names(path: Sequence[Any]) -> tuple[str, ...]:
+    """A key path of `jax.tree_util` as names; flax's variable wrappers are left out."""
+    names = [
+        str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path
+    ]
+    while len(names) > 1 and names[-1] in WRAPPERS:
+        names.pop()
+    return tuple(names)
+
+
+def modules_of(paths: Sequence[tuple[str, ...]]) -> list[Module]:
+    """The module that every parameter leaf belongs to.
+
+    Args:
+      paths: the names on the way to each leaf, as `path_names` gives them.
+
+    Returns:
+      A module a leaf, its name with `/` between the parts and without the prefix that all leaves
+      share.
+    """
+    root = _Node()
+    for leaf, path in enumerate(_without_collections(paths)):
+        node = root
+        for name in path:
+            node = node.children.setdefault(name, _Node())
+        node.leaves.append(leaf)
+    names = [""] * len(paths)
+    _assign(root, (), names, is_element=False, is_top=True)
+    return [
+        Module(name, path[-1:] == (name.split("/")[-1],))
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def _without_collections(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Drop the first name where it is a collection: parts of one tree side by side, as {params,
+    batch_stats}.
+
+    Each collection holds leaves of its own; modules side by side, as {encoder, decoder}, hold
+    leaves of the same names.
+    """
+    below: dict[str, set[str]] = {}
+    for path in paths:
+        below.setdefault(path[0] if path else "", set()).add(path[1] if len(path) > 2 else "")
+    largest = max(below.values(), key=len, default=set())
+    within = [path[1:] for path in paths]
+    if len(below) < 2 or not all(names <= largest for names in below.values()) or "" in largest:
+        return list(paths)
+    return within if len(set(within)) == len(within) else list(paths)
+
+
+def _assign(
+    node: _Node, prefix: tuple[str, ...], names: list[str], *, is_element: bool, is_top: bool
+) -> None:
+    if is_top and len(node.children) == 1 and not node.leaves:
+        (child,) = node.children.values()
+        if child.children:
+            (name,) = node.children
+            numbered = all(grandchild.isdigit() for grandchild in child.children)
+            _assign(child, (name,) if numbered else prefix, names, is_element=False, is_top=True)
+            return
+    if not is_top and not _opens(node, is_element):
+        for leaf in _leaves_below(node):
+            names[leaf] = "/".join(prefix)
+        return
+    families = _families(node)
+    for leaf in node.leaves:
+        names[leaf] = "/".join(prefix) or "params"
+    for name, child in node.children.items():
+        _assign(child, (*prefix, name), names, is_element=families[_stem(name)] > 1, is_top=False)
+
+
+def _opens(node: _Node, is_element: bool) -> bool:
+    """Whether a node below the root is a container.
+
+    An element that holds a list besides other modules (a block with attention and experts) is none.
+    """
+    if not is_element:
+        return node.is_list_of_arrays or _holds_family(node)
+    families = _families(node)
+    modules = {name: child for name, child in node.children.items() if child.is_module_of_modules}
+    if any(families[_stem(name)] > 1 for name in modules):
+        return True
+    return len(modules) == 1 and all(_is_list_of_blocks(child) for child in modules.values())
+
+
+def _is_list_of_blocks(node: _Node) -> bool:
+    names, blocks = list(node.children), list(node.children.values())
+    return all(name.isdigit() for name in names) and all(
+        block.is_module_of_modules for block in blocks
+    )
+
+
+def _holds_family(node: _Node) -> bool:
+    """Whether a node, or a lone module below it, is a list of modules of one kind."""
+    families = _families(node)
+    modules = {name: child for name, child in node.children.items() if child.children}
+    if len(modules) > 1 and len({_stem(name) for name in modules}) == 1:
+        return True
+    for name, child in modules.items():
+        if families[_stem(name)] > 1 and (child.is_module_of_modules or name.isdigit()):
+            return True
+        if families[_stem(name)] == 1 and _holds_family(child):
+            return True
+    return False
+
+
+def _families(node: _Node) -> dict[str, int]:
+    """How many children share each stem (a name without its number)."""
+    counts: dict[str, int] = {}
+    for name, child in node.children.items():
+        if child.children:
+            counts[_stem(name)] = counts.get(_stem(name), 0) + 1
+        else:
+            counts.setdefault(_stem(name), 1)
+    return counts
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _leaves_below(node: _Node) -> list[int]:
+    below = [leaf for child in node.children.values() for leaf in _leaves_below(child)]
+    return [*node.leaves, *below]

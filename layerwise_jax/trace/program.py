@@ -1,0 +1,212 @@
+"""A traced function as a flat list of operations over numbered values.
+
+A jaxpr hides layers in nested equations (`jit`, `remat`, `scan`). `layerwise_jax.flatten` opens
+those that may be opened; what it yields is a `Program`: operations in the order of the trace, each
+a jaxpr equation whose operands and results are value numbers. Programs are never edited, only read
+and replayed: `evaluate` binds the same primitives with the same parameters, so a replay is the
+traced computation, operation by operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from layerwise_jax._jax import AbstractRef, JaxprEqn, Literal, avals_of, bind, is_key
+
+Value = int
+Operand = int | Literal
+
+
+@dataclass(frozen=True, eq=False)
+class Remat:
+    """One use of `jax.checkpoint` in the traced function: its operations are wrapped again wherever
+    they end up.
+    """
+
+    policy: Any
+    prevent_cse: Any
+
+
+@dataclass(frozen=True)
+class FullRows:
+    """How an operation that draws by shape (random bits, an iota) is run on one microbatch.
+
+    The operation is bound at the full batch (`eqn`), and the microbatch's rows are sliced out along
+    `axis`, so that a row gets the value that it has in the unstaged program.
+    """
+
+    eqn: JaxprEqn
+    axis: int
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One equation of the flattened program."""
+
+    eqn: JaxprEqn
+    operands: tuple[Operand, ...]
+    results: tuple[Value, ...]
+    remats: tuple[Remat, ...] = ()
+    full_rows: FullRows | None = None
+
+    @property
+    def name(self) -> str:
+        return self.eqn.primitive.name
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """The operands that are values, not literals."""
+        return tuple(x for x in self.operands if not isinstance(x, Literal))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What is placed as one array: a leaf of the parameters, or the rows [start, stop) of one.
+
+    Rows arise where a program uses a stacked leaf slice by slice (a scan over layers, `w[i]` in a
+    loop).
+    """
+
+    leaf: int
+    start: int | None = None
+    stop: int | None = None
+
+    def of(self, leaf: Any) -> Any:
+        """This weight's part of the leaf's array."""
+        return leaf if self.start is None else leaf[self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A flattened function of parameters and inputs.
+
+    Attributes:
+      ops: the operations, in the order of the trace.
+      avals: shape and dtype of every value, by value number.
+      weights: the value of every weight (a leaf or rows of a leaf).
+      inputs: the value of every input leaf.
+      outputs: value or literal of every output leaf.
+      constants: arrays that the function closed over, by value.
+    """
+
+    ops: tuple[Op, ...]
+    avals: tuple[Any, ...]
+    weights: Mapping[Value, Weight]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Operand, ...]
+    constants: Mapping[Value, Any] = field(default_factory=dict)
+
+    def aval(self, operand: Operand) -> Any:
+        """The type of a value or a literal."""
+        return operand.aval if isinstance(operand, Literal) else self.avals[operand]
+
+    def producers(self) -> dict[Value, int]:
+        """The position of the operation that makes each value."""
+        return {value: i for i, op in enumerate(self.ops) for value in op.results}
+
+
+def nbytes(aval: Any) -> int:
+    """Bytes of a value of this shape and dtype (a random key counts its key data)."""
+    if isinstance(aval, AbstractRef):
+        return nbytes(aval.inner_aval)
+    if is_key(aval):
+        return nbytes(
+            jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+        )
+    return int(np.prod(aval.shape, dtype=np.int64)) * np.dtype(aval.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class BatchSlice:
+    """Which rows of the full batch a microbatch is: the `index`-th of the parts of equal size."""
+
+    index: Any
+
+
+def evaluate(
+    ops: Sequence[Op],
+    env: Mapping[Value, Any],
+    wanted: Iterable[Operand],
+    rows: BatchSlice | None = None,
+) -> list:
+    """Run `ops` in order and return the `wanted` values.
+
+    Operations that the user had under `jax.checkpoint` are run under it again, neighbours of one
+    use together.
+
+    Args:
+      ops: operations, each after those that make its operands.
+      env: values known beforehand.
+      wanted: what to return, in order.
+      rows: the microbatch, where an operation needs it.
+    """
+    wanted = list(wanted)
+    known = dict(env)
+    for group, needed_later in _remat_groups(ops, wanted):
+        if group[0].remats:
+            _run_rematerialised(group, known, needed_later, rows)
+        else:
+            for op in group:
+                _run(op, known, rows)
+    return [_read(x, known) for x in wanted]
+
+
+def _read(operand: Operand, known: Mapping[Value, Any]) -> Any:
+    return operand.val if isinstance(operand, Literal) else known[operand]
+
+
+def _run(op: Op, known: dict[Value, Any], rows: BatchSlice | None) -> None:
+    operands = [_read(x, known) for x in op.operands]
+    if op.full_rows is None or rows is None:
+        results = bind(op.eqn, operands)
+    else:
+        size = avals_of(op.eqn.outvars)[0].shape[op.full_rows.axis]
+        whole = bind(op.full_rows.eqn, operands)
+        results = [
+            lax.dynamic_slice_in_dim(x, rows.index * size, size, op.full_rows.axis) for x in whole
+        ]
+    known.update(zip(op.results, results, strict=True))
+
+
+def _remat_groups(
+    ops: Sequence[Op], wanted: Sequence[Operand]
+) -> list[tuple[list[Op], set[Value]]]:
+    """Neighbouring operations of one outermost checkpoint, with the values of each group that are
+    used after it.
+    """
+    groups: list[list[Op]] = []
+    for op in ops:
+        same = groups and groups[-1][0].remats[:1] == op.remats[:1]
+        groups[-1].append(op) if same else groups.append([op])
+    used = {x for x in wanted if not isinstance(x, Literal)}
+    result = []
+    for group in reversed(groups):
+        result.append((group, set(used)))
+        used.update(x for op in group for x in op.values)
+    return result[::-1]
+
+
+def _run_rematerialised(
+    group: Sequence[Op], known: dict[Value, Any], needed: set[Value], rows: BatchSlice | None
+) -> None:
+    """Run a group under its outermost `jax.checkpoint`; inner checkpoints follow by recursion."""
+    remat = group[0].remats[0]
+    inner = [Op(op.eqn, op.operands, op.results, op.remats[1:], op.full_rows) for op in group]
+    made = [x for op in group for x in op.results]
+    reads = list(dict.fromkeys(x for op in group for x in op.values if x not in set(made)))
+    kept = [x for x in made if x in needed]
+    index = jnp.int32(0) if rows is None else rows.index
+
+    def body(index: Any, *values: Any) -> list:
+        known_inside = dict(zip(reads, values, strict=True))
+        return evaluate(inner, known_inside, kept, None if rows is None else BatchSlice(index))
+
+    checkpointed = jax.checkpoint(body, policy=remat.policy, prevent_cse=remat.prevent_cse)
+    known.update(zip(kept, checkpointed(index, *(known[x] for x in reads)), strict=True))

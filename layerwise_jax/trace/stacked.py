@@ -1,0 +1,74 @@
+"""Rows of arrays that are stacked over layers: which an equation takes, and what was put there."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+from layerwise_jax._jax import JaxprEqn, Literal, avals_of
+from layerwise_jax.trace.program import Op, Operand, Value
+
+Span = tuple[int, int]
+
+
+class LayerSlices:
+    """Arrays that a program stacks, and the rows that it takes out of them again."""
+
+    def __init__(self) -> None:
+        self._rows: dict[Value, tuple[Operand, ...]] = {}
+        self._row_of: dict[Value, Operand] = {}
+
+    def note(self, op: Op) -> None:
+        """Remember what an operation stacks; JAX 0.11 has concatenations of arrays of one row for
+        it.
+        """
+        if op.name == "stack" and op.eqn.params["axis"] == 0:
+            self._rows[op.results[0]] = op.operands
+        elif op.name == "broadcast_in_dim" and _adds_leading_axis(op.eqn):
+            self._row_of[op.results[0]] = op.operands[0]
+        elif op.name == "concatenate" and op.eqn.params["dimension"] == 0:
+            rows = [self.row_in(x) for x in op.operands]
+            if None not in rows:
+                self._rows[op.results[0]] = tuple(row for row in rows if row is not None)
+        elif op.name == "slice" and op.values and op.values[0] in self._rows:
+            start, stop = (leading_spans(op.eqn) or [(0, 0)])[0]
+            if stop == start + 1:
+                self._row_of[op.results[0]] = self._rows[op.values[0]][start]
+
+    def rows(self, operand: Operand) -> tuple[Operand, ...] | None:
+        """What was stacked to make an array."""
+        return None if isinstance(operand, Literal) else self._rows.get(operand)
+
+    def row_in(self, operand: Operand) -> Operand | None:
+        """The row of an array that has just this one, if that was there before the array."""
+        return None if isinstance(operand, Literal) else self._row_of.get(operand)
+
+
+def leading_spans(eqn: JaxprEqn) -> list[Span] | None:
+    """(start, stop) in the first axis of every result, where an equation takes whole rows of its
+    first operand.
+    """
+    name, params = eqn.primitive.name, eqn.params
+    if name == "unstack" and params["axis"] == 0:
+        return [(i, i + 1) for i in range(len(eqn.outvars))]
+    if name == "split" and params["axis"] == 0:
+        return list(pairwise(accumulate(params["sizes"], initial=0)))
+    if name == "slice" and (
+        params["strides"] is None or all(stride == 1 for stride in params["strides"])
+    ):
+        shape, start, stop = (
+            avals_of(eqn.invars)[0].shape,
+            params["start_indices"],
+            params["limit_indices"],
+        )
+        is_whole = tuple(start[1:]) == (0,) * (len(shape) - 1) and tuple(stop[1:]) == tuple(
+            shape[1:]
+        )
+        return [(start[0], stop[0])] if shape and is_whole else None
+    return None
+
+
+def _adds_leading_axis(eqn: JaxprEqn) -> bool:
+    """Whether a broadcast makes an array the one row of another."""
+    shape = avals_of(eqn.invars)[0].shape
+    axes = tuple(range(1, len(shape) + 1))
+    return eqn.params["shape"] == (1, *shape) and eqn.params["broadcast_dimensions"] == axes

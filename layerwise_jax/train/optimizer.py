@@ -1,0 +1,237 @@
+"""optax on placed parameters: row by row what the optimiser does on the user's own tree.
+
+Run on slots as they are, an optimiser that is not elementwise goes wrong: a global norm counts a
+tied weight once a copy, factored moments and trust ratios see (rows, *shape), masks see other
+paths. So the user's optimiser is traced on the user's tree (`optimizer_program`), cut by leaves,
+and each leaf's part is run on the rows where it lives (`optimizer_rows`), as is its state
+(`optimizer_state`). What no leaf owns, such as a step count or a global norm, is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from layerwise_jax.mesh import STAGE
+from layerwise_jax.stage.placement import Placement, Staged
+from layerwise_jax.trace.program import Operand, Value, Weight
+from layerwise_jax.train.leaf_program import LeafProgram
+from layerwise_jax.train.optimizer_trace import TracedOptimizer, trace_optimizer
+from layerwise_jax.train.rounds import OptimizerRounds
+from layerwise_jax.train.slot_update import GRADIENT, PARAMETER, Classifier, Component
+from layerwise_jax.train.state import StagedState, StateLayout
+
+ComponentOf = Callable[[Value, Weight], Component | None]
+
+
+@dataclass(frozen=True, eq=False)
+class StagedOptimizer:
+    """An optimiser of the user's tree that takes and gives placed trees; `init` and `update` make
+    it optax's.
+
+    Attributes:
+      placement: where the weights live.
+      trainable: for every leaf of the user's parameters, whether it is trained.
+      mesh: the mesh, with an axis `stage`.
+      optimizer: the optimiser of the user's tree, in which leaves that are not trained are
+        `optax.MaskedNode`.
+      shard_over_data: whether state is shared out over the replicas of a mesh axis `data`.
+    """
+
+    placement: Placement
+    trainable: tuple[bool, ...]
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    shard_over_data: bool = False
+
+    def init(self, staged: Staged) -> StagedState:
+        """The state for placed parameters."""
+        self.placement.check_staged(staged)
+        return self._jitted_init(staged)
+
+    def update(
+        self, grads: Staged, state: StagedState, staged: Staged | None = None
+    ) -> tuple[Staged, StagedState]:
+        """Placed updates from placed gradients, zeros for what is not trained, and the next state.
+
+        Raises:
+          ValueError: the parameters are missing, or gradients or state are not this optimiser's.
+        """
+        if staged is None:
+            raise ValueError(
+                "The optimiser got no parameters. Call update(gradients, state, placed_parameters)."
+            )
+        self._layout.check(state)
+        if not isinstance(grads, dict) or not set(grads) <= {
+            slot.name for slot in self.placement.slots
+        }:
+            raise ValueError(
+                "These are no placed gradients of this optimiser's pipeline. Take those of "
+                "pipeline.value_and_grad, or "
+                "place them with pipeline.place."
+            )
+        # float0 cannot enter a jitted function.
+        floating = {name: grad for name, grad in grads.items() if grad.dtype != jax.dtypes.float0}
+        return self._jitted_update(floating, state, staged)
+
+    def gather_state(self, state: StagedState) -> Any:
+        """The state that the optimiser has for the user's tree, a copy: see `place_state`.
+
+        Raises:
+          ValueError: the state is not this optimiser's.
+        """
+        return self._layout.gather(state)
+
+    def place_state(self, state: Any) -> StagedState:
+        """The inverse of `gather_state`, which also takes the state of an unstaged run or of other
+        stages.
+
+        Raises:
+          ValueError: this is not a state of the optimiser for the trained part of the user's tree.
+        """
+        return self._layout.place(state)
+
+    @property
+    def trained_slots(self) -> tuple[str, ...]:
+        """The names of the slots that hold a trained weight."""
+        weights = (
+            (slot.name, w) for slot in self.placement.slots for w in slot.weights if w is not None
+        )
+        return tuple(dict.fromkeys(name for name, weight in weights if self.trainable[weight.leaf]))
+
+    @cached_property
+    def _jitted_init(self) -> Callable[[Staged], StagedState]:
+        return jax.jit(self._init)
+
+    @cached_property
+    def _jitted_update(self) -> Callable[[Staged, StagedState, Staged], tuple[Staged, StagedState]]:
+        return jax.jit(self._update)
+
+    def _init(self, staged: Staged) -> StagedState:
+        program = self.traced.init
+        arrays = [{PARAMETER: staged[slot.name]} for slot in self.placement.slots]
+        inputs = frozenset(program.trace.inputs)
+        run = self._run(program, lambda x, _: PARAMETER if x in inputs else None, arrays, {})
+        outputs = program.trace.outputs
+        return self._layout.state_of(run, outputs, run.placed(self._layout.wanted(outputs)))
+
+    def _update(
+        self, grads: Staged, state: StagedState, staged: Staged
+    ) -> tuple[Staged, StagedState]:
+        traced, trained, layout = self.traced, len(self.traced.leaves), self._layout
+        trace = traced.update.trace
+        gradients, states = trace.inputs[:trained], trace.inputs[trained:-trained]
+        kinds = dict.fromkeys(gradients, GRADIENT) | dict.fromkeys(
+            trace.inputs[-trained:], PARAMETER
+        )
+        position_of = {x: position for position, x in enumerate(states)}
+
+        def component_of(x: Value, weight: Weight) -> Component | None:
+            return layout.component(position_of[x], weight) if x in position_of else kinds.get(x)
+
+        arrays = [self._arrays(j, grads, state, staged) for j in range(len(self.placement.slots))]
+        run = self._run(traced.update, component_of, arrays, layout.known(states, state))
+        updates, next_state = (
+            dict(zip(traced.leaves, trace.outputs[:trained], strict=True)),
+            trace.outputs[trained:],
+        )
+        wanted_state = layout.wanted(next_state)
+
+        def wanted(weight: Weight) -> list[tuple[Component, Operand]]:
+            own = [(GRADIENT, updates[weight.leaf])] if weight.leaf in updates else []
+            return own + wanted_state(weight)
+
+        made = run.placed(wanted)
+        placed = {
+            slot.name: self._updates(j, made[j], staged)
+            for j, slot in enumerate(self.placement.slots)
+        }
+        return placed, layout.state_of(run, next_state, made)
+
+    def _run(
+        self,
+        program: LeafProgram,
+        component_of: ComponentOf,
+        arrays: Sequence[Mapping],
+        known: Mapping[Value, Any],
+    ) -> OptimizerRounds:
+        """A run of a traced function, with all that is shared already computed."""
+        classifier = Classifier(program, self.placement.signature.params_names, component_of)
+        run = OptimizerRounds(
+            program,
+            self.placement,
+            self.mesh,
+            classifier,
+            arrays,
+            {**program.trace.constants, **known},
+        )
+        run.exports()
+        return run
+
+    def _arrays(
+        self, slot: int, grads: Staged, state: StagedState, staged: Staged
+    ) -> dict[Component, Any]:
+        name = self.placement.slots[slot].name
+        arrays = self._layout.arrays(slot, state) | {PARAMETER: staged[name]}
+        return arrays | ({GRADIENT: grads[name]} if name in grads else {})
+
+    def _updates(self, slot: int, made: Mapping[Component, Any], staged: Staged) -> Any:
+        held = staged[self.placement.slots[slot].name]
+        update = made.get(GRADIENT, None)
+        if update is None:
+            return jnp.zeros(held.shape, held.dtype)
+        return lax.with_sharding_constraint(update, NamedSharding(self.mesh, PartitionSpec(STAGE)))
+
+    @cached_property
+    def traced(self) -> TracedOptimizer:
+        """The optimiser on the user's tree."""
+        return trace_optimizer(self.placement, self.trainable, self.optimizer)
+
+    @cached_property
+    def _layout(self) -> StateLayout:
+        return StateLayout(self.placement, self.traced, self.mesh, self.shard_over_data)
+
+
+def stage_optimizer(
+    placement: Placement,
+    trainable: Sequence[bool],
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    *,
+    shard_over_data: bool = False,
+) -> StagedOptimizer:
+    """An optax optimiser of the user's tree as one of placed trees.
+
+    Args:
+      placement: where the weights live.
+      trainable: for every leaf of the user's parameters, whether it is trained.
+      mesh: the mesh, with an axis `stage`.
+      optimizer: what optax makes: any chain. Where parameters meet, they may meet in scalars only.
+      shard_over_data: share state out over the replicas of the mesh axis `data` (ZeRO-1,
+        arXiv:1910.02054).
+
+    Raises:
+      ValueError: nothing is trained, or the optimiser lets large values of several parameters meet.
+    """
+    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        raise ValueError(
+            f"The optimiser came as {type(optimizer).__name__}; what optax makes is wanted, with "
+            "init and update: "
+            "optax.adam(1e-3), say."
+        )
+    if not any(trainable):
+        raise ValueError(
+            "No parameter is trained, so that there is nothing to optimise. Freeze fewer "
+            "parameters."
+        )
+    staged = StagedOptimizer(placement, tuple(trainable), mesh, optimizer, shard_over_data)
+    assert staged.traced.leaves
+    return staged

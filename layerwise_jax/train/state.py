@@ -1,0 +1,240 @@
+"""Where an optimiser's state lies: what belongs to a parameter with each of its copies, the rest
+once for all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from layerwise_jax.mesh import DATA, STAGE
+from layerwise_jax.stage.placement import Placement, Slot
+from layerwise_jax.trace.program import Operand, Value, Weight
+from layerwise_jax.train.optimizer_trace import TracedOptimizer
+from layerwise_jax.train.rounds import OptimizerRounds
+from layerwise_jax.train.slot_update import Component
+
+
+class StagedState(NamedTuple):
+    """An optimiser's state, placed as the parameters are.
+
+    Attributes:
+      shared: what belongs to no parameter, in the order of the user's state.
+      placed: for every slot, the arrays (rows, *shape) of what belongs to the parameters in it.
+    """
+
+    shared: tuple[Any, ...]
+    placed: dict[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class StateLayout:
+    """Which arrays the slots hold of an optimiser's state, and which part of the user's state each
+    of them is.
+
+    Attributes:
+      placement: where the weights live.
+      traced: the optimiser on the user's tree.
+      mesh: the mesh, with an axis `stage`.
+      shard_over_data: whether state is shared out over the replicas of a mesh axis `data`.
+    """
+
+    placement: Placement
+    traced: TracedOptimizer
+    mesh: Mesh
+    shard_over_data: bool
+
+    def component(self, position: int, weight: Weight) -> Component:
+        """The array of a slot that holds, for a weight, what stands at this position of the user's
+        state.
+        """
+        aval = self.traced.state_avals[position]
+        shape = aval.shape
+        if weight.start is not None and weight.stop is not None and shape:
+            shape = (weight.stop - weight.start, *shape[1:])
+        return Component("state", self._ordinals[position], shape, aval.dtype)
+
+    @cached_property
+    def components(self) -> list[list[Component]]:
+        """The components of every slot's state."""
+        return [
+            list(
+                dict.fromkeys(
+                    self.component(position, weight)
+                    for weight in slot.weights
+                    if weight is not None
+                    for position in self._positions.get(weight.leaf, ())
+                )
+            )
+            for slot in self.placement.slots
+        ]
+
+    @property
+    def shared(self) -> list[int]:
+        """The positions of what belongs to no parameter."""
+        return [position for position, leaf in enumerate(self.traced.state_owners) if leaf is None]
+
+    def check(self, state: Any) -> None:
+        """Refuse what was not placed by this layout."""
+        wanted = {
+            slot.name: len(layout)
+            for slot, layout in zip(self.placement.slots, self.components, strict=True)
+        }
+        if isinstance(state, StagedState):
+            came = {name: len(arrays) for name, arrays in state.placed.items()}
+            if came == wanted and len(state.shared) == len(self.shared):
+                return
+            what = "the state of another optimiser or pipeline"
+        else:
+            what = type(state).__name__
+        raise ValueError(
+            f"The optimiser's state came as {what}. Call init(placed_parameters), or "
+            "place_state(state) with that of "
+            "an unstaged run."
+        )
+
+    def gather(self, state: StagedState) -> Any:
+        """The state of the user's tree, a copy."""
+        self.check(state)
+        shared, homes = map(jnp.copy, state.shared), self._homes
+        leaves = []
+        for position, leaf in enumerate(self.traced.state_owners):
+            if leaf is None:
+                leaves.append(next(shared))
+                continue
+            parts = []
+            for weight, slot, row in homes[leaf]:
+                index = self.components[slot].index(self.component(position, weight))
+                parts.append(
+                    (weight.start or 0, state.placed[self.placement.slots[slot].name][index][row])
+                )
+            rows = [part for _, part in sorted(parts, key=lambda part: part[0])]
+            leaves.append(rows[0] if len(rows) == 1 else jnp.concatenate(rows))
+        return jax.tree.unflatten(self.traced.state_tree, leaves)
+
+    def place(self, state: Any) -> StagedState:
+        """The inverse of `gather`."""
+        leaves, tree = jax.tree.flatten(state)
+        if tree != self.traced.state_tree:
+            raise ValueError(
+                f"The optimiser's state has another tree.\n  came:   {tree}\n  wanted: "
+                f"{self.traced.state_tree}\n"
+                "Pass the state that this optimiser has for the trained part of the parameters."
+            )
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        # Copies: what a training step is given is donated, and the user's own state must stay.
+        shared = [
+            jax.device_put(jnp.copy(leaves[position]), everywhere) for position in self.shared
+        ]
+        placed = {
+            slot.name: tuple(
+                self._filled(slot, component, leaves) for component in self.components[j]
+            )
+            for j, slot in enumerate(self.placement.slots)
+        }
+        return StagedState(tuple(shared), placed)
+
+    def wanted(
+        self, outputs: Sequence[Operand]
+    ) -> Callable[[Weight], list[tuple[Component, Operand]]]:
+        """What a weight's part of a program has to make, if these are the program's outputs for the
+        user's state.
+        """
+        return lambda weight: [
+            (self.component(position, weight), outputs[position])
+            for position in self._positions.get(weight.leaf, ())
+        ]
+
+    def known(self, inputs: Sequence[Value], state: StagedState) -> dict[Value, Any]:
+        """What belongs to no parameter, by the program's inputs for the user's state."""
+        return dict(zip([inputs[position] for position in self.shared], state.shared, strict=True))
+
+    def arrays(self, slot: int, state: StagedState) -> dict[Component, Any]:
+        """A slot's arrays by component."""
+        held = state.placed[self.placement.slots[slot].name]
+        return dict(zip(self.components[slot], held, strict=True))
+
+    def state_of(
+        self,
+        run: OptimizerRounds,
+        outputs: Sequence[Operand],
+        made: Sequence[Mapping[Component, Any]],
+    ) -> StagedState:
+        """The state that a run has made.
+
+        Args:
+          run: the run.
+          outputs: the program's outputs for the user's state.
+          made: for every slot, what it made.
+        """
+        placed = {
+            slot.name: tuple(
+                lax.with_sharding_constraint(x, self._sharding(x.shape))
+                for x in (made[j][component] for component in self.components[j])
+            )
+            for j, slot in enumerate(self.placement.slots)
+        }
+        return StagedState(
+            tuple(jnp.asarray(run.shared(outputs[position])) for position in self.shared), placed
+        )
+
+    def _filled(self, slot: Slot, component: Component, leaves: Sequence[Any]) -> Any:
+        """An array of a slot's state from the leaves of the user's state, put together on the
+        host.
+        """
+        array = np.zeros((len(slot.weights), *component.shape), component.dtype)
+        for row, weight in enumerate(slot.weights):
+            for position in self._positions.get(weight.leaf, ()) if weight else ():
+                if weight and self.component(position, weight) == component:
+                    array[row] = weight.of(leaves[position])
+        return jax.device_put(array, self._sharding(array.shape))
+
+    def _sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+        """Rows of state over the stages and, if asked for, the first axis that divides over the
+        replicas.
+        """
+        spec: list[str | None] = [STAGE]
+        if self.shard_over_data and DATA in self.mesh.axis_names:
+            axis = next(
+                (i for i, size in enumerate(shape) if i and size % self.mesh.shape[DATA] == 0), 0
+            )
+            spec += [None] * (axis - 1) + [DATA] if axis else []
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+    @cached_property
+    def _positions(self) -> dict[int, list[int]]:
+        """The positions in the user's state of what belongs to each trained leaf."""
+        positions: dict[int, list[int]] = {leaf: [] for leaf in self.traced.leaves}
+        for position, leaf in enumerate(self.traced.state_owners):
+            if leaf is not None:
+                positions[leaf].append(position)
+        return positions
+
+    @cached_property
+    def _homes(self) -> dict[int, list[tuple[Weight, int, int]]]:
+        """(weight, slot, row) of the first copy of every weight, by leaf."""
+        homes: dict[int, list[tuple[Weight, int, int]]] = {}
+        for weight, ((slot, row), *_) in self.placement.copies().items():
+            homes.setdefault(weight.leaf, []).append((weight, slot, row))
+        return homes
+
+    @cached_property
+    def _ordinals(self) -> dict[int, int]:
+        """Which of its leaf's state of equal type each position is."""
+        seen: Counter[tuple] = Counter()
+        ordinals = {}
+        for position, leaf in enumerate(self.traced.state_owners):
+            aval = self.traced.state_avals[position]
+            key = leaf, aval.shape, aval.dtype
+            ordinals[position] = seen[key]
+            seen[key] += 1
+        return ordinals

@@ -1,0 +1,102 @@
+"""A training step of a pipeline: gradients by its schedule, optax on placed parameters, one
+compiled function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from layerwise_jax.stage.placement import Placement, Staged
+from layerwise_jax.train.optimizer import StagedOptimizer, StagedState, stage_optimizer
+
+
+class Trains(Protocol):
+    """What a training step needs of a pipeline."""
+
+    @property
+    def mesh(self) -> Mesh: ...
+
+    @property
+    def placement(self) -> Placement: ...
+
+    @property
+    def trainable(self) -> tuple[bool, ...]: ...
+
+    @property
+    def loop(self) -> Any: ...
+
+    def value_and_grad(self, staged: Staged, *inputs: Any) -> tuple[Any, Staged]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class TrainStep:
+    """One step of training: call it with placed parameters, the optimiser's state and a batch.
+
+    Attributes:
+      pipeline: the pipeline, of a loss.
+      optimizer: the optimiser, of placed trees.
+    """
+
+    pipeline: Trains
+    optimizer: StagedOptimizer
+
+    def init(self, staged: Staged) -> StagedState:
+        """The optimiser's state for placed parameters."""
+        return self.optimizer.init(staged)
+
+    def __call__(
+        self, staged: Staged, state: StagedState, *inputs: Any
+    ) -> tuple[Staged, StagedState, Any]:
+        """Train on one batch. `staged` and `state` are donated: use what comes back in their stead.
+
+        Returns:
+          (placed parameters, state, value): new state of the model, such as batch statistics, is
+          among the parameters, and the value is what the function returns (with None in place of
+          new state).
+        """
+        return self._jitted(staged, state, *inputs)
+
+    @cached_property
+    def _jitted(self) -> Callable[..., tuple[Staged, StagedState, Any]]:
+        return jax.jit(self._step, donate_argnums=(0, 1))
+
+    def _step(
+        self, staged: Staged, state: StagedState, *inputs: Any
+    ) -> tuple[Staged, StagedState, Any]:
+        value, grads = self.pipeline.value_and_grad(staged, *inputs)
+        updates, state = self.optimizer.update(grads, state, staged)
+        if self.pipeline.loop.state:
+            value, staged = value
+        trained = self.optimizer.trained_slots
+        moved = {name: optax.apply_updates(staged[name], updates[name]) for name in trained}
+        return {**staged, **moved}, state, value
+
+
+def train_step(
+    pipeline: Trains, optimizer: optax.GradientTransformation, *, shard_over_data: bool = False
+) -> TrainStep:
+    """A compiled training step.
+
+    Args:
+      pipeline: the pipeline of a function whose first output is the loss.
+      optimizer: what optax makes, for the user's own tree.
+      shard_over_data: share the optimiser's state out over the replicas of the mesh axis `data`.
+
+    Raises:
+      ValueError: nothing is trained, or the optimiser lets large values of several parameters meet.
+    """
+    staged = stage_optimizer(
+        pipeline.placement,
+        pipeline.trainable,
+        pipeline.mesh,
+        optimizer,
+        shard_over_data=shard_over_data,
+    )
+    return TrainStep(pipeline, staged)

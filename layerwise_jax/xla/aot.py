@@ -1,0 +1,317 @@
+"""Compile for a device, present or not, and read from XLA's own buffer assignment what the program
+holds there.
+
+XLA:GPU compiles on a machine without a GPU or CUDA libraries: JAX's CUDA plugin (the extra `aot`)
+holds the compiler, and a description of the device (`gpu_target.py`) stands in for the device.
+Sizes are then those of the real compiler. Speeds are not: kernels are chosen without timing them,
+and a library's workspace that timing would choose is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerwise_jax.trace.flops import count_work
+from layerwise_jax.xla.buffers import (
+    BufferAssignment,
+    decode_buffer_assignment,
+    decode_hlo,
+    has_assignment,
+)
+from layerwise_jax.xla.gpu_target import architecture_of, target_config
+
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
+
+    from layerwise_jax.cost.device import DeviceSpec
+
+Options = Mapping[str, bool | int | str]
+PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+DEVICES_PER_HOST = 8
+
+
+class CompilerMissingError(ImportError):
+    """XLA's compiler for GPUs is not installed."""
+
+
+@dataclass(frozen=True)
+class CompiledProgram:
+    """What one device holds and does for a compiled program. Sizes are bytes.
+
+    Attributes:
+      compiled_by: the compiler and the device that it compiled for.
+      weight_bytes: of those arguments that are weights.
+      argument_bytes: of all arguments, weights included.
+      output_bytes: of outputs that have memory of their own.
+      alias_bytes: of arguments that outputs are written over (donated).
+      constant_bytes: of constants that the program brings along.
+      temp_bytes: of workspace.
+      peak_bytes: the most that is alive at once, arguments and outputs included.
+      flops: floating-point operations, loops counted by their turns.
+      bytes_accessed: bytes read and written, likewise, by operations that do not fuse.
+      uncounted: operations that `flops` leaves out.
+      library_calls: calls into libraries (cuDNN, cuSOLVER), whose workspace an absent device's
+        sizes leave out.
+      compile_seconds: what compiling took.
+      assignment: all allocations and their buffers; None where XLA gave none, in which case
+        `memory_analysis` served.
+      options: the XLA options that it was compiled with.
+    """
+
+    compiled_by: str
+    weight_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    constant_bytes: int
+    temp_bytes: int
+    peak_bytes: int
+    flops: float
+    bytes_accessed: float
+    uncounted: tuple[str, ...]
+    library_calls: tuple[str, ...]
+    compile_seconds: float
+    assignment: BufferAssignment | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def can_compile_for_absent_gpus() -> bool:
+    """Whether the plugin that `compile_for` needs is installed."""
+    return any(_is_importable(plugin) for plugin in PLUGINS)
+
+
+def absent_devices(device: DeviceSpec, count: int = 1) -> list[Any]:
+    """`count` devices to compile for, none of which is there, eight to a host.
+
+    Raises:
+      CompilerMissingError: the CUDA plugin is not installed.
+      ValueError: the device is no GPU that XLA can be asked for.
+    """
+    from jax.experimental import topologies
+
+    config = target_config(device)
+    if not can_compile_for_absent_gpus():
+        raise CompilerMissingError(
+            f"Compiling for {device.name} without the device needs XLA's CUDA plugin, which is "
+            "not installed. "
+            "Install it with: pip install 'layerwise-jax[aot]' (Linux only, no CUDA libraries "
+            "needed)."
+        )
+    per_host = min(count, DEVICES_PER_HOST)
+    topology = f"1x{math.ceil(count / per_host)}x{per_host}"
+    found = topologies.get_topology_desc(platform="cuda", target_config=config, topology=topology)
+    return found.devices[:count]
+
+
+def absent_mesh(device: DeviceSpec, axes: Mapping[str, int]) -> Mesh:
+    """A mesh of absent devices, to write a `shard_map` program over: `absent_mesh(H100, {"stage":
+    16})`.
+
+    Raises:
+      As `absent_devices`.
+    """
+    import numpy as np
+    from jax.sharding import AxisType, Mesh
+
+    devices = np.array(absent_devices(device, math.prod(axes.values()))).reshape(*axes.values())
+    return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def compile_for(
+    device: DeviceSpec | None,
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    *,
+    weights: Sequence[int] = (),
+    donate: Sequence[int] = (),
+    options: Options | None = None,
+) -> CompiledProgram:
+    """Compile `fn(*args)` for a device and read back its sizes. Nothing runs and no array is made.
+
+    Args:
+      device: a GPU, which need not be there, or None for the first local device.
+      fn: a JAX function.
+      args: trees of `jax.ShapeDtypeStruct` (or arrays). Types that have a sharding keep it, which
+        for several absent devices is one over an `absent_mesh`; sizes are then those of one device.
+      weights: positions in `args` of the arguments that are weights.
+      donate: positions of the arguments that the program may overwrite.
+      options: XLA compiler options of this program.
+
+    Raises:
+      CompilerMissingError: the CUDA plugin is not installed.
+      ValueError: the device is no GPU that XLA can be asked for, or a position is not one of
+        `args`.
+    """
+    import jax
+
+    outside = [position for position in (*weights, *donate) if position not in range(len(args))]
+    if outside:
+        raise ValueError(
+            f"There are {len(args)} arguments; weights and donate name the positions {outside}."
+        )
+    target = jax.local_devices()[0] if device is None else absent_devices(device)[0]
+    args = _placed(args, jax.sharding.SingleDeviceSharding(target))
+    # Arguments that are not used are kept, so that the program's parameters are the leaves of
+    # `args`, one for one.
+    with _kernels_for(device, args):
+        traced = jax.jit(fn, keep_unused=True, donate_argnums=tuple(donate)).trace(*args)
+        lowered = traced.lower()
+    started = time.perf_counter()
+    compiled, assignment = _compile(lowered, options or {})
+    seconds = time.perf_counter() - started
+    work = count_work(traced.jaxpr)
+    return CompiledProgram(
+        compiled_by=f"XLA:{target.platform.upper()} for {target.device_kind}"
+        + (", absent" if device else ""),
+        weight_bytes=sum(
+            _shard_bytes(leaf) for i in sorted(set(weights)) for leaf in jax.tree.leaves(args[i])
+        ),
+        **_sizes(compiled.memory_analysis(), assignment),
+        flops=work.flops,
+        bytes_accessed=work.bytes_accessed,
+        uncounted=work.uncounted,
+        library_calls=_library_calls(compiled.as_text() or ""),
+        compile_seconds=seconds,
+        assignment=assignment,
+        options=dict(options or {}),
+    )
+
+
+def _kernels_for(device: DeviceSpec | None, args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """A context in which Pallas lowers its kernels for an absent device; without it, for the first
+    local one.
+
+    A program over a mesh has its devices' kind from that mesh already.
+    """
+    import jax
+    from jax.sharding import (
+        AbstractDevice,
+        AbstractMesh,
+        AxisType,
+        NamedSharding,
+        use_abstract_mesh,
+    )
+
+    if device is None or any(
+        isinstance(leaf.sharding, NamedSharding) for leaf in jax.tree.leaves(args)
+    ):
+        return nullcontext()
+    kind = AbstractDevice(architecture_of(device).pallas_kind, None, "gpu")
+    return use_abstract_mesh(
+        AbstractMesh((1,), ("device",), (AxisType.Auto,), abstract_device=kind)
+    )
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _placed(args: Sequence[Any], sharding: jax.sharding.Sharding) -> tuple[Any, ...]:
+    """The arguments as shapes, those without a sharding of their own on the one device."""
+    import jax
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        own = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(
+            leaf.shape,
+            leaf.dtype,
+            sharding=own or sharding,
+            weak_type=getattr(leaf, "weak_type", False),
+        )
+
+    return jax.tree.map(place, tuple(args))
+
+
+def _compile(
+    lowered: jax.stages.Lowered, options: Options
+) -> tuple[jax.stages.Compiled, BufferAssignment | None]:
+    """The compiled program and its buffer assignment.
+
+    XLA dumps the assignment beside the optimised module, named by its instructions; the one that
+    `memory_analysis` hands over has no names and is empty for GPUs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(
+            {**options, "xla_dump_to": folder, "xla_dump_hlo_as_proto": True}
+        )
+        dumped = _dumped_assignment(Path(folder))
+    serialized = getattr(compiled.memory_analysis(), "serialized_buffer_assignment_proto", b"")
+    if dumped is None and serialized:
+        return compiled, decode_buffer_assignment(serialized)
+    return compiled, dumped
+
+
+def _dumped_assignment(folder: Path) -> BufferAssignment | None:
+    """The assignment among XLA's dumps; None for a program from JAX's persistent cache, which is
+    dumped without one.
+    """
+    # Modules that the compiler only tries out, to choose kernels, are dumped too, under names that
+    # do not begin so.
+    dumps = [path.read_bytes() for path in folder.glob("*.jit_*after_optimizations.hlo.pb")]
+    if not dumps or not has_assignment(dumps[0]):
+        return None
+    return decode_hlo(dumps[0])
+
+
+def _sizes(memory: Any, assignment: BufferAssignment | None) -> dict[str, int]:
+    """The sizes by name, of the assignment if there is one. XLA's own peak leaves out temporaries
+    on a CPU.
+    """
+    if assignment is None:
+        held = (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        )
+        return {
+            "argument_bytes": memory.argument_size_in_bytes,
+            "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            "alias_bytes": memory.alias_size_in_bytes,
+            "constant_bytes": 0,
+            "temp_bytes": memory.temp_size_in_bytes,
+            "peak_bytes": held + memory.temp_size_in_bytes,
+        }
+    return {
+        "argument_bytes": assignment.bytes_of("argument"),
+        "output_bytes": assignment.bytes_of("output"),
+        "alias_bytes": assignment.alias_bytes,
+        "constant_bytes": assignment.bytes_of("constant"),
+        "temp_bytes": assignment.bytes_of("temporary"),
+        "peak_bytes": assignment.peak_bytes,
+    }
+
+
+def _library_calls(hlo: str) -> tuple[str, ...]:
+    """The targets of custom calls that are libraries', each once; XLA's own kernels and annotations
+    are not.
+    """
+    targets = dict.fromkeys(re.findall(r'custom_call_target="([^"]+)"', hlo))
+    return tuple(
+        target
+        for target in targets
+        if not target.startswith(("__gpu$xla.gpu.triton", "Sharding", "SPMD"))
+    )
+
+
+def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """The bytes of one device's share of an argument. Types below a byte (int4) are packed, keys
+    hold their data.
+    """
+    from jax import dtypes
+
+    assert leaf.sharding is not None
+    elements = math.prod(leaf.sharding.shard_shape(leaf.shape))
+    is_extended = dtypes.issubdtype(leaf.dtype, dtypes.extended)  # pyright: ignore[reportPrivateImportUsage]
+    bits = 8 * leaf.dtype.itemsize if is_extended else dtypes.itemsize_bits(leaf.dtype)
+    return -(-elements * bits // 8)

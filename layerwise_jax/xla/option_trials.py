@@ -1,0 +1,137 @@
+"""Compile a pipeline with the XLA options that make its working set smallest, and say what they
+did.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from layerwise_jax.mesh import STAGE
+from layerwise_jax.xla.aot import CompiledProgram, compile_for
+from layerwise_jax.xla.options import (
+    NOTHING_PINS_L2,
+    Options,
+    OptionsReport,
+    check_options,
+    choose_options,
+    hazards,
+)
+
+TIMED_RUNS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledPipeline:
+    """A pipeline compiled with options of its own; call it as the pipeline.
+
+    Attributes:
+      call: the function, jitted with the options.
+      options: what was set, for this program only.
+      report: the trials behind "auto", or None.
+      warnings: options that were seen to slow or break the loop.
+    """
+
+    call: Callable[..., Any]
+    options: Options
+    report: OptionsReport | None
+    warnings: tuple[str, ...]
+
+    def __call__(self, staged: Any, *inputs: Any) -> Any:
+        return self.call(staged, *inputs)
+
+    def __str__(self) -> str:
+        return (
+            str(self.report)
+            if self.report
+            else "\n".join([f"options: {dict(self.options)}", NOTHING_PINS_L2])
+        )
+
+
+def compile_pipeline(
+    pipeline: Callable[..., Any],
+    mesh: Mesh,
+    staged: Any,
+    inputs: tuple[Any, ...],
+    options: Literal["auto"] | Mapping[str, Any] | None,
+) -> CompiledPipeline:
+    """Compile a pipeline for its mesh.
+
+    Args:
+      pipeline: the pipeline, a function of placed parameters and inputs.
+      mesh: its mesh.
+      staged: placed parameters, or their shapes.
+      inputs: the full batch, or its shapes.
+      options: "auto" to try the table of `xla_options` and keep what makes workspace and peak
+        smaller (and, where a GPU is there to ask, is not slower); a mapping to set just those; None
+        for the compiler's defaults.
+
+    Raises:
+      OptionError: the compiler does not know an option, or does not take its value.
+    """
+    if isinstance(options, str) and options != "auto":
+        raise ValueError(
+            f"options is {options!r}; 'auto', a mapping from XLA's options to values, or None is "
+            "wanted."
+        )
+    shapes = _shapes(mesh, staged, inputs)
+
+    def compile_with(options: Options) -> CompiledProgram:
+        return compile_for(None, pipeline, shapes, weights=[0], options=options)
+
+    report = None
+    if options == "auto":
+        arrays = (staged, *inputs)
+        report = choose_options(
+            compile_with, run_seconds=_timer(pipeline, arrays) if _can_run(arrays) else None
+        )
+        chosen: Options = report.options
+    else:
+        chosen = dict(options or {})
+        check_options(chosen, lambda one: jax.jit(lambda x: x + 1).lower(0.0).compile(dict(one)))
+    call = jax.jit(pipeline, compiler_options=dict(chosen) or None)
+    return CompiledPipeline(call, chosen, report, hazards(chosen))
+
+
+def _shapes(mesh: Mesh, staged: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Types and shardings of the arguments; inputs are wanted whole on every device."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def shape(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        aval = jax.typeof(x) if not isinstance(x, jax.ShapeDtypeStruct) else x
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
+
+    placed = {
+        name: shape(x, NamedSharding(mesh, PartitionSpec(STAGE))) for name, x in staged.items()
+    }
+    return placed, *jax.tree.map(lambda x: shape(x, everywhere), inputs)
+
+
+def _can_run(arrays: Any) -> bool:
+    """Whether there is a GPU to ask, and arrays to run it on. A shared CPU's times say nothing."""
+    return jax.default_backend() == "gpu" and all(
+        isinstance(x, jax.Array) for x in jax.tree.leaves(arrays)
+    )
+
+
+def _timer(
+    pipeline: Callable[..., Any], arrays: tuple[Any, ...]
+) -> Callable[[CompiledProgram], float]:
+    """Seconds of the fastest of a few runs with a compiled program's options."""
+
+    def seconds(program: CompiledProgram) -> float:
+        call = jax.jit(pipeline, compiler_options=dict(program.options) or None)
+        jax.block_until_ready(call(*arrays))
+        times = []
+        for _ in range(TIMED_RUNS):
+            start = time.perf_counter()
+            jax.block_until_ready(call(*arrays))
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds

@@ -1,0 +1,1 @@
+"""Models that tests stage, small and of every kind."""

@@ -1,0 +1,70 @@
+"""A schedule is read back from its text, and what is no table is refused."""
+
+import pytest
+from hypothesis import given
+
+from layerwise_jax.schedule.generators import forward_only, interleaved_1f1b, one_f_one_b
+from layerwise_jax.schedule.table import Schedule, ScheduleError
+from tests.support.schedule_cases import properties, schedules
+
+
+@properties
+@given(schedules())
+def test_every_generated_schedule_is_read_back_from_its_text(schedule):
+    assert Schedule.parse(str(schedule)) == schedule
+
+
+def test_1f1b_prints_as_in_the_module_docstring():
+    assert str(one_f_one_b(2, 3)).splitlines() == [
+        "0F0  .",
+        "0F1  1F0",
+        ".    1B0",
+        "0B0  1F1",
+        "0F2  1B1",
+        "0B1  1F2",
+        ".    1B2",
+        "0B2  .",
+    ]
+
+
+def test_a_table_is_read_with_comments_and_blank_lines():
+    text = """
+    # two stages, one microbatch
+    0F0   .        # fill
+    .     1F0+1B0
+
+    0B0   .
+    """
+    assert Schedule.parse(text) == one_f_one_b(2, 1, paired=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no action"),
+        (". .", "no action"),
+        ("0F0 .\n1F0", "tick 1 has 1 cells, tick 0 has 2"),
+        ("0F0 1X0", "'1X0' is not an action"),
+        ("0F0+0F1", "one forward and then one backward"),
+        ("0B0+0F0", "one forward and then one backward"),
+        ("0F0+0I0+0W0", "one forward and then one backward"),
+    ],
+)
+def test_text_that_is_no_table_is_refused(text, message):
+    with pytest.raises(ScheduleError, match=message):
+        Schedule.parse(text)
+
+
+def test_a_schedule_knows_its_extent_and_where_its_stages_live():
+    schedule = interleaved_1f1b(2, 2, 3)
+    assert (schedule.num_devices, schedule.num_stages, schedule.num_microbatches) == (2, 4, 3)
+    assert schedule.device_of_stage == {0: 0, 1: 1, 2: 0, 3: 1}
+    assert schedule.has_backward
+    assert not forward_only(2, 3).has_backward
+
+
+def test_a_microbatch_is_live_from_its_forward_to_its_weight_gradient():
+    split = Schedule.parse("0F0\n0F1\n0I0\n0W0\n0B1")
+    assert split.lifetimes == {(0, 0): (0, 3), (0, 1): (1, 4)}
+    assert split.live_microbatches() == ((1,), (2,), (2,), (2,), (1,))
+    assert split.peak_live_microbatches() == (2,)

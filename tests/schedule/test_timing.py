@@ -1,0 +1,77 @@
+"""A simulation keeps to the devices, to the links and to the costs."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerwise_jax.schedule.generators import (
+    forward_only,
+    gpipe,
+    interleaved_1f1b,
+    one_f_one_b,
+    zero_bubble,
+)
+from layerwise_jax.schedule.timing import simulate_schedule
+from tests.support.schedule_cases import properties, schedules
+
+
+def test_a_link_delays_only_what_crosses_devices():
+    assert simulate_schedule(gpipe(2, 1), 1, 2, link_seconds=0.25).makespan == 6.5
+    assert simulate_schedule(interleaved_1f1b(1, 2, 1), 1, 2, link_seconds=0.25).makespan == 6.0
+    assert simulate_schedule(gpipe(3, 1), 1, 2, link_seconds=[0.25, 1.0]).makespan == 9 + 2 * 1.25
+    assert (
+        simulate_schedule(gpipe(3, 1), 1, 2, link_seconds=[0.25, 1.0], lockstep=True).makespan
+        == 9 + 2 * 1.25
+    )
+
+
+def test_uneven_stages_wait_for_the_slowest():
+    simulation = simulate_schedule(forward_only(3, 4), [1, 3, 2], 0)
+    assert simulation.makespan == 1 + 4 * 3 + 2
+    assert simulation.busy_seconds == (4, 12, 8)
+    assert simulation.idle_seconds == (11, 3, 7)
+
+
+@properties
+@given(schedules(), st.data())
+def test_a_simulation_respects_devices_and_messages(schedule, data):
+    seconds = st.floats(0, 4)
+    per_stage = st.lists(seconds, min_size=schedule.num_stages, max_size=schedule.num_stages)
+    link, lockstep = data.draw(seconds), data.draw(st.booleans())
+    simulation = simulate_schedule(
+        schedule, data.draw(per_stage), data.draw(per_stage), link_seconds=link, lockstep=lockstep
+    )
+    spans = {effect: span for span in simulation.spans for effect in span.action.effects}
+    free_at = [0.0] * schedule.num_devices
+    for action, device, start, end in simulation.spans:
+        assert start >= free_at[device]
+        free_at[device] = end
+        for need in action.needs(schedule.num_stages):
+            sender = spans[need]
+            assert start >= sender.end + (link if sender.device != device else 0)
+    assert 0 <= simulation.bubble_share <= 1
+
+
+def test_a_simulation_prints_its_figures():
+    lines = str(simulate_schedule(one_f_one_b(2, 3), 1, 2)).splitlines()
+    assert lines[0] == "makespan 12 s, bubble 25.0%"
+    assert [line.split() for line in lines[2:]] == [["0", "9", "3", "2"], ["1", "9", "3", "1"]]
+
+
+@pytest.mark.parametrize(
+    ("costs", "message"),
+    [
+        ({"forward_seconds": [1, 2, 3]}, r"forward_seconds has shape \(3,\), wanted \(2,\)"),
+        ({"backward_seconds": -1}, "backward_seconds is .* none below 0"),
+        ({"link_seconds": [1, 1]}, r"wanted \(1,\); give one number, or one a boundary"),
+        (
+            {"weight_gradient_seconds": 5},
+            "weight_gradient_seconds of stage 0 is 5.0, more than the whole backward's 2",
+        ),
+    ],
+)
+def test_costs_that_make_no_sense_are_refused(costs, message):
+    with pytest.raises(ValueError, match=message):
+        simulate_schedule(
+            zero_bubble(2, 2), **{"forward_seconds": 1, "backward_seconds": 2} | costs
+        )
