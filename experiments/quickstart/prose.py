@@ -18,13 +18,13 @@ def read_prose(root: Path) -> bytes:
       ValueError: there is none: `root` is not a clone of the repository.
     """
     pages = [path.read_text(encoding="utf-8") for name in PAGES if (path := root / name).exists()]
-    sources = sorted((root / SOURCES).glob("*.py"))
+    sources = sorted((root / SOURCES).rglob("*.py"))
     prose = "\n\n".join(
         [*pages, *(docstring for path in sources for docstring in docstrings(path))]
     )
     if not prose:
         raise ValueError(
-            f"{root} has neither {' nor '.join(PAGES)} nor {SOURCES}/*.py; run this from a clone."
+            f"{root} has neither {' nor '.join(PAGES)} nor {SOURCES}/**/*.py; run this from a clone."
         )
     return prose.encode()
 
