@@ -24,7 +24,8 @@ def read_prose(root: Path) -> bytes:
     )
     if not prose:
         raise ValueError(
-            f"{root} has neither {' nor '.join(PAGES)} nor {SOURCES}/**/*.py; run this from a clone."
+            f"{root} has neither {' nor '.join(PAGES)} nor {SOURCES}/**/*.py; run this from a "
+            "clone."
         )
     return prose.encode()
 
