@@ -1,70 +1,91 @@
-"""Dataclasses from JSON text, with just their fields, each of its type; anything else is refused by
-name.
-"""
+"""Dataclasses from JSON text. Every field must be there with the right type, and no other field."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from typing import Any, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping
+from typing import Any, cast, get_args, get_origin, get_type_hints
+
+# Brings the fields of an older version, and that version, to the newest form.
+Upgrade = Callable[[dict[str, Any], int], dict[str, Any]]
 
 
-def read(kind: type, text: str, version: int | None = None, remedy: str = "") -> Any:
-    """An instance of `kind`, which may hold others, mappings and tuples.
+def read(
+    kind: type,
+    text: str,
+    version: int | None = None,
+    remedy: str = "",
+    upgrade: Upgrade | None = None,
+) -> Any:
+    """Parses an instance of `kind`, whose fields may be dataclasses, mappings and tuples.
 
     Args:
       kind: the dataclass.
-      text: as its `to_json` wrote it.
-      version: which has to stand beside the fields; None for none.
-      remedy: what to do about another version.
+      text: JSON as its `to_json` writes it.
+      version: the newest value of the entry "version"; None if the text has no such entry.
+      remedy: sentence that ends the error about another version.
+      upgrade: converts the entries of older versions, from 1; None if only the newest is read.
 
     Raises:
-      ValueError: not JSON, of another version, or with fields missing, unknown or of the wrong
-        type.
+      ValueError: not JSON, an unknown version, or fields missing, unknown or of another type.
     """
     try:
-        fields = json.loads(text)
+        entries = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"A {kind.__name__} is JSON text as to_json() writes it; this is not JSON: {error}."
+            f"text must be JSON as {kind.__name__}.to_json writes it, got text that is not JSON: "
+            f"{error}."
         ) from error
-    if version is not None:
-        came = fields.pop("version", None) if isinstance(fields, dict) else None
-        if came != version:
+    if version is not None and isinstance(entries, dict):
+        entries = cast(dict[str, Any], entries)
+        given = entries.pop("version", None)
+        is_older = upgrade is not None and type(given) is int and 1 <= given < version
+        if given != version and not is_older:
             raise ValueError(
-                f"This {kind.__name__} has version {came!r}; this library reads version "
-                f"{version}. {remedy}"
+                f"The version of this {kind.__name__} must be {version}, got {given!r}. {remedy}"
             )
-    return _from_fields(kind, fields)
+        if upgrade is not None and given != version:
+            entries = upgrade(entries, cast(int, given))
+    return _from_entries(kind, entries)
 
 
-def _from_fields(kind: type, fields: Any) -> Any:
-    wanted = get_type_hints(kind)
-    if not isinstance(fields, dict):
-        raise ValueError(f"A {kind.__name__} has the fields {sorted(wanted)}; {fields!r} came.")
-    missing, unknown = sorted(set(wanted) - set(fields)), sorted(set(fields) - set(wanted))
+def _from_entries(kind: type, entries: Any) -> Any:
+    types = get_type_hints(kind)
+    if not isinstance(entries, dict):
+        raise ValueError(
+            f"A {kind.__name__} must be a JSON object with the fields {sorted(types)}, got "
+            f"{entries!r}."
+        )
+    entries = cast(dict[str, Any], entries)
+    missing = sorted(set(types) - set(entries))
+    unknown = sorted(set(entries) - set(types))
     if missing or unknown:
         raise ValueError(
-            f"A {kind.__name__}'s JSON lacks the fields {missing} and has unknown ones {unknown}."
+            f"A {kind.__name__}'s JSON must have exactly its fields, got it without {missing} and "
+            f"with the unknown {unknown}."
         )
     return kind(
-        **{name: _of_type(wanted[name], fields[name], f"{kind.__name__}.{name}") for name in wanted}
+        **{name: _of_type(types[name], entries[name], f"{kind.__name__}.{name}") for name in types}
     )
 
 
-def _of_type(wanted: Any, value: Any, name: str) -> Any:
-    """A value read from JSON, as the type of the field `name`."""
-    if dataclasses.is_dataclass(wanted):
-        return _from_fields(wanted, value)  # type: ignore[arg-type]
-    if get_origin(wanted) is tuple and isinstance(value, list):
-        return tuple(_of_type(get_args(wanted)[0], item, name) for item in value)
-    if get_origin(wanted) is Mapping and isinstance(value, dict):
+def _of_type(expected: Any, value: Any, name: str) -> Any:
+    """Converts a JSON value to the type of the field `name`."""
+    if dataclasses.is_dataclass(expected):
+        return _from_entries(cast(type, expected), value)
+    if get_origin(expected) is tuple and isinstance(value, list):
+        items = cast(list[Any], value)
+        return tuple(_of_type(get_args(expected)[0], item, name) for item in items)
+    if get_origin(expected) is Mapping and isinstance(value, dict):
+        entries = cast(dict[str, Any], value)
         return {
-            key: _of_type(get_args(wanted)[1], item, f"{name}[{key!r}]")
-            for key, item in value.items()
+            key: _of_type(get_args(expected)[1], item, f"{name}[{key!r}]")
+            for key, item in entries.items()
         }
-    accepted = {wanted, *get_args(wanted)}
+    accepted = {expected, *get_args(expected)}
     if type(value) in accepted or (type(value) is int and float in accepted):
         return value
-    raise ValueError(f"{name} is {value!r}; wanted {getattr(wanted, '__name__', wanted)}.")
+    raise ValueError(
+        f"{name} must be of type {getattr(expected, '__name__', expected)}, got {value!r}."
+    )

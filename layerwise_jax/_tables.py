@@ -1,9 +1,10 @@
-"""Text tables and ranges for terminals, shared by plans and comparisons."""
+"""Text tables and joined layer names, shared by plans and comparisons."""
 
 from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
@@ -12,35 +13,34 @@ TABLE_WIDTH = 132
 
 
 def render(table: Table) -> str:
-    """A rich table as plain text of a fixed width, so that logs and tests see what a terminal
-    sees.
+    """Renders a rich table as plain text of fixed width, without colours or trailing spaces.
+
+    The result is the same in terminals, logs and tests.
     """
     out = io.StringIO()
     Console(file=out, width=TABLE_WIDTH, color_system=None, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
-def run_lengths(names: tuple[str, ...]) -> str:
-    """Names with runs of consecutive numbers joined: `Block_0..Block_3`."""
-    pieces: list[list[str]] = []
+def run_lengths(names: Iterable[str]) -> str:
+    """Joins names with commas, runs of consecutive numbers as `Block_0..Block_3`."""
+    runs: list[list[str]] = []
     for name in names:
-        if pieces and _follows(pieces[-1][-1], name):
-            pieces[-1].append(name)
+        if runs and _follows(runs[-1][-1], name):
+            runs[-1].append(name)
         else:
-            pieces.append([name])
-    return ", ".join(
-        piece[0] if len(piece) == 1 else f"{piece[0]}..{piece[-1]}" for piece in pieces
-    )
+            runs.append([name])
+    return ", ".join(run[0] if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
 
 
 def _follows(before: str, after: str) -> bool:
-    """Whether two names differ in one number, by one."""
-    a, b = re.split(r"(\d+)", before), re.split(r"(\d+)", after)
-    if len(a) != len(b):
+    """True if `after` is `before` with exactly one of its numbers raised by one."""
+    before_parts = re.split(r"(\d+)", before)
+    after_parts = re.split(r"(\d+)", after)
+    if len(before_parts) != len(after_parts):
         return False
-    differing = [(x, y) for x, y in zip(a, b, strict=True) if x != y]
-    return (
-        len(differing) == 1
-        and all(x.isdigit() for x in differing[0])
-        and int(differing[0][1]) == int(differing[0][0]) + 1
-    )
+    differing = [(a, b) for a, b in zip(before_parts, after_parts, strict=True) if a != b]
+    if len(differing) != 1:
+        return False
+    first, second = differing[0]
+    return first.isdigit() and second.isdigit() and int(second) == int(first) + 1

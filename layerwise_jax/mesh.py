@@ -11,41 +11,41 @@ DATA = "data"
 
 
 def check_mesh(mesh: Mesh, num_devices: int | None) -> int:
-    """The number of replicas on a mesh of which each has `num_devices` (None: any number).
+    """Checks the axis `stage` of a mesh and returns the size of its axis `data`, 1 without one.
+
+    Args:
+      mesh: the mesh of a pipeline.
+      num_devices: required size of the axis `stage`; None for any.
 
     Raises:
       ValueError: no axis `stage`, or one of another size.
     """
     if STAGE not in mesh.axis_names:
         raise ValueError(
-            f"The mesh has the axes {mesh.axis_names}; layer-wise placement needs one named "
-            "'stage'. "
-            "Make it with jax.make_mesh((num_stages,), ('stage',), "
+            f"mesh must have an axis 'stage', got the axes {mesh.axis_names}. Make it with "
+            "jax.make_mesh((num_stages,), ('stage',), "
             "axis_types=(jax.sharding.AxisType.Auto,))."
         )
     if num_devices is not None and mesh.shape[STAGE] != num_devices:
         raise ValueError(
-            f"{num_devices} stages in a row need as many devices; the mesh's axis 'stage' has "
-            f"{mesh.shape[STAGE]} "
-            "devices. Give a mesh of that size, ask for another number of stages, or for an "
-            "interleaved schedule, in "
-            "which stages share devices."
+            f"mesh must have {num_devices} devices on its axis 'stage', one for each stage, got "
+            f"{mesh.shape[STAGE]}. Give a mesh of that size, another num_stages, or a schedule "
+            "that places several stages on a device, such as 'interleaved_1f1b'."
         )
     return mesh.shape.get(DATA, 1)
 
 
 def stage_mesh(num_devices: int) -> Mesh:
-    """A mesh of the first local devices, all on the axis `stage`.
+    """A mesh of the first `num_devices` local devices on one axis, `stage`.
 
     Raises:
-      ValueError: there are fewer devices.
+      ValueError: there are fewer local devices.
     """
     devices = jax.local_devices()
     if len(devices) < num_devices:
         raise ValueError(
-            f"{num_devices} stages need {num_devices} devices; there are {len(devices)}. Ask for "
-            "fewer stages, or "
-            "emulate devices on the CPU: jax.config.update('jax_num_cpu_devices', n) before "
-            "anything else."
+            f"num_devices must be at most {len(devices)}, the number of local devices, got "
+            f"{num_devices}. Ask for fewer stages, or emulate devices on the CPU: "
+            "jax.config.update('jax_num_cpu_devices', n) before any other use of JAX."
         )
     return Mesh(np.array(devices[:num_devices]), (STAGE,), axis_types=(AxisType.Auto,))

@@ -1,6 +1,4 @@
-"""Whether a model can be resident in cache at all, in plain numbers: the capacity law for a model
-and a device.
-"""
+"""Capacity law: the devices whose caches together hold a model's weights."""
 
 from __future__ import annotations
 
@@ -10,28 +8,28 @@ from dataclasses import dataclass
 from layerwise_jax.cost.device import DeviceSpec
 from layerwise_jax.cost.layer_cost import LayerCost
 
-# The widths at which weights are commonly kept, by the number of their bits.
+# Common widths of weights: bits -> name.
 WIDTHS = {16: "fp16", 8: "fp8", 4: "4 bits"}
 
-# Those that are named only for weights that have them.
+# Widths that are listed only if the weights have them.
 WIDER = {64: "fp64", 32: "fp32"}
 
 
 @dataclass(frozen=True)
 class CapacityBound:
-    """The capacity law for one model on one device.
+    """Capacity law of one model on one kind of device: required and available bytes.
 
     Attributes:
-      device: the device's name.
-      usable_bytes: what one device may hold: its usable cache, or the capacity that was given.
-      weight_bytes: weights of all layers as they are, shared ones once.
-      resident_bytes: what all the devices hold together.
-      num_devices: how many there are.
-      devices_needed: for each width in bits, the weights' own and the common ones, how many of them
-        hold all weights.
-      largest_layer: the name of the layer with the most weights.
-      largest_layer_bytes: its weights.
-      tensor_ways: for each width, over how many devices that layer must be split to fit.
+      device: name of the device.
+      usable_bytes: bytes that one device may hold: its usable cache, or the given capacity.
+      weight_bytes: bytes of all layers' weights, shared weights counted once.
+      resident_bytes: num_devices * usable_bytes.
+      num_devices: number of devices.
+      devices_needed: width in bits -> devices that hold all weights at that width. Contains the
+        weights' own width and the common ones.
+      largest_layer: name of the layer with the most weights.
+      largest_layer_bytes: bytes of its weights.
+      tensor_ways: width in bits -> devices over which that layer must be split to fit.
     """
 
     device: str
@@ -46,7 +44,7 @@ class CapacityBound:
 
     @property
     def is_resident(self) -> bool:
-        """Whether the weights alone could be resident."""
+        """True if the weights, without activations, fit the caches layer by layer."""
         return (
             self.resident_bytes >= self.weight_bytes
             and self.largest_layer_bytes <= self.usable_bytes
@@ -75,16 +73,16 @@ def capacity_bound(
     capacity: int | None = None,
     weight_bytes: int | None = None,
 ) -> CapacityBound:
-    """Apply the capacity law: resident parameters = devices x usable bytes x 8 / bits.
+    """Applies the capacity law: resident parameters = devices x usable bytes x 8 / bits.
 
     Args:
-      costs: the layers.
-      device: the device.
-      num_devices: how many there are.
-      bits: the width in which the costs count weights.
+      costs: cost of each layer, at least one.
+      device: kind of device.
+      num_devices: number of devices.
+      bits: width of the weights that `costs` count.
       capacity: bytes that a device may hold; None for its usable cache.
-      weight_bytes: weights of all layers, those that several layers use counted once; None if no
-        layers share any.
+      weight_bytes: bytes of all layers' weights, shared weights counted once; None if layers share
+        no weights.
     """
     weights = sum(cost.weight_bytes for cost in costs) if weight_bytes is None else weight_bytes
     largest = max(costs, key=lambda cost: cost.weight_bytes)
@@ -106,25 +104,28 @@ def capacity_bound(
 
 
 def row_chunks_to_fit(cost: LayerCost, capacity: int) -> int | None:
-    """Into how many chunks of rows a layer's activations must be cut for it to fit; None if its
-    weights do not.
+    """The fewest equal chunks of rows whose activations and buffers fit beside a layer's weights.
+
+    None if the weights do not fit by themselves.
     """
-    room = capacity - cost.weight_bytes
-    return None if room <= 0 else max(1, -(-(cost.activation_bytes + cost.buffer_bytes) // room))
+    free = capacity - cost.weight_bytes
+    return None if free <= 0 else max(1, -(-(cost.activation_bytes + cost.buffer_bytes) // free))
 
 
 def streaming_notes(groups: Sequence[Sequence[LayerCost]], device: DeviceSpec) -> list[str]:
-    """For stages that exceed the cache: how many bytes stream from memory each tick, and what that
-    takes.
+    """One sentence for each stage that exceeds the cache: bytes streamed a tick, and their time.
+
+    Args:
+      groups: the layers of each stage.
+      device: kind of device.
     """
-    notes = []
+    notes: list[str] = []
     for s, group in enumerate(groups):
         excess = sum(cost.size for cost in group) - device.usable_l2_bytes
         if excess > 0:
             microseconds = excess / device.memory_bandwidth * 1e6
             notes.append(
-                f"stage {s} holds {excess:,} bytes more than the cache: they stream from memory "
-                "every tick, "
-                f"{microseconds:,.1f} us at {device.memory_bandwidth / 1e12:.2f} TB/s"
+                f"stage {s} exceeds the cache by {excess:,} bytes, which stream from memory every "
+                f"tick: {microseconds:,.1f} us at {device.memory_bandwidth / 1e12:.2f} TB/s"
             )
     return notes

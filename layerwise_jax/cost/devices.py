@@ -1,8 +1,8 @@
-"""The devices that are known: their figures, and where each comes from.
+"""Known devices: their figures with a source for each.
 
-Rates and bandwidths are the makers' (dense, without sparsity) unless a source says measured. Usable
-cache is a measured knee where there is one. Calibration (`python -m experiments.calibrate`)
-measures both on a device that is at hand.
+Rates and bandwidths are the makers' (dense, without sparsity) unless a source says measured. The
+usable cache is a measured knee where one is published. `python -m experiments.calibrate` measures
+both on a local device.
 """
 
 from __future__ import annotations
@@ -287,12 +287,12 @@ CPU = DeviceSpec(
     multiprocessors=8,
     clock_hz=3e9,
     sources=dict.fromkeys(
-        sources_of(""), "a stand-in for some CPU, for trying plans out; nothing was measured"
+        sources_of(""), "placeholder for an unknown CPU, for trying plans out; nothing was measured"
     ),
 )
 DEVICES = (A100_40, A100, H100_PCIE, H100, H200, B200, L4, L40S, RTX_4090, RTX_5090, CPU)
 
-# Kinds that JAX also reports, or that people write.
+# Other names of these devices, in JAX or in common use.
 _ALIASES = {
     "a100": A100,
     "nvidia a100 80gb pcie": A100,
@@ -311,17 +311,18 @@ _ALIASES = {
 
 
 def device_named(kind: str) -> DeviceSpec:
-    """The device of a kind as JAX reports it (`jax.devices()[0].device_kind`), capitals aside.
+    """Looks up a device by the kind that JAX reports (`jax.devices()[0].device_kind`).
+
+    The case of letters does not matter.
 
     Raises:
-      ValueError: no such device is in the table.
+      ValueError: the table has no such device.
     """
     known = {spec.name.lower(): spec for spec in DEVICES} | _ALIASES
     if kind.lower() not in known:
         names = ", ".join(spec.name for spec in DEVICES)
         raise ValueError(
-            f"No figures are known for the device '{kind}'; known are {names}. Calibrate it "
-            "(python -m "
+            f"kind must be a known device ({names}), got '{kind}'. Calibrate it (python -m "
             "experiments.calibrate writes a file for DeviceSpec.from_json), or make a DeviceSpec."
         )
     return known[kind.lower()]

@@ -1,4 +1,4 @@
-"""What a layer costs, in plain numbers, and how costs add."""
+"""Cost of a layer in plain numbers, and sums of costs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class LayerCost:
-    """The cost of a layer, or of several.
+    """Cost of a layer, or of several, for one microbatch.
 
     Attributes:
-      name: the layer.
+      name: name of the layer.
       weight_bytes: bytes of its parameters.
-      activation_bytes: bytes of what it passes on, for one microbatch (output feature map x batch).
-      buffer_bytes: bytes of workspace that the compiler allocates inside it.
-      flops: floating-point operations of one microbatch.
+      activation_bytes: bytes of its output (feature map x examples of a microbatch).
+      buffer_bytes: bytes of workspace that the compiler allocates inside the layer.
+      flops: floating-point operations.
       bytes_accessed: bytes that its operations read and write.
-      peak_bytes: the most bytes alive at once while it runs; 0 where that is not known.
+      peak_bytes: the most bytes alive at once while it runs; 0 if unknown.
     """
 
     name: str
@@ -36,17 +36,17 @@ class LayerCost:
             value = getattr(self, field.name)
             if not 0 <= value < math.inf:
                 raise ValueError(
-                    f"{field.name} of layer '{self.name}' is {value}; a number of at least 0 is "
-                    "wanted."
+                    f"{field.name} of layer '{self.name}' must be finite and at least 0, got "
+                    f"{value}."
                 )
 
     @property
     def size(self) -> int:
-        """Weights, activations and buffers together: what the paper calls the size of a layer."""
+        """Bytes of weights, activations and buffers together, which the paper calls its size."""
         return self.weight_bytes + self.activation_bytes + self.buffer_bytes
 
     def __add__(self, other: LayerCost) -> LayerCost:
-        """One after the other: sizes and work add, the peak is the larger."""
+        """The cost of both layers in sequence: sizes and work add, the peak is the larger one."""
         return LayerCost(
             f"{self.name} + {other.name}",
             self.weight_bytes + other.weight_bytes,
@@ -58,7 +58,7 @@ class LayerCost:
         )
 
     def __mul__(self, repeats: int) -> LayerCost:
-        """The layer run `repeats` times over: its work repeats, what it holds does not."""
+        """The cost of running the layer `repeats` times: work multiplies, sizes stay."""
         return LayerCost(
             f"{self.name} x {repeats}",
             self.weight_bytes,
@@ -71,12 +71,12 @@ class LayerCost:
 
 
 def total(costs: Iterable[LayerCost]) -> LayerCost:
-    """The sum of at least one cost.
+    """The sum of one cost or more.
 
     Raises:
-      ValueError: there is none.
+      ValueError: `costs` is empty.
     """
     costs = tuple(costs)
     if not costs:
-        raise ValueError("The total of no costs has no name; at least one LayerCost is wanted.")
+        raise ValueError("costs must have at least one LayerCost, got none.")
     return functools.reduce(operator.add, costs)

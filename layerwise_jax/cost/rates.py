@@ -7,15 +7,15 @@ from collections.abc import Mapping
 MIB = 2**20
 GIB = 2**30
 
-# Knees that were measured, as shares of the cache. The published ones are those of RRZE's
-# gpu-benches (gpu-l2-cache).
+# Knees: the largest working set that is still read at the cache's bandwidth, in bytes or as a share
+# of the cache. Published ones are from RRZE's gpu-benches (gpu-l2-cache).
 A100_KNEE = 25 * MIB
 H100_KNEE = 37 * MIB
 H200_KNEE = 48 * MIB
 ADA_SHARE = 91 / 96
 
-# For an architecture whose knee nobody published: the smallest share measured on another, the
-# A100's 25 of 40 MiB.
+# Share for architectures without a published knee: the smallest one measured elsewhere, the A100's
+# 25 of 40 MiB.
 UNMEASURED_SHARE = 25 / 40
 ADA_KNEE_SOURCE = (
     "91 of 96 MiB, the knee published for the L40 (gpu-benches), taken as a share of this cache"
@@ -24,7 +24,7 @@ UNMEASURED_KNEE_SOURCE = (
     "not measured: 25/40 of the cache, the smallest share measured on another GPU (A100)"
 )
 
-# jax.lax.ppermute in a compiled loop takes 18 to 25 us a turn, the loop without it 9 us (H200, JAX
+# A compiled loop takes 18 to 25 us an iteration with jax.lax.ppermute and 9 us without (H200, JAX
 # 0.11.2).
 PERMUTE_SECONDS = 12e-6
 NVLINK_SOURCE = "NVIDIA data sheet: NVLink, half of the bidirectional figure"
@@ -33,7 +33,7 @@ TARGET_SOURCE = "OpenXLA's target description of this device"
 
 
 def sources_of(data_sheet: str, **particular: str) -> Mapping[str, str]:
-    """The source of each field: the data sheet, but for those that are named."""
+    """Field -> source: the data sheet and usual sources, overridden by `particular`."""
     usual = {
         "l2_bytes": f"{data_sheet}; cudaDeviceProp.l2CacheSize",
         "usable_l2_bytes": UNMEASURED_KNEE_SOURCE,
@@ -55,7 +55,7 @@ def sources_of(data_sheet: str, **particular: str) -> Mapping[str, str]:
 
 
 def tera(half: float, **others: float) -> Mapping[str, float]:
-    """Rates by dtype from figures in 10^12 a second; `half` is that of float16 and of bfloat16."""
+    """Dtype -> operations a second, from figures in 10^12; `half` is float16's and bfloat16's."""
     return {
         name: rate * 1e12 for name, rate in {**others, "bfloat16": half, "float16": half}.items()
     }

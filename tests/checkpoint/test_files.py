@@ -190,12 +190,12 @@ def test_another_model(saved: tuple[Path, Pipeline]) -> None:
 @pytest.mark.parametrize(
     ("step", "options", "message"),
     [
-        (-1, {}, "step is -1"),
-        (1.5, {}, "step is 1.5"),
-        (True, {}, "step is True"),
+        (-1, {}, "step must be .*got -1"),
+        (1.5, {}, "step must be .*got 1.5"),
+        (True, {}, "step must be .*got True"),
         (1, {}, "has step 1 already"),
         (0, {}, "has step 1 already"),
-        (2, {"keep": 0}, "keep is 0"),
+        (2, {"keep": 0}, "keep must be .*got 0"),
         (2, {"staged": {}}, "not this pipeline's placed parameters"),
         (2, {"optimizer_state": ("adam",)}, "optimizer_state has 'adam' at 0"),
         (

@@ -73,6 +73,6 @@ def test_rows_are_chunked_into_the_room_that_weights_leave(
 def test_only_stages_beyond_the_cache_stream() -> None:
     fits, beyond = [layer(H200.usable_l2_bytes)], [layer(H200.usable_l2_bytes), layer(0, 4_800_000)]
     (note,) = streaming_notes([fits, beyond], H200)
-    assert note.startswith("stage 1 holds 4,800,000 bytes more than the cache")
+    assert note.startswith("stage 1 exceeds the cache by 4,800,000 bytes")
     assert f"{4_800_000 / H200.memory_bandwidth * 1e6:,.1f} us" in note
     assert streaming_notes([fits], H200) == []

@@ -51,7 +51,7 @@ def test_devices_are_found_by_the_kind_that_jax_reports(spec):
 def test_other_names_of_a_device():
     assert device_named("H100") is H100
     assert device_named("NVIDIA A100 80GB PCIe") is A100
-    with pytest.raises(ValueError, match="No figures are known for the device 'TPU v5'"):
+    with pytest.raises(ValueError, match=r"kind must be a known device .*, got 'TPU v5'"):
         device_named("TPU v5")
 
 
@@ -86,7 +86,7 @@ def test_rates_go_by_the_beginning_of_the_dtype_and_fall_back_on_wider_ones():
     assert CPU.rate("bfloat16") == CPU.flops_per_second["float32"]
     assert H100.rate("complex64") == H100.rate("int32") == H100.flops_per_second["float32"]
     assert H100.rate("uint8") == H100.flops_per_second["int8"]
-    with pytest.raises(ValueError, match="no rate for dtype key"):
+    with pytest.raises(ValueError, match=r"dtype must be one that .* has a rate for .*got key"):
         H100.rate("key<fry>")
 
 
@@ -115,15 +115,18 @@ def test_a_cpu_is_detected_as_the_stand_in():
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"l2_bytes": -1}, "l2_bytes is -1; a positive"),
-        ({"l2_bytes": 1.5}, "l2_bytes is 1.5; wanted int"),
-        ({"multiprocessors": True}, "multiprocessors is True; wanted int"),
-        ({"memory_bandwidth": math.nan}, "memory_bandwidth is nan; a positive"),
-        ({"flops_per_second": {"float16": 0}}, r"flops_per_second\['float16'\] is 0; a positive"),
-        ({"flops_per_second": [1]}, r"flops_per_second is \[1\]; wanted Mapping"),
-        ({"usable_l2_bytes": L4.l2_bytes + 1}, "more than the whole cache"),
-        ({"compute_capability": 8.9}, "compute_capability is 8.9; wanted str"),
-        ({"sources": {}}, "sources says nothing of"),
+        ({"l2_bytes": -1}, "l2_bytes must be positive and finite, got -1"),
+        ({"l2_bytes": 1.5}, "l2_bytes must be of type int, got 1.5"),
+        ({"multiprocessors": True}, "multiprocessors must be of type int, got True"),
+        ({"memory_bandwidth": math.nan}, "memory_bandwidth must be positive and finite, got nan"),
+        (
+            {"flops_per_second": {"float16": 0}},
+            r"flops_per_second\['float16'\] must be positive and finite, got 0",
+        ),
+        ({"flops_per_second": [1]}, r"flops_per_second must be of type Mapping.*, got \[1\]"),
+        ({"usable_l2_bytes": L4.l2_bytes + 1}, "usable_l2_bytes must be at most l2_bytes"),
+        ({"compute_capability": 8.9}, "compute_capability must be of type str.*, got 8.9"),
+        ({"sources": {}}, "sources must have an entry for every field"),
     ],
 )
 def test_what_is_wrong_is_named(change, complaint):
@@ -141,6 +144,6 @@ def test_missing_and_unknown_fields_are_named():
     fields = json.loads(L40S.to_json())
     del fields["l2_bytes"]
     with pytest.raises(
-        ValueError, match=r"lacks the fields \['l2_bytes'\] and has unknown ones \['colour'\]"
+        ValueError, match=r"without \['l2_bytes'\] and with the unknown \['colour'\]"
     ):
         DeviceSpec.from_json(json.dumps({**fields, "colour": "green"}))

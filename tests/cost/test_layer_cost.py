@@ -49,12 +49,14 @@ def test_total_sizes_add(many):
 
 
 def test_the_total_of_none_is_refused():
-    with pytest.raises(ValueError, match="at least one LayerCost"):
+    with pytest.raises(ValueError, match="must have at least one LayerCost"):
         total([])
 
 
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("wrong", [-1, math.nan, math.inf])
 def test_what_is_no_size_is_refused_by_name(name, wrong):
-    with pytest.raises(ValueError, match=f"{name} of layer 'dense' is {wrong}"):
+    with pytest.raises(
+        ValueError, match=(f"{name} of layer 'dense' must be finite and at least 0, got {wrong}")
+    ):
         dataclasses.replace(LayerCost("dense", 1, 1, 1), **{name: wrong})

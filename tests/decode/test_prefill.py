@@ -283,7 +283,7 @@ def test_wrong_prompts_are_refused() -> None:
     ring = _ring(num_stages=2)
     staged, places = ring.place(PARAMS), ring.start(np.zeros((2, 2)))
     prompts, lengths = np.zeros((2, 2, LENGTH)), np.full((2, 2), 2)
-    with pytest.raises(ValueError, match="prompts came as"):
+    with pytest.raises(ValueError, match="prompts must have shape"):
         ring.prefill(staged, places, prompts[..., 1:], lengths)
     with pytest.raises(ValueError, match="lengths came as"):
         ring.prefill(staged, places, prompts, [[0, 2], [1, 1]])

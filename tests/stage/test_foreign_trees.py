@@ -117,7 +117,7 @@ def test_a_table_says_how_many_microbatches() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"mesh": None, "num_stages": "2"}, "num_stages is '2'"),
+        ({"mesh": None, "num_stages": "2"}, "num_stages must be an int .*got '2'"),
         ({"mesh": [1, 2]}, "mesh came as list"),
         ({"device": "H100"}, "device is 'H100'; a DeviceSpec is wanted: lw.H100"),
         ({"capacity": True}, "capacity is True"),
