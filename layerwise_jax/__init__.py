@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from layerwise_jax.measure.detect import detect_device
     from layerwise_jax.measure.layers import measure_costs
     from layerwise_jax.mesh import stage_mesh
+    from layerwise_jax.options import PipelineOptions
     from layerwise_jax.partition.solver import (
         CapacityError,
         Partition,
@@ -76,6 +77,7 @@ _HOMES = {
     ),
     "build": ("build_pipeline",),
     "pipeline": ("Pipeline",),
+    "options": ("PipelineOptions",),
     "plan": ("Plan",),
     "cost.layer_cost": ("LayerCost",),
     "cost.device": ("DeviceSpec",),
@@ -134,6 +136,7 @@ __all__ = [
     "LayerCost",
     "Partition",
     "Pipeline",
+    "PipelineOptions",
     "Plan",
     "DeviceSpec",
     "Checkpoint",

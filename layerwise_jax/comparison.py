@@ -1,11 +1,11 @@
-"""`compare`: what a model would take under every strategy, from its trace; no accelerator is
-needed.
+"""`compare`: predicted time and memory of a model under every strategy, from its trace.
+
+No accelerator is needed.
 
     print(lw.compare(model.apply, params, tokens, device=lw.H100, num_devices=16))
     print(lw.compare_decode(step_fn, params, cache, batch=128, device=lw.H100, num_devices=16))
 
-Types suffice for parameters, inputs and caches, so that a model that fits no memory can be
-compared.
+Parameters, inputs and caches may be types, so that a model larger than any memory can be compared.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from layerwise_jax.trace.layer_search import CONTRACTIONS
 from layerwise_jax.trace.layers import LayerSequence, trace_layers
 from layerwise_jax.trace.program import Weight, nbytes
 
-# What XLA makes a kernel of, with whatever it fuses into it.
+# Operations that XLA compiles to a kernel; it fuses others into them.
 KERNELS = CONTRACTIONS | REDUCTIONS | PARTIAL_READS | frozenset(PARTIAL_WRITES)
 
-# With so few products a layer is an MLP or one matrix, and is summed once over tensor ways; a block
-# has attention too.
-ONE_SUM = 3
+# Up to this many products a layer is an MLP or one matrix, with one all-reduce over tensor ways. A
+# block with attention has more, and two all-reduces.
+ONE_ALL_REDUCE = 3
 
 
 def compare(
@@ -51,26 +51,26 @@ def compare(
     tensor_ways: int | None = None,
     calibration: Calibration = STOCK,
 ) -> Comparison:
-    """Predict a function for one device, replicas, tensor ways, stages and their products.
+    """Predict a function on one device, under data, tensor and pipeline parallelism, and combined.
 
-    Every structurally distinct layer is compiled once for the device, which need not be there. A
-    function that returns one number (a loss) is taken to be trained: forward and backward, by 1F1B
-    where there are stages.
+    Compiles every structurally distinct layer once for the device, which need not be present. A
+    function that returns one scalar (a loss) counts as training: forward and backward, in the order
+    of 1F1B where there are stages.
 
     Args:
       fn: a JAX function `fn(params, *inputs)`.
       params: its parameters, arrays or `jax.ShapeDtypeStruct`.
-      *inputs: its inputs at the full batch, likewise.
-      num_devices: devices to spread it over.
-      device: the device; None for the one that JAX has.
-      in_axes: as in `jax.vmap`: 0 for inputs with a batch axis in front, None for others.
-      dtype: what products are computed in; None for the dtype of the largest parameter.
-      tokens: tokens of an example, if tokens a second are wanted.
-      tensor_ways: how many ways a layer can be split at most, its heads say.
-      calibration: how far programs stay behind the device's figures.
+      *inputs: its inputs at the full batch, arrays or types.
+      num_devices: devices that every strategy uses.
+      device: the device; None for the local one.
+      in_axes: as in `jax.vmap`: 0 for inputs with a leading batch axis, None for others.
+      dtype: dtype of the matrix products; None for the dtype of the largest parameter.
+      tokens: tokens of an example, for a prediction in tokens per second.
+      tensor_ways: the largest number of tensor ways, for example the number of heads.
+      calibration: efficiency factors, achieved over nominal performance.
 
     Raises:
-      ValueError: there is nothing to stage in the function, or no one batch size in the inputs.
+      ValueError: the function has no layer, or the inputs differ in their batch size.
     """
     device = device or detect_device()
     layers = trace_layers(fn, params, *inputs)
@@ -95,23 +95,22 @@ def compare_decode(
     tensor_ways: int | None = None,
     calibration: Calibration = STOCK,
 ) -> Comparison:
-    """Predict token generation likewise; layer-wise it is a ring (`decode_ring`).
+    """Predict token generation under every strategy; the layer-wise one is `decode_ring`.
 
     Args:
       step_fn: `step_fn(params, cache, tokens, positions) -> (logits, cache)`, as `decode_ring`
         takes it.
       params: its parameters, arrays or `jax.ShapeDtypeStruct`.
-      cache: the cache of all `batch` sequences, likewise, full: all of it is taken to be read in a
-        step.
-      batch: sequences.
-      num_devices: as in `compare`, like all that follow.
-      device: the device.
-      dtype: of the products.
-      tensor_ways: how many ways a layer can be split at most.
-      calibration: how far programs stay behind the device's figures.
+      cache: the cache of all `batch` sequences, arrays or types; a step reads all of it.
+      batch: number of sequences.
+      num_devices: as in `compare`.
+      device: as in `compare`.
+      dtype: as in `compare`.
+      tensor_ways: as in `compare`.
+      calibration: as in `compare`.
 
     Raises:
-      ValueError, CutError: as `decode_ring`.
+      ValueError, CutError: `decode_ring` would refuse the function.
     """
     device = device or detect_device()
     layers, state = trace_step(step_fn, Sampler(), params, cache, batch)
@@ -125,14 +124,22 @@ def compare_decode(
 def _layer_works(
     layers: LayerSequence, costs: Sequence[LayerCost], batch: int, cache_bytes: Sequence[float]
 ) -> tuple[LayerWork, ...]:
-    """The layers' work for one example, from costs of the batch; there a cache counts as weight and
-    as result.
+    """Work of every layer for one example, from the costs of the batch.
+
+    The costs count a cache twice, as a weight and as a result; here it is the layer's state.
+
+    Args:
+      layers: the layers of the batch.
+      costs: the cost of every layer.
+      batch: examples of the batch.
+      cache_bytes: bytes of cache of every layer.
     """
     works = []
     for layer, cost, cached, sent in zip(
         layers.layers, costs, cache_bytes, layers.boundary_bytes[1:], strict=True
     ):
         operations = [layers.program.ops[i].name for i in layer.anchors]
+        num_products = sum(name in CONTRACTIONS for name in operations)
         weights = cost.weight_bytes - cached
         works.append(
             LayerWork(
@@ -143,8 +150,8 @@ def _layer_works(
                 activation_bytes=max(cost.activation_bytes + cost.buffer_bytes - cached, 0) / batch,
                 state_bytes=cached / batch,
                 kernels=sum(name in KERNELS for name in operations),
-                all_reduces=1 if sum(name in CONTRACTIONS for name in operations) <= ONE_SUM else 2,
-                # A layer that moves fewer bytes than it has weights looks rows up.
+                all_reduces=1 if num_products <= ONE_ALL_REDUCE else 2,
+                # A layer that accesses fewer bytes than its weights have is a lookup table.
                 lookup_bytes=max(weights - cost.bytes_accessed, 0),
             )
         )
@@ -152,7 +159,7 @@ def _layer_works(
 
 
 def _cache_bytes(layers: LayerSequence, state: Mapping[int, Weight]) -> list[float]:
-    """Bytes of the cache that every layer reads."""
+    """Bytes of cache that each layer reads."""
     avals, cached = layers.program.avals, set(state.values())
     stages = cut_stages(layers, range(len(layers) + 1))
     return [

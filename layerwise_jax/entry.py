@@ -1,4 +1,4 @@
-"""`layerwise`: all of the pass, from a function to a pipeline, with a default for every choice."""
+"""`layerwise`: from a function to a pipeline, in the order of the steps, with defaults."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from layerwise_jax._arguments import checked_int
+from layerwise_jax._arguments import checked_choice, checked_int
 from layerwise_jax.batch.outputs import Reduce
-from layerwise_jax.build import build_pipeline, check_choices
+from layerwise_jax.build import build_pipeline
 from layerwise_jax.cost.capacity import capacity_bound, row_chunks_to_fit, streaming_notes
 from layerwise_jax.cost.device import DeviceSpec
 from layerwise_jax.cost.layer_cost import LayerCost
 from layerwise_jax.measure.detect import detect_device
 from layerwise_jax.measure.microbatch import Staging, StagingChoices, choose_staging
 from layerwise_jax.mesh import STAGE, check_mesh, stage_mesh
+from layerwise_jax.options import PipelineOptions, Remat
 from layerwise_jax.partition.solver import CapacityError
-from layerwise_jax.pipeline import Pipeline, Remat
+from layerwise_jax.pipeline import Pipeline
 from layerwise_jax.plan import Sizes
 from layerwise_jax.schedule.generators import ScheduleName
 from layerwise_jax.schedule.table import Schedule
@@ -53,41 +54,48 @@ def layerwise(
     Args:
       fn: a JAX function `fn(params, *inputs)`: a Flax model's `apply`, a loss, or plain JAX.
       params: its parameters, arrays or `jax.ShapeDtypeStruct`.
-      *inputs: its inputs at the full batch, likewise; their leading axis is split into
-        microbatches.
+      *inputs: its inputs at the full batch, arrays or types. Microbatches split their leading axis.
       mesh: a mesh with an axis `stage` (and possibly `data`); None puts a stage on each local
         device.
       num_stages: stages; None for as many as the mesh has devices on `stage`, or as there are
         layers. A multiple of the devices with the schedule "interleaved_1f1b" (None: two a device).
-      num_microbatches: parts of the batch on each replica; "auto" for the fewest that fit and fill
-        the pipeline.
-      device: the device to size stages for, which need not be there; None for the one that JAX has.
+      num_microbatches: microbatches of each replica; "auto" for the fewest that fit the capacity
+        and fill the pipeline.
+      device: the device to size stages for; it need not be present. None for the local one.
       capacity: "l2" for the device's usable cache, a number of bytes, or None to balance without a
-        cap. Stages that share a device share its capacity. What a stage holds in its forward pass
-        is held against it, not what training stashes and accumulates besides (`measure_costs` with
-        `backward=True` counts that).
+        cap. Stages that share a device share its capacity. The cap counts a stage's forward pass,
+        not what training stashes and accumulates (`measure_costs` with `backward=True` counts
+        that).
       method: "dp" for the exact optimum, "greedy" for the paper's greedy layer aggregation.
       reduce: how outputs without a batch axis (a loss) combine over microbatches: "mean" or "sum".
-      in_axes: as in `jax.vmap`, over the inputs: 0 for what is split, None for what every
-        microbatch gets whole.
+      in_axes: as in `jax.vmap`, over the inputs: 0 for those that microbatches split, None for
+        those that every microbatch gets whole.
       state: picks from fn's outputs new values of some parameters, such as running averages.
-      batch_statistics: "per_microbatch" if operations may mix the examples of a microbatch.
-      schedule: the order of forwards and backwards in training: a name, or a table of one's own (a
-        `Schedule`).
-      remat: "stage" if backward runs a stage again from what it received, None if residuals are
-        stashed.
-      trainable: which parameters `value_and_grad` differentiates: a tree of booleans, or a function
-        from the types of the parameters to one.
+      batch_statistics: "per_microbatch" accepts operations that mix the examples of a microbatch.
+      schedule: order of forwards and backwards in training: a name, or a `Schedule`.
+      remat: "stage" recomputes a stage's forward in its backward, None stashes residuals.
+      trainable: the parameters that `value_and_grad` differentiates: a tree of booleans, or a
+        function from the types of the parameters to one.
 
     Raises:
-      CapacityError, BatchError, CutError, ValueError: what came, what was wanted, and what to do.
+      CapacityError: the layers do not fit the capacity.
+      BatchError: a result would differ between the batch and its microbatches.
+      CutError: the function cannot be split into stages.
+      ValueError: an argument has another value than it takes. All of these say what to change.
     """
-    check_choices(reduce=reduce, batch_statistics=batch_statistics, remat=remat)
-    replicas, num_devices, num_stages = _ways(mesh, num_stages, schedule, fn, params, inputs)
-    spec = device or detect_device()
-    if not isinstance(spec, DeviceSpec):
-        raise ValueError(f"device is {device!r}; a DeviceSpec is wanted: lw.H100, say.")
+    options = PipelineOptions(
+        in_axes=in_axes,
+        reduce=reduce,
+        state=state,
+        batch_statistics=batch_statistics,
+        schedule=schedule,
+        remat=remat,
+        trainable=trainable,
+    )
+    spec = _device(device)
     capacity_bytes = _capacity_bytes(capacity, spec)
+    checked_choice("method", method, ("dp", "greedy"))
+    replicas, num_devices, num_stages = _ways(mesh, num_stages, schedule, fn, params, inputs)
     choices = StagingChoices(
         trace=lambda rows: _trace(fn, params, first_rows(inputs, in_axes, rows)),
         num_examples=_examples_of_a_replica(inputs, in_axes, replicas),
@@ -105,48 +113,56 @@ def layerwise(
         staging.partition,
         stage_mesh(num_devices) if mesh is None else mesh,
         staging.num_microbatches,
-        in_axes=in_axes,
-        reduce=reduce,
-        state=state,
-        batch_statistics=batch_statistics,
-        schedule=schedule,
-        remat=remat,
-        trainable=trainable,
         sizes=_sizes(choices, staging),
+        options=options,
     )
+
+
+def _device(device: DeviceSpec | None) -> DeviceSpec:
+    """The device to size stages for."""
+    if device is None:
+        return detect_device()
+    if not isinstance(device, DeviceSpec):
+        raise ValueError(
+            f"device must be a DeviceSpec or None, got {device!r}. Pass for example lw.H100."
+        )
+    return device
+
+
+def _capacity_bytes(capacity: str | int | None, device: DeviceSpec) -> int | None:
+    if capacity == "l2":
+        return device.usable_l2_bytes
+    if capacity is None:
+        return None
+    if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer) or capacity < 1:
+        raise ValueError(
+            f"capacity must be 'l2', a positive int (bytes) or None, got {capacity!r}."
+        )
+    return int(capacity)
 
 
 def _examples_of_a_replica(inputs: tuple[Any, ...], in_axes: Any, replicas: int) -> int:
     batch = batch_size(inputs, in_axes)
     if batch % replicas:
         raise ValueError(
-            f"A batch of {batch} does not split over {replicas} replicas (the mesh's axis 'data')."
+            f"The batch must be a multiple of the {replicas} replicas (the mesh's axis 'data'), "
+            f"got {batch} examples."
         )
     return batch // replicas
 
 
 def _trace(fn: Callable[..., Any], params: Any, microbatch: tuple[Any, ...]) -> LayerSequence:
-    """The layers of one microbatch, if they can be staged: to find out comes before anything is
-    compiled.
-    """
+    """The layers of one microbatch. Refuses what cannot be staged before anything is compiled."""
     layers = trace_layers(fn, params, *microbatch)
     check_stageable(layers.program)
     return layers
 
 
-def _capacity_bytes(capacity: str | int | None, device: DeviceSpec) -> int | None:
-    if capacity == "l2":
-        return device.usable_l2_bytes
-    if isinstance(capacity, str | bool):
-        raise ValueError(f"capacity is {capacity!r}; 'l2', a number of bytes or None is wanted.")
-    return capacity
-
-
 def _stage(choices: StagingChoices, num_microbatches: int | str) -> Staging:
-    """Cut the layers, with the number of microbatches that was asked for or the best.
+    """Cut the layers, with the given number of microbatches or the best one.
 
     Raises:
-      CapacityError: they do not fit; with the capacity law for the model, and what would fit.
+      CapacityError: the layers do not fit; the message has the capacity bound and what would fit.
       ValueError: the microbatches do not divide the batch.
     """
     try:
@@ -155,19 +171,19 @@ def _stage(choices: StagingChoices, num_microbatches: int | str) -> Staging:
         count = int(num_microbatches) if isinstance(num_microbatches, int | np.integer) else 0
         if count < 1 or choices.num_examples % count:
             raise ValueError(
-                f"{choices.num_examples} examples on each replica do not split into "
-                f"{num_microbatches!r} microbatches. "
-                "Choose a whole number that divides them, or 'auto'."
+                f"num_microbatches must be 'auto' or a divisor of the {choices.num_examples} "
+                f"examples on each replica, got {num_microbatches!r}."
             )
         return choices.measured(count)
     except CapacityError as error:
-        raise _with_verdict(error, choices) from None
+        raise _with_bound(error, choices) from None
 
 
-def _with_verdict(error: CapacityError, choices: StagingChoices) -> CapacityError:
-    gauge = choices.gauge(choices.num_examples)
-    costs = gauge.costs()
-    error = error.with_note(_verdict(costs, gauge.layers, choices))
+def _with_bound(error: CapacityError, choices: StagingChoices) -> CapacityError:
+    """The error with the model's capacity bound and the microbatch that would fit."""
+    measured = choices.gauge(choices.num_examples)
+    costs = measured.costs()
+    error = error.with_note(_capacity_bound(costs, measured.layers, choices))
     if error.layers is None or choices.capacity is None:
         return error
     layer = costs[error.layers[0]]
@@ -181,8 +197,10 @@ def _with_verdict(error: CapacityError, choices: StagingChoices) -> CapacityErro
     )
 
 
-def _verdict(costs: Sequence[LayerCost], layers: LayerSequence, choices: StagingChoices) -> str:
-    """The capacity law for these layers on these devices."""
+def _capacity_bound(
+    costs: Sequence[LayerCost], layers: LayerSequence, choices: StagingChoices
+) -> str:
+    """The least number of devices whose caches hold these layers, as a sentence."""
     shared = choices.stages_per_device
     capacity = None if choices.capacity is None else choices.capacity * shared
     weights = sum(nbytes(layers.program.avals[value]) for value in layers.program.weights)
@@ -196,9 +214,9 @@ def _bits(layers: LayerSequence) -> int:
 
 
 def _sizes(choices: StagingChoices, staging: Staging) -> Sizes:
-    """What the plan says of sizes: layers, compiled stages, and what of it streams."""
+    """Sizes for the plan: layers, compiled stages, and notes on the weights that stream."""
     groups = [staging.costs[a:b] for a, b in staging.partition.stages]
-    notes = [_verdict(staging.costs, staging.layers, replace(choices, capacity=None))]
+    notes = [_capacity_bound(staging.costs, staging.layers, replace(choices, capacity=None))]
     if choices.capacity is None:
         notes += streaming_notes(groups, choices.device)
     return Sizes(
@@ -219,27 +237,25 @@ def _ways(
     params: Any,
     inputs: tuple[Any, ...],
 ) -> tuple[int, int, int]:
-    """(replicas, devices of each, stages) that were asked for, or that devices, schedule and layers
-    suggest.
-    """
+    """(replicas, pipeline devices of each, stages): as given, or as devices and layers suggest."""
     num_stages = None if num_stages is None else checked_int("num_stages", num_stages)
     if mesh is not None and not isinstance(mesh, Mesh):
         raise ValueError(
-            f"mesh came as {type(mesh).__name__}; a jax.sharding.Mesh with an axis 'stage' is "
-            "wanted."
+            "mesh must be a jax.sharding.Mesh with an axis 'stage' or None, got "
+            f"{type(mesh).__name__}."
         )
     if isinstance(schedule, Schedule) or schedule == "interleaved_1f1b":
-        return _ways_around(mesh, num_stages, schedule)
+        return _interleaved_ways(mesh, num_stages, schedule)
     if mesh is not None:
         return check_mesh(mesh, num_stages), mesh.shape[STAGE], mesh.shape[STAGE]
     num_stages = num_stages or min(jax.local_device_count(), len(trace_layers(fn, params, *inputs)))
     return 1, num_stages, num_stages
 
 
-def _ways_around(
+def _interleaved_ways(
     mesh: Mesh | None, num_stages: int | None, schedule: Literal["interleaved_1f1b"] | Schedule
 ) -> tuple[int, int, int]:
-    """(replicas, devices of each, stages) where a device may have several stages."""
+    """The same where a device may have several stages, assigned round-robin."""
     if isinstance(schedule, Schedule):
         num_devices, num_stages = schedule.num_devices, num_stages or schedule.num_stages
     elif mesh is not None:
@@ -250,7 +266,6 @@ def _ways_around(
     count: int = num_stages or 2 * num_devices
     if count % num_devices:
         raise ValueError(
-            f"{count} stages do not go round {num_devices} devices evenly; a multiple of the "
-            "devices is wanted."
+            f"num_stages must be a multiple of the {num_devices} pipeline devices, got {count}."
         )
     return check_mesh(mesh, num_devices) if mesh else 1, num_devices, count

@@ -1,4 +1,4 @@
-"""The stages as one `shard_map` program: a function that jit, grad and vmap accept."""
+"""`Pipeline`: a staged function as users hold it, which jit, grad and vmap accept."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from layerwise_jax.batch.analysis import BatchAnalysis
-from layerwise_jax.batch.outputs import Reduce, Reduction
+from layerwise_jax.batch.outputs import Reduction
 from layerwise_jax.mesh import DATA, STAGE
+from layerwise_jax.options import PipelineOptions
 from layerwise_jax.plan import Plan
 from layerwise_jax.run.forward import run_forward
 from layerwise_jax.run.interleaved import run_forward_in_rounds
@@ -31,8 +32,6 @@ from layerwise_jax.train.optimizer import StagedOptimizer, stage_optimizer
 from layerwise_jax.train.step import TrainStep, train_step
 from layerwise_jax.xla.option_trials import CompiledPipeline, compile_pipeline
 
-Remat = Literal["stage"]
-
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
@@ -40,6 +39,15 @@ class Pipeline:
 
     Calling it takes placed parameters and the full batch of inputs, and returns what the unstaged
     function returns.
+
+    Attributes:
+      layers: the traced function of one microbatch.
+      mesh: the mesh, with an axis `stage` and possibly `data`.
+      loop: the staged program.
+      batching: how the outputs of microbatches combine.
+      plan: stages, sizes and bounds, as a table.
+      schedule: order of forwards and backwards in training.
+      options: the options that the pipeline was built with, defaults filled in.
     """
 
     layers: LayerSequence
@@ -47,10 +55,8 @@ class Pipeline:
     loop: StagedProgram
     batching: BatchAnalysis
     plan: Plan
-    reduce: Reduce | None
     schedule: Schedule
-    remat: Remat | None
-    skip_bubbles: bool
+    options: PipelineOptions
 
     @property
     def placement(self) -> Placement:
@@ -58,8 +64,8 @@ class Pipeline:
 
     @property
     def trainable(self) -> tuple[bool, ...]:
-        """For every leaf of the parameters, whether it is trained: integers, state and what is
-        frozen are not.
+        """For every leaf of the parameters, whether it is trained. Integers, state and frozen
+        leaves are not.
         """
         held_back = {weight.leaf for weight in (*self.loop.frozen, *self.loop.state.values())}
         avals = self.layers.signature.params_avals
@@ -69,22 +75,26 @@ class Pipeline:
 
     @property
     def parts(self) -> int:
-        """Parts that the batch is split into: microbatches of all replicas."""
+        """Number of parts that the batch is split into: microbatches of all replicas."""
         return self._outputs.parts
 
     @cached_property
     def _outputs(self) -> Outputs:
         roles: tuple[Reduction, ...] = tuple(role.kind for role in self.batching.outputs)
         return Outputs(
-            self.loop, roles, tuple(self.layers.signature.outputs_avals), self.mesh, self.reduce
+            self.loop,
+            roles,
+            tuple(self.layers.signature.outputs_avals),
+            self.mesh,
+            self.options.reduce,
         )
 
     def place(self, params: Any) -> Staged:
-        """Every stage's weights on its own devices: see `Placement.place`."""
+        """Put every stage's weights on its own devices: see `Placement.place`."""
         return self.placement.place(params, self.mesh)
 
     def gather(self, staged: Staged) -> Any:
-        """The user's parameter tree again: see `Placement.gather`."""
+        """Return the user's parameter tree, the inverse of `place`: see `Placement.gather`."""
         return self.placement.gather(staged)
 
     def __call__(self, staged: Staged, *inputs: Any) -> Any:
@@ -94,15 +104,15 @@ class Pipeline:
         gradient; `value_and_grad` of the pipeline gives each copy the whole.
 
         Args:
-          staged: what `place` returned.
-          *inputs: the inputs, as the traced function takes them, at the full batch.
+          staged: placed parameters, from `place`.
+          *inputs: the function's inputs at the full batch.
 
         Returns:
-          What the function returns. If the pipeline has state: (what the function returns, with
-          None in place of the new state; the placed parameters with that state).
+          The function's value. With state: (the function's value, with None in place of the new
+          state; the placed parameters with the new state).
 
         Raises:
-          ValueError: inputs or placed parameters are not of the traced types.
+          ValueError: inputs or placed parameters have other types than were traced.
         """
         self.placement.check_staged(staged)
         leaves = check_inputs(inputs, self.layers.signature, self.loop.in_axes, self.parts)
@@ -111,7 +121,7 @@ class Pipeline:
         return self._value(results, slots)
 
     def _value(self, results: Sequence[Any], slots: Sequence[Any]) -> Any:
-        """What the caller gets: the function's outputs, and the placed parameters if they have new
+        """The value of a call: the function's outputs, and the placed parameters if they have new
         state.
         """
         outputs = [None if p in self.loop.state else x for p, x in enumerate(results)]
@@ -121,19 +131,21 @@ class Pipeline:
         return tree, {slot.name: x for slot, x in zip(self.placement.slots, slots, strict=True)}
 
     def value_and_grad(self, staged: Staged, *inputs: Any) -> tuple[Any, Staged]:
-        """The loss and its gradients, where the function returns a scalar loss, alone or first of a
-        tuple.
+        """The loss and its gradients; the loss is the function's output, or the first of a tuple.
 
-        Forward and backward run by the pipeline's schedule: memory is bounded by what the schedule
-        stashes.
+        Forward and backward run in the order of the pipeline's schedule; memory is bounded by the
+        schedule's stash.
+
+        Args:
+          staged: placed parameters, from `place`.
+          *inputs: the function's inputs at the full batch.
 
         Returns:
-          (value, gradients): `value` is what calling the pipeline returns, the gradients are placed
-          as the parameters are. A tied weight has the whole gradient in every copy, so that an
-          optimiser which works leaf by leaf keeps the copies equal. Integers and frozen weights
-          have gradients of dtype `float0`, as integers have with `jax.grad(allow_int=True)`. Those
-          of state are zeros, and those of a frozen weight that stands at the same place of the
-          stages' common body as trained ones.
+          (value, gradients): the value of calling the pipeline, and gradients placed as the
+          parameters are. Every copy of a tied weight has the whole gradient, so that an optimizer
+          that works leaf by leaf keeps the copies equal. Integers and frozen weights have gradients
+          of dtype `float0`, as with `jax.grad(allow_int=True)`. State has zeros, and so has a
+          frozen weight that shares a slot with trained ones.
 
         Raises:
           ValueError: the function's first output is not a floating-point scalar.
@@ -166,17 +178,17 @@ class Pipeline:
             for j in range(len(self.placement.slots))
             if self.loop.has_gradient(j)
         ]
-        # Every microbatch pulls the loss back: a mean, or what all of them have in common, by its
-        # share only.
-        adds = self.reduce == "sum" and self.batching.outputs[0].kind == "reduced"
+        # Cotangent of one microbatch's loss: 1 for a sum, its share of the batch for a mean and for
+        # a loss that all microbatches have in common.
+        adds = self.options.reduce == "sum" and self.batching.outputs[0].kind == "reduced"
         seed = 1.0 if adds else 1.0 / self.parts
         training = TrainingLoop(
             self.loop,
             lower_schedule(self.schedule),
             self._outputs.roles,
             seed,
-            recomputes=self.remat == "stage",
-            skips_bubbles=self.skip_bubbles,
+            recomputes=self.options.remat == "stage",
+            skips_bubbles=bool(self.options.skip_bubbles),
         )
         return jax.shard_map(
             partial(self._train_on_device, training),
@@ -206,7 +218,7 @@ class Pipeline:
         )
 
     def optimizer(self, optimizer: Any, *, shard_over_data: bool = False) -> StagedOptimizer:
-        """An optax optimiser for placed parameters, equal to it on the user's tree: see
+        """An optax optimizer for placed parameters, equal to optax on the user's tree: see
         `stage_optimizer`.
         """
         return stage_optimizer(
@@ -214,7 +226,7 @@ class Pipeline:
         )
 
     def train_step(self, optimizer: Any, *, shard_over_data: bool = False) -> TrainStep:
-        """A jitted training step with an optax optimiser: see `TrainStep`."""
+        """A jitted training step with an optax optimizer: see `TrainStep`."""
         return train_step(self, optimizer, shard_over_data=shard_over_data)
 
     def compile(
@@ -223,15 +235,14 @@ class Pipeline:
         *inputs: Any,
         options: Literal["auto"] | Mapping[str, Any] | None = "auto",
     ) -> CompiledPipeline:
-        """The pipeline compiled with XLA options of its own: see `compile_pipeline`."""
+        """Compile the pipeline with chosen XLA options: see `compile_pipeline`."""
         return compile_pipeline(self, self.mesh, staged, inputs, options)
 
     def _check_loss(self) -> None:
         aval = self.layers.signature.outputs_avals[0]
         if aval.shape or not jnp.issubdtype(aval.dtype, jnp.floating):
             raise ValueError(
-                "value_and_grad needs a function whose first output is a floating-point scalar "
-                "loss; this one's is "
+                "The first output of the function must be a floating-point scalar (the loss), got "
                 f"{aval.dtype}{list(aval.shape)}. Stage a loss function, with reduce='mean' or "
                 "reduce='sum'."
             )
@@ -249,15 +260,15 @@ class Pipeline:
         )
 
     def _specs(self) -> tuple[list, list, list]:
-        """How inputs, slots and outputs lie on the mesh."""
+        """Partition specs of (inputs, slots, outputs)."""
         over_batch = PartitionSpec(DATA) if DATA in self.mesh.axis_names else PartitionSpec()
         inputs = [PartitionSpec() if axis is None else over_batch for axis in self.loop.in_axes]
         slots = [PartitionSpec(STAGE)] * len(self.placement.slots)
         return inputs, slots, self._outputs.specs()
 
     def _local(self, slots: Sequence[Any], inputs: Sequence[Any]) -> tuple[list, list, Any]:
-        """On a device: its row of every slot, its inputs split into microbatches, its index on the
-        data axis.
+        """On a device: (its shard of every slot, inputs split into microbatches, index on the data
+        axis).
         """
         weights = [lax.squeeze(slot, (0,)) for slot in slots]
         replica = lax.axis_index(DATA) if DATA in self.mesh.axis_names else jnp.int32(0)

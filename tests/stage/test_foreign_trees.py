@@ -118,9 +118,12 @@ def test_a_table_says_how_many_microbatches() -> None:
     ("options", "words"),
     [
         ({"mesh": None, "num_stages": "2"}, "num_stages must be an int .*got '2'"),
-        ({"mesh": [1, 2]}, "mesh came as list"),
-        ({"device": "H100"}, "device is 'H100'; a DeviceSpec is wanted: lw.H100"),
-        ({"capacity": True}, "capacity is True"),
+        ({"mesh": [1, 2]}, "mesh must be a jax.sharding.Mesh .* got list"),
+        (
+            {"device": "H100"},
+            "device must be a DeviceSpec or None, got 'H100'",
+        ),
+        ({"capacity": True}, "capacity must be .* got True"),
     ],
 )
 def test_choices_of_the_wrong_kind(options: dict[str, Any], words: str) -> None:

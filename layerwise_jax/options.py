@@ -1,0 +1,95 @@
+"""Options of a staged function: the choices that `layerwise` and `build_pipeline` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from layerwise_jax.batch.outputs import Reduce
+from layerwise_jax.schedule.generators import ScheduleName
+from layerwise_jax.schedule.table import Schedule
+
+Remat = Literal["stage"]
+
+# The words of every option that takes one; None is allowed beside them.
+WORDS: Mapping[str, tuple[str, ...]] = {
+    "reduce": get_args(Reduce),
+    "batch_statistics": ("per_microbatch",),
+    "remat": get_args(Remat),
+}
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """Choices of how a function is staged and run. Each value is checked when it is made.
+
+    Attributes:
+      in_axes: as in `jax.vmap`, over the inputs: 0 for an input that microbatches split along its
+        leading axis, None for one that every microbatch gets whole. Random keys and scalars are
+        never split.
+      reduce: how outputs without a batch axis combine over microbatches: "mean" or "sum".
+      state: picks from the function's outputs new values of some parameters (running averages): a
+        tree with the paths that they have in the parameters.
+      batch_statistics: "per_microbatch" accepts operations that mix the examples of a batch; each
+        microbatch is then a batch for them. None refuses such operations.
+      schedule: order of forwards and backwards in training: a name, or a `Schedule`.
+      remat: "stage" recomputes a stage's forward in its backward; None stashes residuals, as the
+        function's own `jax.checkpoint` policies leave them.
+      trainable: parameters that `value_and_grad` differentiates: a tree of booleans with the
+        parameters' structure or a prefix of it, or a function from their types to one. None trains
+        all.
+      skip_bubbles: whether an idle device branches around its work. None chooses: a branch on
+        emulated devices, which share a processor; masked work on accelerators, which wait anyway.
+      bubble_fill: fill value for the inputs of idle ticks. Tests pass NaN to show that none leaks.
+
+    Raises:
+      ValueError: a value is not one of those above; the message names the option.
+    """
+
+    in_axes: Any = 0
+    reduce: Reduce | None = None
+    state: Callable[[Any], Any] | None = None
+    batch_statistics: Literal["per_microbatch"] | None = None
+    schedule: ScheduleName | Schedule = "1f1b"
+    remat: Remat | None = "stage"
+    trainable: Any = None
+    skip_bubbles: bool | None = None
+    bubble_fill: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, words in WORDS.items():
+            _check_word(name, getattr(self, name), (*words, None))
+        if not isinstance(self.schedule, Schedule):
+            _check_word("schedule", self.schedule, get_args(ScheduleName), "or a Schedule")
+        if self.state is not None and not callable(self.state):
+            raise ValueError(
+                f"state must be a function of fn's outputs or None, got {self.state!r}. Pass for "
+                "example lambda out: out[1], where fn returns (value, new state)."
+            )
+        if self.skip_bubbles not in (True, False, None):
+            raise ValueError(
+                f"skip_bubbles must be True, False or None, got {self.skip_bubbles!r}."
+            )
+
+    def updated(self, **choices: Any) -> PipelineOptions:
+        """These options with some of them replaced.
+
+        Raises:
+          TypeError: an option of that name does not exist.
+          ValueError: a value is refused.
+        """
+        unknown = set(choices) - set(self.__dataclass_fields__)
+        if unknown:
+            raise TypeError(
+                f"Options must be among {', '.join(self.__dataclass_fields__)}, got "
+                f"{', '.join(sorted(unknown))}."
+            )
+        return replace(self, **choices)
+
+
+def _check_word(name: str, value: Any, words: tuple[str | None, ...], other: str = "") -> None:
+    """Refuse a value that is none of an option's words."""
+    if not isinstance(value, str | None) or value not in words:
+        listed = ", ".join(repr(word) for word in words[: len(words) if other else -1])
+        raise ValueError(f"{name} must be {listed} {other or f'or {words[-1]!r}'}, got {value!r}.")
