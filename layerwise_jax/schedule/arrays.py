@@ -1,12 +1,10 @@
-"""A schedule as arrays for a compiled loop: what to do at each tick, and in which slot of which
-buffer the data is.
+"""Lowering of a schedule to int32 arrays for a compiled loop: actions and buffer slots by tick.
 
-A device has three buffers, each of as few slots as the schedule allows:
+A device has three buffers, each with as few slots as the schedule allows:
 
-    stash        what a forward leaves for its backward       held from the forward to the weight
-    gradient activations  what arrived from the stage before           held from its arrival to the
-    forward gradients    what arrived from the stage after            held from its arrival to the
-    weight gradient
+    stash        residuals of a forward           alive from the forward to the weight gradient
+    activations  results of the stage before      alive from the arrival to the forward
+    gradients    gradients from the stage after   alive from the arrival to the weight gradient
 """
 
 import heapq
@@ -19,32 +17,29 @@ from numpy.typing import NDArray
 from layerwise_jax.schedule.table import Action, ActionKind, Schedule
 from layerwise_jax.schedule.validation import check
 
-# A code of `ScheduleTables.backward_kind` is a place in this tuple.
+# Entries of `ScheduleTables.backward_kind` are indices into this tuple.
 BACKWARD_KINDS: tuple[ActionKind, ...] = ("B", "I", "W")
 Table = NDArray[np.int32]
 
-# A stage and a microbatch; the first and the last tick, both included, at which something is held.
-Pair = tuple[int, int]
-Lifetime = tuple[int, int]
+Pair = tuple[int, int]  # (stage, microbatch)
+Lifetime = tuple[int, int]  # (first tick, last tick), both included
 
 
 @dataclass(frozen=True, eq=False)
 class ScheduleTables:
-    """Arrays int32 of shape [ticks, devices], -1 where a device has nothing of the kind to do.
+    """A schedule as int32 arrays of shape [ticks, devices]; -1 means no such action.
 
-    A tick of the loop, on each device, in this order:
-      1. what arrived is put into the slots `activation_arrival` and `gradient_arrival`;
-      2. the forward of `forward_microbatch`, in the device's stage number `forward_chunk` (stage //
-      devices), takes its
-         input from the activation slot `activation_read`, on the first stage (-1) from the
-         microbatch, and fills the stash slot `stash_write`;
-      3. the backward of `backward_microbatch`, in stage number `backward_chunk`, takes the
-      gradients that
-         `backward_kind` names, from the stash slot `stash_read` and the gradient slot
-         `gradient_read`, on the last stage (-1) from the loss;
-      4. the forward's result goes to the next device, the input gradient to the one before, the
-      last and the first
-         device being neighbours. They are what arrives at the next tick.
+    In a tick of the loop, each device does the following, in this order:
+      1. It stores the messages that arrived in the slots `activation_arrival` and
+         `gradient_arrival`.
+      2. Forward of `forward_microbatch` in its stage number `forward_chunk`: reads the activation
+         slot `activation_read` (-1 in the first stage: the microbatch itself) and writes the stash
+         slot `stash_write`.
+      3. Backward of `backward_microbatch` in its stage number `backward_chunk`: computes the
+         gradients that `backward_kind` names from the stash slot `stash_read` and the gradient slot
+         `gradient_read` (-1 in the last stage: the loss).
+      4. It sends the forward's result to the next device and the input gradient to the previous
+         one; the last and the first device are neighbours. Messages arrive at the next tick.
     """
 
     forward_microbatch: Table
@@ -64,26 +59,25 @@ class ScheduleTables:
 
 
 def stash_slots(schedule: Schedule) -> dict[Pair, int]:
-    """For each (stage, microbatch), the slot in which its device keeps what the backward needs.
+    """(stage, microbatch) -> the stash slot of its residuals on its device.
 
-    No two that are live at one tick share a slot of a device, and no device uses more slots than it
-    has live at once. A slot is free again at the tick after its last use, so a loop may write
+    Pairs that are alive at the same tick have different slots, and no device has more slots than
+    pairs alive at once. A slot is free from the tick after its last use on, so a loop may write
     before it reads.
 
     Raises:
-      ScheduleError: if `check` refuses the schedule.
+      ScheduleError: `check` refuses the schedule.
     """
     check(schedule)
     return _assign_slots(schedule, schedule.lifetimes)
 
 
 def lower_schedule(schedule: Schedule) -> ScheduleTables:
-    """The arrays by which a compiled loop performs `schedule`, one step a tick.
+    """Lowers `schedule` to the arrays that a compiled loop reads, one iteration for each tick.
 
     Raises:
-      ScheduleError: if `check` refuses the schedule.
-      ValueError: if a stage s does not live on device s % num_devices: the loop sends to the next
-        device only.
+      ScheduleError: `check` refuses the schedule.
+      ValueError: stages are not placed round-robin; the loop sends to the next device only.
     """
     check(schedule)
     _check_ring(schedule)
@@ -114,10 +108,13 @@ def lower_schedule(schedule: Schedule) -> ScheduleTables:
 
 
 def _arrival_lifetimes(schedule: Schedule) -> tuple[dict[Pair, Lifetime], dict[Pair, Lifetime]]:
-    """From the arrival of each (stage, microbatch)'s activation and gradient to the last tick that
-    uses it.
+    """Lifetimes of arrived activations and gradients, by (stage, microbatch) of the receiver.
+
+    They last from the arrival to the last tick that reads them.
     """
-    done, activations, gradients = schedule.tick_of, {}, {}
+    done = schedule.tick_of
+    activations: dict[Pair, Lifetime] = {}
+    gradients: dict[Pair, Lifetime] = {}
     for (stage, kind, microbatch), tick in done.items():
         if kind == "F" and stage + 1 < schedule.num_stages:
             activations[stage + 1, microbatch] = (
@@ -130,10 +127,12 @@ def _arrival_lifetimes(schedule: Schedule) -> tuple[dict[Pair, Lifetime], dict[P
 
 
 def _assign_slots(schedule: Schedule, lifetimes: Mapping[Pair, Lifetime]) -> dict[Pair, int]:
-    """Gives each pair the lowest slot free on its device, in the order of first use, which needs no
-    slot too many.
+    """Assigns each pair the lowest free slot of its device, in the order of first use.
+
+    This is interval graph colouring, for which the greedy order needs the fewest slots.
     """
     slots: dict[Pair, int] = {}
+    # By device, as heaps: (last tick, slot) in use, and free slots.
     in_use: list[list[tuple[int, int]]] = [[] for _ in range(schedule.num_devices)]
     free: list[list[int]] = [[] for _ in range(schedule.num_devices)]
     for (stage, microbatch), (first, last) in sorted(lifetimes.items(), key=lambda item: item[1]):
@@ -149,6 +148,7 @@ def _assign_slots(schedule: Schedule, lifetimes: Mapping[Pair, Lifetime]) -> dic
 def _put_arrivals(
     schedule: Schedule, table: Table, lifetimes: Mapping[Pair, Lifetime], slots: Mapping[Pair, int]
 ) -> None:
+    """Writes the slot of each message at the tick of its arrival."""
     for (stage, microbatch), (arrival, _) in lifetimes.items():
         table[arrival, schedule.device_of_stage[stage]] = slots[stage, microbatch]
 
@@ -165,11 +165,11 @@ def _num_slots(slots: Mapping[Pair, int]) -> int:
 
 
 def _check_ring(schedule: Schedule) -> None:
-    for stage, device in schedule.device_of_stage.items():
+    """Refuses placements other than round-robin, by the first stage that differs."""
+    for stage, device in sorted(schedule.device_of_stage.items()):
         if device != stage % schedule.num_devices:
             raise ValueError(
-                f"stage {stage} lives on device {device}; the compiled loop sends to the next "
-                "device only, so stage"
-                f" {stage} must live on device {stage % schedule.num_devices} of "
-                f"{schedule.num_devices}"
+                f"schedule must place stage {stage} on device {stage % schedule.num_devices} of "
+                f"{schedule.num_devices}, since the compiled loop sends to the next device only, "
+                f"got device {device}."
             )

@@ -1,8 +1,8 @@
-"""The well-known schedules: each is an order of actions a device, laid out on ticks as early as
-they can be.
+"""Generators of published schedules: an order of actions for each device, laid out on ticks.
 
-All of them do the backwards in the order of the microbatches, so that gradients are added up in the
-same order under every schedule. Stage s lives on device s % num_devices.
+Every action is at the earliest tick that its operands allow. All schedules run backwards in the
+order of the microbatches, so gradients accumulate in the same order under each of them. Stages are
+placed round-robin.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Literal, get_args
 
+from layerwise_jax._arguments import checked_int
 from layerwise_jax.schedule.table import Action, ActionKind, Cell, Schedule
 from layerwise_jax.schedule.validation import check
 
-# What one device has to do, in order. A device with two streams takes from both in one tick: a
-# forward, a backward.
+# Actions of one device, in order. A device with two streams performs the next action of both in
+# one tick: a forward and a backward.
 Stream = Sequence[Action]
 
 
 def forward_only(num_devices: int, num_microbatches: int, stages_per_device: int = 1) -> Schedule:
-    """Every stage forward; with one stage a device in num_microbatches + num_devices - 1 ticks."""
+    """Forward passes only, with one stage a device in num_microbatches + num_devices - 1 ticks."""
     _check_positive(
         num_devices=num_devices,
         num_microbatches=num_microbatches,
@@ -35,10 +36,10 @@ def forward_only(num_devices: int, num_microbatches: int, stages_per_device: int
 
 
 def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
-    """All forwards, then all backwards, one stage a device (Huang et al. 2019, arXiv:1811.06965).
+    """GPipe: all forwards, then all backwards (Huang et al. 2019, arXiv:1811.06965).
 
-    With equal stages (num_microbatches + num_stages - 1)(forward + backward) seconds, every
-    microbatch live at once.
+    One stage a device. Equal stages take (num_microbatches + num_stages - 1) (forward + backward)
+    seconds, and all microbatches are alive at once.
     """
     _check_positive(num_stages=num_stages, num_microbatches=num_microbatches)
     return _lay_out(
@@ -55,16 +56,18 @@ def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
 
 
 def one_f_one_b(num_stages: int, num_microbatches: int, paired: bool = False) -> Schedule:
-    """1F1B: each backward as soon as it can be, one stage a device (Narayanan et al. 2021,
-    arXiv:2006.09503).
+    """1F1B: each backward as early as possible (Narayanan et al. 2021, arXiv:2006.09503).
 
-    With equal stages as long as GPipe, but stage i holds min(num_microbatches, num_stages - i) live
-    microbatches.
+    One stage a device. Equal stages take as long as under GPipe, and stage i holds
+    min(num_microbatches, num_stages - i) live microbatches.
 
-    `paired` lays a forward and a backward into one tick. With one action a tick, devices that keep
-    step spend nearly every tick on the longer of the two, since one of them is in it; with pairs
-    they take no longer than devices that run freely. It costs stash: stage i holds
-    min(num_microbatches, 2 (num_stages - i) - 1).
+    Args:
+      num_stages: stages, and devices.
+      num_microbatches: microbatches of a step.
+      paired: puts a forward and a backward into each tick. Without it, devices that proceed tick by
+        tick spend nearly every tick on the longer of the two, since some device performs it. With
+        it, they take no longer than devices that run freely, but stage i holds
+        min(num_microbatches, 2 (num_stages - i) - 1) live microbatches.
     """
     return interleaved_1f1b(num_stages, 1, num_microbatches, paired)
 
@@ -72,12 +75,12 @@ def one_f_one_b(num_stages: int, num_microbatches: int, paired: bool = False) ->
 def interleaved_1f1b(
     num_devices: int, stages_per_device: int, num_microbatches: int, paired: bool = False
 ) -> Schedule:
-    """1F1B with several stages a device (Narayanan et al. 2021, arXiv:2104.04473, section 2.2).
+    """Interleaved 1F1B: several stages a device (Narayanan et al. 2021, arXiv:2104.04473, 2.2).
 
-    Microbatches go round the devices in groups of num_devices or, where num_devices does not divide
-    their number, of a few more: a group that fills the ring never waits for its own head. The
-    bubble shrinks by up to stages_per_device, against more messages and more live microbatches.
-    `paired` as in `one_f_one_b`.
+    Microbatches pass the devices in groups of num_devices, or of a few more if num_devices does not
+    divide their number: a group of at least num_devices never waits for its own first microbatch.
+    The bubble shrinks by up to stages_per_device, at the cost of more messages and more live
+    microbatches. `paired` is as in `one_f_one_b`.
     """
     _check_positive(
         num_devices=num_devices,
@@ -100,8 +103,7 @@ def interleaved_1f1b(
     schedule = _lay_out(passes)
     if paired:
         return schedule
-    # Taken one by one, in the order in which the pairs stand, the actions cannot wait for one
-    # another in a circle.
+    # One action a tick, in the order of the paired table. That order has no circular waits.
     return _lay_out(
         [
             [[action for cell in column for action in cell]]
@@ -111,12 +113,11 @@ def interleaved_1f1b(
 
 
 def zero_bubble(num_stages: int, num_microbatches: int) -> Schedule:
-    """ZB-H1: 1F1B with the backward split, weight gradients filling the bubble (Qi et al. 2024,
-    arXiv:2401.10241).
+    """ZB-H1: 1F1B whose weight gradients fill the bubble (Qi et al. 2024, arXiv:2401.10241).
 
-    Stage i puts its weight gradients off by i microbatches, so that the last of them fill the time
-    in which 1F1B leaves it idle while the stages before it finish. No stage holds more than
-    min(num_microbatches, num_stages) live microbatches, as many as the first one does in 1F1B.
+    Stage i delays its weight gradients by i microbatches, and the last of them fill the ticks in
+    which it idles under 1F1B. No stage holds more than min(num_microbatches, num_stages) live
+    microbatches, the number of the first stage under 1F1B.
     """
     _check_positive(num_stages=num_stages, num_microbatches=num_microbatches)
     return _lay_out(
@@ -139,8 +140,9 @@ def _zero_bubble_order(stage: int, num_stages: int, num_microbatches: int) -> St
 def _pass(
     kind: ActionKind, device: int, num_devices: int, stages_per_device: int, num_microbatches: int
 ) -> list[Action]:
-    """One device's actions of one kind: a group of microbatches through all its stages, then the
-    next group.
+    """One device's actions of one kind, group by group.
+
+    Each group passes all stages of the device, in ascending order for F, else descending.
     """
     rounds = range(stages_per_device)
     return [
@@ -152,8 +154,9 @@ def _pass(
 
 
 def _groups(num_microbatches: int, num_devices: int) -> list[range]:
-    """The microbatches in as many groups as can each have num_devices of them, of nearly equal
-    size.
+    """Splits the microbatches into the most groups of at least num_devices, of nearly equal size.
+
+    One group if there are fewer microbatches than devices.
     """
     count = max(1, num_microbatches // num_devices)
     bounds = [num_microbatches * group // count for group in range(count + 1)]
@@ -161,9 +164,7 @@ def _groups(num_microbatches: int, num_devices: int) -> list[range]:
 
 
 def _alternate(forward: Stream, backward: Stream, warm_up: int) -> list[Action]:
-    """`warm_up` forwards, then one forward and one backward in turn, then the backwards that are
-    left.
-    """
+    """`warm_up` forwards, then forwards and backwards in turn, then the remaining backwards."""
     warm_up = min(warm_up, len(forward))
     steady = len(forward) - warm_up
     pairs = zip(forward[warm_up:], backward[:steady], strict=True)
@@ -171,15 +172,17 @@ def _alternate(forward: Stream, backward: Stream, warm_up: int) -> list[Action]:
 
 
 def _lay_out(streams: Sequence[Sequence[Stream]]) -> Schedule:
-    """The table in which every device does the next action of each of its streams at the earliest
-    tick that it can.
+    """Lays streams out on ticks: each action at the earliest tick that its operands allow.
+
+    Args:
+      streams: the streams of each device, one or two.
     """
     num_stages = 1 + max(
         action.stage for device in streams for stream in device for action in stream
     )
     waiting = [[list(reversed(stream)) for stream in device] for device in streams]
     done: set[Action] = set()
-    ticks = []
+    ticks: list[tuple[Cell, ...]] = []
     while any(stream for device in waiting for stream in device):
         row = tuple(_next_cell(device, done, num_stages) for device in waiting)
         assert any(row), f"the order of the streams is a deadlock after tick {len(ticks)}"
@@ -189,8 +192,9 @@ def _lay_out(streams: Sequence[Sequence[Stream]]) -> Schedule:
 
 
 def _next_cell(waiting: Iterable[list[Action]], done: set[Action], num_stages: int) -> Cell:
-    """Takes from the end of each stream the action that can be done now; one cell's forward serves
-    its backward.
+    """Pops the next action of each reversed stream if its operands are done.
+
+    A backward may read the forward of its own cell.
     """
     cell: list[Action] = []
     for stream in waiting:
@@ -201,8 +205,7 @@ def _next_cell(waiting: Iterable[list[Action]], done: set[Action], num_stages: i
 
 def _check_positive(**counts: int) -> None:
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}; it must be at least 1")
+        checked_int(name, count)
 
 
 ScheduleName = Literal["1f1b", "gpipe", "interleaved_1f1b", "zero_bubble"]
@@ -211,11 +214,11 @@ ScheduleName = Literal["1f1b", "gpipe", "interleaved_1f1b", "zero_bubble"]
 def make_schedule(
     schedule: ScheduleName | Schedule, num_stages: int, num_microbatches: int, num_devices: int
 ) -> Schedule:
-    """The schedule of that name, or a table of the caller's if it does just this work.
+    """The named schedule for a pipeline, or the given table if it fits the pipeline.
 
     Raises:
-      ValueError: an unknown name, or a table for other stages, devices or microbatches.
-      ScheduleError: the table leaves something out, or does something too early.
+      ValueError: an unknown name, or a table for other stages or microbatches.
+      ScheduleError: `check` refuses the table.
     """
     match schedule:
         case "1f1b":
@@ -230,24 +233,22 @@ def make_schedule(
             )
         case "interleaved_1f1b":
             raise ValueError(
-                f"{num_stages} stages do not go round {num_devices} devices evenly; a multiple of "
-                "the devices on the "
-                "mesh's axis 'stage' is wanted."
+                f"num_stages must be a multiple of the {num_devices} devices on the mesh's axis "
+                f"'stage', got {num_stages}."
             )
         case Schedule():
             return _checked(schedule, num_stages, num_microbatches)
     names = ", ".join(map(repr, get_args(ScheduleName)))
-    raise ValueError(f"schedule is {schedule!r}; {names} or a Schedule is wanted.")
+    raise ValueError(f"schedule must be {names} or a Schedule, got {schedule!r}.")
 
 
 def _checked(schedule: Schedule, num_stages: int, num_microbatches: int) -> Schedule:
     check(schedule)
-    came, wanted = (schedule.num_stages, schedule.num_microbatches), (num_stages, num_microbatches)
-    if came != wanted or not schedule.has_backward:
+    given = (schedule.num_stages, schedule.num_microbatches)
+    if given != (num_stages, num_microbatches) or not schedule.has_backward:
         raise ValueError(
-            f"The schedule is for {came[0]} stages and {came[1]} microbatches"
-            f"{'' if schedule.has_backward else ', forward only'}; the pipeline has {wanted[0]} "
-            f"stages and {wanted[1]} "
-            "microbatches, forward and backward."
+            f"schedule must be for {num_stages} stages and {num_microbatches} microbatches with "
+            f"backward, got one for {given[0]} stages and {given[1]} microbatches"
+            f"{'' if schedule.has_backward else ', forward only'}."
         )
     return schedule

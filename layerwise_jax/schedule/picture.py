@@ -1,6 +1,7 @@
-"""A simulated schedule as a picture and as a trace for Perfetto (ui.perfetto.dev) or
-chrome://tracing.
-"""
+"""Pictures of a simulated schedule: a Gantt chart, and a trace for Perfetto (ui.perfetto.dev)."""
+
+# matplotlib's stubs leave **kwargs untyped.
+# pyright: reportUnknownMemberType=false
 
 import json
 from os import PathLike
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# Forward cool, backward warm, the weight gradient apart from both; also told apart in grey.
+# Forward is cool, backward warm, the weight gradient green; their greys differ too.
 COLOURS: dict[ActionKind, str] = {"F": "#9ecae1", "B": "#fc8d59", "I": "#fdbb84", "W": "#a1d99b"}
 NAMES: dict[ActionKind, str] = {
     "F": "forward",
@@ -23,21 +24,22 @@ NAMES: dict[ActionKind, str] = {
     "W": "weight gradient",
 }
 
-# What the text of an action takes in the picture.
+# Width of an action's text.
 LABEL_INCHES = 0.2
 
 
 def draw_timeline(simulation: ScheduleSimulation, axes: "Axes | None" = None) -> "Axes":
-    """Draws a Gantt chart: a row a device from the top, a bar an action as long as it takes, its
-    text where it fits.
+    """Draws a Gantt chart: one row for each device from the top, one bar for each action.
+
+    Bars that are wide enough show the text of their action.
 
     Args:
-      simulation: what `simulate_schedule` returned.
-      axes: where to draw; a new figure's axes if None. The caller saves or shows the figure,
+      simulation: result of `simulate_schedule`.
+      axes: matplotlib axes to draw into; None for those of a new figure. The caller saves or shows
         `axes.figure`.
 
     Raises:
-      ImportError: if matplotlib is not installed.
+      ImportError: matplotlib is not installed.
     """
     axes = _new_axes(simulation) if axes is None else axes
     narrowest_label = simulation.makespan * LABEL_INCHES / axes.figure.bbox.width * axes.figure.dpi
@@ -72,11 +74,9 @@ def draw_timeline(simulation: ScheduleSimulation, axes: "Axes | None" = None) ->
 
 
 def trace_events(simulation: ScheduleSimulation) -> dict[str, Any]:
-    """The simulation in Chrome's trace event format, which Perfetto reads: a thread a device, times
-    in microseconds.
+    """The simulation in Chrome's trace event format, times in microseconds.
 
-    Beside the actions stands a counter a device, of the microbatches that it holds for their
-    backward.
+    Each device is a thread with its actions, and has a counter of live microbatches.
     """
     devices = range(simulation.schedule.num_devices)
     threads = [
@@ -98,15 +98,16 @@ def trace_events(simulation: ScheduleSimulation) -> dict[str, Any]:
 
 
 def write_trace(simulation: ScheduleSimulation, path: str | PathLike[str]) -> None:
-    """Writes `trace_events` to `path` as JSON."""
+    """Writes `trace_events` to `path` as JSON, for ui.perfetto.dev or chrome://tracing."""
     Path(path).write_text(json.dumps(trace_events(simulation)) + "\n")
 
 
 def _live_counters(simulation: ScheduleSimulation) -> list[dict[str, Any]]:
+    """Counter events: the live microbatches of a device after each of its F, B and W."""
     if not simulation.schedule.has_backward:
         return []
     live = [0] * simulation.schedule.num_devices
-    events = []
+    events: list[dict[str, Any]] = []
     for action, device, start, end in simulation.spans:
         if action.kind == "I":
             continue

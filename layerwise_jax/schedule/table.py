@@ -1,4 +1,4 @@
-"""Which device does what at which tick: a table and its text.
+"""Schedule: a table of the actions of each device at each tick, and its text form.
 
     print(one_f_one_b(2, 3))
     0F0  .
@@ -10,13 +10,13 @@
     .    1B2
     0B2  .
 
-A row is a tick, a column a device, a cell what that device does in that tick. An action prints as
-its stage, its kind and its microbatch. A device performs at most one action a tick or, where the
-table pairs them, one forward and then one backward, printed `0F2+0B1`. What an action sends at tick
-t can be used from tick t + 1 on.
+Rows are ticks, columns are devices, and a cell holds the actions of its device in its tick. An
+action prints as stage, kind and microbatch. A cell holds at most one action or, in a paired table,
+one forward followed by one backward, printed `0F2+0B1`. Results of tick t are available from tick
+t + 1 on.
 
-The kinds are F, forward; I, the gradient of the stage's input; W, the gradient of its weights; and
-B, I and W at once.
+Kinds: F is forward, I the gradient of the stage's input, W the gradient of its weights, and B is I
+and W in one action.
 """
 
 import re
@@ -30,11 +30,11 @@ ACTION_KINDS: tuple[ActionKind, ...] = get_args(ActionKind)
 
 
 class ScheduleError(ValueError):
-    """A table that is not a schedule; the message shows the place in the table."""
+    """Raised for an invalid table; the message shows the place in the table."""
 
 
 class Action(NamedTuple):
-    """One piece of work: stage and microbatch count from 0."""
+    """One unit of work: a kind of pass of one stage over one microbatch, both counted from 0."""
 
     stage: int
     kind: ActionKind
@@ -45,13 +45,13 @@ class Action(NamedTuple):
 
     @property
     def effects(self) -> tuple["Action", ...]:
-        """What is done once the action is done: B does I and W, every other kind itself."""
+        """The actions that this one completes: I and W for B, otherwise the action itself."""
         if self.kind == "B":
             return self._replace(kind="I"), self._replace(kind="W")
         return (self,)
 
     def needs(self, num_stages: int) -> tuple["Action", ...]:
-        """The effects that must come before, the action's own forward last."""
+        """The effects that this action reads, its own forward last."""
         stage, kind, microbatch = self
         if kind == "F":
             return (Action(stage - 1, "F", microbatch),) if stage > 0 else ()
@@ -72,36 +72,33 @@ Cell = tuple[Action, ...]
 class Schedule:
     """A table of actions, `ticks[tick][device]`; an idle cell is empty.
 
-    Making one checks its form only: rows of one length, and in a cell at most one forward followed
-    by at most one backward. Whether its order makes sense is for `check` to say.
+    The constructor checks the form only: rows of equal length, and cells of at most one forward
+    followed by at most one backward. `check` checks the order of the actions.
 
     Raises:
-      ScheduleError: if a row or a cell has another form.
+      ScheduleError: a row or a cell has another form.
     """
 
     ticks: tuple[tuple[Cell, ...], ...]
 
     def __post_init__(self) -> None:
         if not any(cell for row in self.ticks for cell in row):
-            raise ScheduleError("the table has no action; a schedule needs at least one")
+            raise ScheduleError("ticks must have at least one action, got none.")
         for tick, row in enumerate(self.ticks):
             if len(row) != self.num_devices:
                 raise ScheduleError(
-                    f"tick {tick} has {len(row)} cells, tick 0 has {self.num_devices}; write '.' "
-                    "where a device is idle"
+                    f"tick {tick} must have {self.num_devices} cells as tick 0 has, got "
+                    f"{len(row)}. Write '.' for an idle device."
                 )
             for device, cell in enumerate(row):
                 _check_cell(cell, tick, device)
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The schedule that `text` shows, in the form that `str` gives.
-
-        Blank lines and what follows a `#` are skipped.
+        """Parses the text form of a schedule; blank lines and comments after `#` are skipped.
 
         Raises:
-          ScheduleError: if a cell is neither '.' nor actions joined by '+', or rows differ in
-            length.
+          ScheduleError: a cell is neither '.' nor actions joined by '+', or rows differ in length.
         """
         lines = [line.partition("#")[0].split() for line in text.splitlines()]
         return cls(tuple(tuple(map(_parse_cell, cells)) for cells in lines if cells))
@@ -131,22 +128,21 @@ class Schedule:
 
     @cached_property
     def device_of_stage(self) -> dict[int, int]:
-        """The device on which each stage first acts."""
+        """Stage -> the device of its first action."""
+        # Reversed, so that the first action of a stage is written last.
         return {stage: device for _, device, (stage, _, _) in reversed(list(self.actions()))}
 
     @cached_property
     def tick_of(self) -> dict[Action, int]:
-        """The tick of every effect: F, I and W for each stage and microbatch."""
+        """F, I or W of a stage and a microbatch -> the tick that completes it."""
         return {effect: tick for tick, _, action in self.actions() for effect in action.effects}
 
     @cached_property
     def lifetimes(self) -> dict[tuple[int, int], tuple[int, int]]:
-        """For each (stage, microbatch), the first and the last tick at which the device holds what
-        its backward needs.
+        """(stage, microbatch) -> first and last tick, both included, of its residuals.
 
-        That is from its forward to its weight gradient, both included; empty where the schedule has
-        no backward. This, and the counts of live microbatches drawn from it, are for a schedule
-        that `check` accepts.
+        Residuals live from the forward to the weight gradient. Empty for a schedule without
+        backward. Valid only if `check` accepts the schedule, as all counts made from it.
         """
         done = self.tick_of
         return {
@@ -163,9 +159,7 @@ class Schedule:
                     yield tick, device, action
 
     def live_microbatches(self) -> tuple[tuple[int, ...], ...]:
-        """How many (stage, microbatch) pairs each device holds for their backward,
-        `[tick][device]`.
-        """
+        """Counts of (stage, microbatch) pairs whose residuals are alive, `[tick][device]`."""
         live = [[0] * self.num_devices for _ in self.ticks]
         for (stage, _), (first, last) in self.lifetimes.items():
             for tick in range(first, last + 1):
@@ -173,7 +167,7 @@ class Schedule:
         return tuple(map(tuple, live))
 
     def peak_live_microbatches(self) -> tuple[int, ...]:
-        """The most (stage, microbatch) pairs that each device holds at once."""
+        """For each device, the largest of its `live_microbatches`."""
         return tuple(max(column) for column in zip(*self.live_microbatches(), strict=True))
 
 
@@ -181,16 +175,14 @@ def _check_cell(cell: Cell, tick: int, device: int) -> None:
     for action in cell:
         if action.kind not in ACTION_KINDS or action.stage < 0 or action.microbatch < 0:
             raise ScheduleError(
-                f"device {device} at tick {tick} has {action!r}; kinds are "
-                f"{', '.join(ACTION_KINDS)}, "
-                "numbers from 0"
+                f"device {device} at tick {tick} must have a kind of {', '.join(ACTION_KINDS)} "
+                f"and numbers of at least 0, got {action!r}."
             )
     shape = ["F" if action.kind == "F" else "B" for action in cell]
     if shape not in ([], ["F"], ["B"], ["F", "B"]):
         raise ScheduleError(
-            f"device {device} at tick {tick} has {cell_text(cell)}; a cell takes one action, or "
-            "one forward and then"
-            " one backward"
+            f"device {device} at tick {tick} must have one action, or one forward and then one "
+            f"backward, got {cell_text(cell)}."
         )
 
 
@@ -202,9 +194,8 @@ def _parse_action(text: str) -> Action:
     match = re.fullmatch(r"([0-9]+)([FBIW])([0-9]+)", text)
     if match is None:
         raise ScheduleError(
-            f"{text!r} is not an action; write stage, kind ({'/'.join(ACTION_KINDS)}) and "
-            "microbatch as "
-            "in 2F0, or '.' if idle"
+            f"a cell must be stage, kind ({'/'.join(ACTION_KINDS)}) and microbatch as in 2F0, or "
+            f"'.' if idle, got {text!r}."
         )
     stage, kind, microbatch = match.groups()
     return Action(
@@ -213,11 +204,11 @@ def _parse_action(text: str) -> Action:
 
 
 def cell_text(cell: Cell) -> str:
-    """The cell as the table shows it, 0F2+0B1 or a dot."""
+    """Text of a cell: actions joined by `+`, as in `0F2+0B1`, or `.` if idle."""
     return "+".join(map(str, cell)) or "."
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """One line a row, its columns two spaces apart."""
+    """Left-aligned lines of a table, columns two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

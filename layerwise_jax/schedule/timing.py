@@ -1,6 +1,4 @@
-"""How long a schedule takes and how much of that its devices idle, for given costs of its
-stages.
-"""
+"""Simulation of a schedule for given seconds of its stages: makespan, busy and idle time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +11,12 @@ from numpy.typing import ArrayLike
 from layerwise_jax.schedule.table import Action, ActionKind, Schedule
 from layerwise_jax.schedule.validation import check
 
-# One number for all stages (or boundaries), or one for each.
+# Seconds: one number for all stages (or boundaries), or an array of one for each.
 Seconds = ArrayLike
 
 
 class Span(NamedTuple):
-    """An action as it ran: on which device, from when until when, in seconds from the start."""
+    """One simulated action: its device, and start and end in seconds from the schedule's start."""
 
     action: Action
     device: int
@@ -28,8 +26,11 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class ScheduleSimulation:
-    """What a schedule does in time; `spans` in the order in which the table shows the actions.
-    Seconds throughout.
+    """Simulated times of a schedule, in seconds.
+
+    Attributes:
+      schedule: the simulated table.
+      spans: one for each action, in the order of `schedule.actions()`.
     """
 
     schedule: Schedule
@@ -37,12 +38,12 @@ class ScheduleSimulation:
 
     @cached_property
     def makespan(self) -> float:
-        """From the first action's start to the last one's end."""
+        """Seconds from the start of the schedule to the end of its last action."""
         return max(span.end for span in self.spans)
 
     @cached_property
     def busy_seconds(self) -> tuple[float, ...]:
-        """For each device, the time that it computes."""
+        """For each device, seconds in which it computes."""
         busy = [0.0] * self.schedule.num_devices
         for span in self.spans:
             busy[span.device] += span.end - span.start
@@ -50,20 +51,18 @@ class ScheduleSimulation:
 
     @property
     def idle_seconds(self) -> tuple[float, ...]:
-        """For each device, the time within the makespan that it does not compute."""
+        """For each device, the makespan less its busy seconds."""
         return tuple(self.makespan - busy for busy in self.busy_seconds)
 
     @property
     def bubble_share(self) -> float:
-        """The idle part of all devices' time, between 0 and 1; 0 where nothing takes any time."""
+        """Idle share of all devices' time, from 0 to 1; 0 if the makespan is 0."""
         total = self.makespan * self.schedule.num_devices
         return sum(self.idle_seconds) / total if total else 0.0
 
     @cached_property
     def peak_live_microbatches(self) -> tuple[int, ...]:
-        """For each device, the most (stage, microbatch) pairs that it holds at once for their
-        backward.
-        """
+        """For each device, the most (stage, microbatch) pairs whose residuals are alive at once."""
         return self.schedule.peak_live_microbatches()
 
     def __str__(self) -> str:
@@ -87,26 +86,26 @@ def simulate_schedule(
     link_seconds: Seconds = 0.0,
     lockstep: bool = False,
 ) -> ScheduleSimulation:
-    """Runs `schedule` for stages of the given costs.
+    """Simulates `schedule` for stages of the given seconds.
 
-    Every device does its actions in the table's order, each as soon as the device is free and what
-    it uses has arrived. With `lockstep` no device begins a tick before all have done the tick
-    before and its messages have arrived, as in a loop that exchanges its messages once a tick.
+    Each device performs its actions in the order of the table. An action starts as soon as its
+    device is free and its operands have arrived. With `lockstep`, a tick starts only after all
+    devices have finished the tick before and its messages have arrived, as in a loop that exchanges
+    messages once a tick.
 
     Args:
       schedule: any schedule that `check` accepts.
-      forward_seconds: of one microbatch, one number or one a stage.
-      backward_seconds: of input and weight gradient together.
-      weight_gradient_seconds: the part of backward_seconds that a split backward leaves to W; half
-        of it if None.
-      link_seconds: how long a message takes between two devices, either way, one number or one a
-        boundary (stage s to s + 1). Stages on one device exchange theirs in no time.
-      lockstep: whether the devices keep step.
+      forward_seconds: seconds of a forward of one microbatch, one number or one for each stage.
+      backward_seconds: seconds of input and weight gradient together, likewise.
+      weight_gradient_seconds: seconds of W if the backward is split; None for half of
+        `backward_seconds`.
+      link_seconds: seconds of a message between two devices in either direction, one number or one
+        for each boundary (s to s + 1). Messages between stages of one device take none.
+      lockstep: True if devices proceed tick by tick.
 
     Raises:
-      ScheduleError: if `check` refuses the schedule.
-      ValueError: if a cost is negative, of another length, or a weight gradient longer than its
-        backward.
+      ScheduleError: `check` refuses the schedule.
+      ValueError: seconds are negative or of another length, or W takes longer than the backward.
     """
     check(schedule)
     costs = _kind_seconds(schedule, forward_seconds, backward_seconds, weight_gradient_seconds)
@@ -120,10 +119,13 @@ def simulate_schedule(
 def _run_freely(
     schedule: Schedule, costs: Mapping[ActionKind, Sequence[float]], links: Sequence[float]
 ) -> list[Span]:
-    """One pass suffices: a checked table shows every action after all that it waits for."""
-    free_at = [0.0] * schedule.num_devices
+    """Spans of devices that wait only for operands.
+
+    One pass over the table suffices, since it lists every action after those that it reads.
+    """
+    free_at = [0.0] * schedule.num_devices  # seconds, by device
     done_at: dict[Action, float] = {}
-    spans = []
+    spans: list[Span] = []
     for _, device, action in schedule.actions():
         arrivals = (
             done_at[need] + _link_seconds(schedule, action.stage, need.stage, links)
@@ -139,9 +141,12 @@ def _run_freely(
 def _run_in_step(
     schedule: Schedule, costs: Mapping[ActionKind, Sequence[float]], links: Sequence[float]
 ) -> list[Span]:
-    spans, tick_start = [], 0.0
+    """Spans of devices that all start a tick together."""
+    spans: list[Span] = []
+    tick_start = 0.0
     for row in schedule.ticks:
-        tick_end, slowest_link = tick_start, 0.0
+        tick_end = tick_start
+        slowest_link = 0.0
         for device, cell in enumerate(row):
             now = tick_start
             for action in cell:
@@ -154,7 +159,7 @@ def _run_in_step(
 
 
 def _sending_seconds(schedule: Schedule, action: Action, links: Sequence[float]) -> float:
-    """The time of the message with the action's result, 0 where no other device waits for it."""
+    """Seconds of the message with an action's result; 0 if no other device reads it."""
     receiver = action.stage + {"F": 1, "B": -1, "I": -1, "W": 0}[action.kind]
     return (
         _link_seconds(schedule, action.stage, receiver, links)
@@ -185,9 +190,8 @@ def _kind_seconds(
     for stage, seconds in enumerate(input_gradient):
         if seconds < 0:
             raise ValueError(
-                f"weight_gradient_seconds of stage {stage} is {weight_gradient[stage]}, more than "
-                "the whole backward's "
-                f"{backward[stage]}; backward_seconds counts input and weight gradient together"
+                f"weight_gradient_seconds of stage {stage} must be at most its backward_seconds, "
+                f"{backward[stage]}, which include it, got {weight_gradient[stage]}."
             )
     return {"F": forward, "B": backward, "I": input_gradient, "W": weight_gradient}
 
@@ -198,8 +202,9 @@ def _per_item(name: str, seconds: Seconds, count: int, item: str) -> list[float]
         values = np.full(count, values)
     if values.shape != (count,):
         raise ValueError(
-            f"{name} has shape {values.shape}, wanted ({count},); give one number, or one a {item}"
+            f"{name} must have shape () or ({count},), one number for each {item}, got "
+            f"{values.shape}."
         )
     if not np.all(values >= 0):
-        raise ValueError(f"{name} is {values}; give seconds, none below 0")
+        raise ValueError(f"{name} must be at least 0, got {values}.")
     return values.tolist()

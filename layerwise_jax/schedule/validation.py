@@ -1,6 +1,4 @@
-"""Whether a schedule can be run and gives the right results; if not, where it fails, shown in the
-table.
-"""
+"""Validation: rejects tables that cannot run or give wrong results, and shows the faulty place."""
 
 from collections.abc import Sequence
 
@@ -15,17 +13,21 @@ from layerwise_jax.schedule.table import (
 
 
 def check(schedule: Schedule, stash_bound: int | Sequence[int] | None = None) -> None:
-    """Accepts a schedule that can be run and whose results are right, and refuses any other.
+    """Checks that a schedule is complete, placed consistently and in a valid order.
 
-    Afterwards: every stage does each microbatch's forward once and, if there is any backward, its
-      input and its weight
-    gradient once; a stage acts on one device only; an action comes at a later tick than those whose
-    results it uses, save that a backward may follow its own forward in one cell; and no device ever
-    holds more than `stash_bound` (stage, microbatch) pairs between forward and weight gradient.
-    `stash_bound` is one number, or one a device.
+    A valid schedule has, for each stage and microbatch, one forward and, if it has any backward,
+    one input gradient and one weight gradient. All actions of a stage are on one device. An action
+    is at a later tick than the actions whose results it reads; a backward may also follow its own
+    forward in one cell.
+
+    Args:
+      schedule: the table to check.
+      stash_bound: the most (stage, microbatch) pairs that a device may hold between forward and
+        weight gradient, one number or one for each device; None for no bound.
 
     Raises:
-      ScheduleError: with the part of the table where the first of these fails.
+      ScheduleError: a condition fails. The message shows the rows around the first fault.
+      ValueError: `stash_bound` has another length than there are devices.
     """
     _check_each_once(schedule)
     _check_placement(schedule)
@@ -40,7 +42,7 @@ def _check_each_once(schedule: Schedule) -> None:
         for effect in action.effects:
             if effect in seen:
                 raise _fault(
-                    schedule, tick, device, f"{action} repeats {effect}; each may come once"
+                    schedule, tick, device, f"{action} repeats {effect}. Remove one of the two"
                 )
             seen.add(effect)
     kinds: tuple[ActionKind, ...] = ("F", "I", "W") if schedule.has_backward else ("F",)
@@ -52,12 +54,11 @@ def _check_each_once(schedule: Schedule) -> None:
 
 
 def _raise_missing(schedule: Schedule, missing: Action) -> None:
-    """Shows the place where the stage's device last acts before the microbatch after the missing
-    one.
+    """Raises the error for a missing action.
+
+    It marks the last action of the same stage on this or an earlier microbatch.
     """
-    instead = (
-        "" if missing.kind == "F" else f", neither alone nor within {missing._replace(kind='B')}"
-    )
+    instead = "" if missing.kind == "F" else f", as is {missing._replace(kind='B')}"
     places = [
         (tick, device)
         for tick, device, (stage, _, microbatch) in schedule.actions()
@@ -65,7 +66,7 @@ def _raise_missing(schedule: Schedule, missing: Action) -> None:
     ]
     tick, device = places[-1] if places else (schedule.num_ticks - 1, 0)
     raise _fault(
-        schedule, tick, device, f"{missing} is missing{instead}; add it after the marked place"
+        schedule, tick, device, f"{missing} is missing{instead}. Add it after the marked place"
     )
 
 
@@ -74,8 +75,8 @@ def _check_placement(schedule: Schedule) -> None:
         home = schedule.device_of_stage[action.stage]
         if device != home:
             message = (
-                f"{action} is on device {device}, but stage {action.stage} lives on device "
-                f"{home}; move it there"
+                f"{action} must be on device {home}, where stage {action.stage} first acts, got "
+                f"device {device}. Move it there"
             )
             raise _fault(schedule, tick, device, message)
 
@@ -87,8 +88,8 @@ def _check_order(schedule: Schedule) -> None:
             done = schedule.tick_of[need]
             if done > tick or (done == tick and not same_cell_serves):
                 message = (
-                    f"{action} uses the result of {need}, which comes at tick {done}; move it "
-                    "to a later tick"
+                    f"{action} must come after {need}, whose result it reads and which is at tick "
+                    f"{done}. Move it to a later tick"
                 )
                 raise _fault(schedule, tick, device, message)
 
@@ -99,22 +100,23 @@ def _check_stash(schedule: Schedule, stash_bound: int | Sequence[int]) -> None:
     )
     if len(bounds) != schedule.num_devices:
         raise ValueError(
-            f"got {len(bounds)} stash bounds for {schedule.num_devices} devices; give one number, "
-            "or each"
+            f"stash_bound must be one int or one for each of {schedule.num_devices} devices, got "
+            f"{len(bounds)}."
         )
     for tick, row in enumerate(schedule.live_microbatches()):
         for device, (live, bound) in enumerate(zip(row, bounds, strict=True)):
             if live > bound:
                 message = (
-                    f"device {device} holds {live} microbatches for their backward, {bound} "
-                    "allowed; "
+                    f"device {device} must hold at most {bound} microbatches for their backward, "
+                    f"got {live}. Move a backward before this forward"
                 )
-                raise _fault(schedule, tick, device, message + "do a backward before this forward")
+                raise _fault(schedule, tick, device, message)
 
 
 def _fault(schedule: Schedule, tick: int, device: int, message: str) -> ScheduleError:
-    """An error whose text ends with the rows around the place, the cell in brackets."""
-    first, last = max(0, tick - 3), min(schedule.num_ticks, tick + 4)
+    """An error with the rows from 3 ticks before to 3 ticks after, the faulty cell in brackets."""
+    first = max(0, tick - 3)
+    last = min(schedule.num_ticks, tick + 4)
     rows = [["tick", *(f"device {column}" for column in range(schedule.num_devices))]]
     for index in range(first, last):
         rows.append([str(index), *map(cell_text, schedule.ticks[index])])

@@ -129,7 +129,5 @@ def test_tables_hold_minus_one_where_there_is_nothing():
 
 
 def test_tables_refuse_stages_that_are_not_in_a_ring():
-    with pytest.raises(
-        ValueError, match=r"stage 2 lives on device 1; .* must live on device 0 of 2"
-    ):
+    with pytest.raises(ValueError, match=r"must place stage 2 on device 0 of 2, .* got device 1"):
         lower_schedule(Schedule.parse("0F0 .\n. 1F0\n. 2F0"))

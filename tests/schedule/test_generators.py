@@ -43,9 +43,9 @@ def test_interleaving_has_megatrons_order_where_the_devices_divide_the_microbatc
     "generate", [*ONE_STAGE_A_DEVICE.values(), lambda k, M: interleaved_1f1b(k, 2, M)]
 )
 def test_counts_below_one_are_refused(generate):
-    with pytest.raises(ValueError, match="is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match=r"must be .* at least 1, got 0"):
         generate(0, 4)
-    with pytest.raises(ValueError, match="num_microbatches is 0"):
+    with pytest.raises(ValueError, match="num_microbatches must be"):
         generate(2, 0)
 
 

@@ -41,10 +41,10 @@ def test_a_table_is_read_with_comments_and_blank_lines():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no action"),
-        (". .", "no action"),
-        ("0F0 .\n1F0", "tick 1 has 1 cells, tick 0 has 2"),
-        ("0F0 1X0", "'1X0' is not an action"),
+        ("", "at least one action"),
+        (". .", "at least one action"),
+        ("0F0 .\n1F0", "tick 1 must have 2 cells .* got 1"),
+        ("0F0 1X0", "got '1X0'"),
         ("0F0+0F1", "one forward and then one backward"),
         ("0B0+0F0", "one forward and then one backward"),
         ("0F0+0I0+0W0", "one forward and then one backward"),

@@ -40,9 +40,9 @@ def test_a_users_own_table_is_accepted_where_stages_are_anywhere_and_backwards_p
 @pytest.mark.parametrize(
     ("tick", "device", "text", "message"),
     [
-        (2, 0, "0F1", "device 0, tick 2: 0F1 repeats 0F1; each may come once"),
-        (4, 0, ".", "0F2 is missing; add it"),
-        (2, 1, ".", "1I0 is missing, neither alone nor within 1B0"),
+        (2, 0, "0F1", "device 0, tick 2: 0F1 repeats 0F1. Remove one"),
+        (4, 0, ".", "0F2 is missing. Add it"),
+        (2, 1, ".", "1I0 is missing, as is 1B0"),
         (2, 1, "1I0", "1W0 is missing"),
         (2, 0, "1I0", "device 1, tick 2: 1B0 repeats 1I0"),
     ],
@@ -58,9 +58,8 @@ def test_a_result_used_before_it_is_there_is_shown_in_its_place():
         check(too_early)
     assert str(error.value).splitlines() == [
         (
-            "device 1, tick 0: 1F0 uses the result of 0F0, which comes at tick 0; move "
-            "it to a later "
-            "tick"
+            "device 1, tick 0: 1F0 must come after 0F0, whose result it reads and which is at "
+            "tick 0. Move it to a later tick"
         ),
         "tick  device 0  device 1",
         "0     0F0       [1F0]",
@@ -72,10 +71,13 @@ def test_a_result_used_before_it_is_there_is_shown_in_its_place():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0F0 .\n. 1F0\n0B0 1B0", "0B0 uses the result of 1I0"),
-        ("0B0\n0F0", "0B0 uses the result of 0F0"),
-        ("0F0\n0W0\n0I0", "0W0 uses the result of 0I0"),
-        ("0F0 .\n. 1F0\n. 1B0\n. 0B0", "0B0 is on device 1, but stage 0 lives on device 0"),
+        ("0F0 .\n. 1F0\n0B0 1B0", "0B0 must come after 1I0"),
+        ("0B0\n0F0", "0B0 must come after 0F0"),
+        ("0F0\n0W0\n0I0", "0W0 must come after 0I0"),
+        (
+            "0F0 .\n. 1F0\n. 1B0\n. 0B0",
+            "0B0 must be on device 0, .* got device 1",
+        ),
     ],
 )
 def test_a_wrong_order_or_place_is_refused(text, message):
@@ -87,9 +89,9 @@ def test_a_stash_bound_is_kept():
     schedule = one_f_one_b(4, 9)
     check(schedule, stash_bound=4)
     check(schedule, stash_bound=(4, 3, 2, 1))
-    with pytest.raises(ScheduleError, match=r"device 0, tick 3: device 0 holds 4 .* 3 allowed"):
+    with pytest.raises(ScheduleError, match=r"tick 3: device 0 must hold at most 3 .* got 4"):
         check(schedule, stash_bound=3)
-    with pytest.raises(ValueError, match="got 2 stash bounds for 4 devices"):
+    with pytest.raises(ValueError, match="one for each of 4 devices, got 2"):
         check(schedule, stash_bound=(4, 3))
 
 
