@@ -27,6 +27,7 @@ __all__ = [
     "bind",
     "emulate_devices",
     "is_key",
+    "key_implementation",
     "key_paths",
     "scan_parts",
     "source_line",
@@ -97,10 +98,15 @@ def is_key(aval: Any) -> bool:
     return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def key_implementation(aval: Any) -> str:
+    """Name of the implementation of random keys of this type, such as "threefry2x32"."""
+    return aval.dtype._impl.name
+
+
 def wrap_key(data: Any, aval: Any) -> Any:
     """Key data as random keys of the type `aval`."""
     # `jax.random.key_impl` takes arrays of keys, but not their type.
-    return jax.random.wrap_key_data(data, impl=aval.dtype._impl.name)
+    return jax.random.wrap_key_data(data, impl=key_implementation(aval))
 
 
 def key_paths(tree: Any) -> tuple[list[tuple[Any, ...]], list[Any], Any]:
