@@ -16,7 +16,6 @@ from typing import Any, Literal
 import jax
 
 from layerwise_jax import _jax
-from layerwise_jax.batch.draws import Draws
 from layerwise_jax.batch.interpreter import BatchInterpreter
 from layerwise_jax.batch.lattice import Replicated, Role, Split
 from layerwise_jax.batch.numbering import mixed_numberings
@@ -28,6 +27,7 @@ from layerwise_jax.batch.outputs import (
     role_of_one_part,
 )
 from layerwise_jax.batch.pairs import BatchError, ProgramPair, pair_programs
+from layerwise_jax.batch.rules.draws import Draws
 from layerwise_jax.trace.flatten import flatten
 from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.trace.program import Operand, Program, Value

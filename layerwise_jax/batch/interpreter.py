@@ -17,10 +17,7 @@ from layerwise_jax._jax import (
     is_key,
     source_line,
 )
-from layerwise_jax.batch import attention, bodies, contractions, elementwise, indexing, shapes
-from layerwise_jax.batch import draws as drawing
 from layerwise_jax.batch.derivatives import NOT_ALONE, check_derivative
-from layerwise_jax.batch.draws import Draws, numbers_through
 from layerwise_jax.batch.lattice import (
     BatchIota,
     IndexColumns,
@@ -38,6 +35,9 @@ from layerwise_jax.batch.lattice import (
 )
 from layerwise_jax.batch.linearity import STATISTICS, nonlinear
 from layerwise_jax.batch.pairs import PairedOp, ProgramPair, constants_of, differing_parameter
+from layerwise_jax.batch.rules import attention, bodies, contractions, elementwise, indexing, shapes
+from layerwise_jax.batch.rules import draws as drawing
+from layerwise_jax.batch.rules.draws import Draws, numbers_through
 from layerwise_jax.trace.program import Op, Operand, Value
 
 RULES = {

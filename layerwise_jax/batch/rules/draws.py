@@ -13,8 +13,6 @@ from dataclasses import replace
 import jax.numpy as jnp
 
 from layerwise_jax import _jax
-from layerwise_jax.batch import elementwise, shapes
-from layerwise_jax.batch.elementwise import common_axis
 from layerwise_jax.batch.lattice import (
     BatchIota,
     IndexColumns,
@@ -30,6 +28,8 @@ from layerwise_jax.batch.lattice import (
     scaling_axes,
 )
 from layerwise_jax.batch.linearity import nonlinear
+from layerwise_jax.batch.rules import elementwise, shapes
+from layerwise_jax.batch.rules.elementwise import common_axis
 from layerwise_jax.trace.program import FullRows
 
 PRIMITIVES = frozenset("iota random_bits random_split random_fold_in random_gamma".split())
