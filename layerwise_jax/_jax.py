@@ -33,12 +33,6 @@ __all__ = [
     "source_line",
     "wrap_key",
 ]
-CALL_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "core_call"})
-REMAT_PRIMITIVES = frozenset({"remat", "remat2", "checkpoint"})
-CUSTOM_RULE_PRIMITIVES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
-HIGH_LEVEL_PRIMITIVES = frozenset(
-    {"call_hi_primitive"}
-)  # of JAX 0.12: `searchsorted` as one operation, say
 
 
 def bind(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
@@ -64,7 +58,7 @@ def avals_of(variables: Sequence[Any]) -> list[Any]:
 
 def inner_jaxpr(eqn: JaxprEqn) -> Jaxpr:
     """The body of a call, remat or scan equation; what a high-level operation comes down to."""
-    if eqn.primitive.name in HIGH_LEVEL_PRIMITIVES:
+    if eqn.primitive.name == "call_hi_primitive":  # JAX 0.12: an operation such as searchsorted
         lowered: Any = eqn.primitive
         return jax.make_jaxpr(lambda *args: lowered.to_lojax(*args, **eqn.params))(
             *avals_of(eqn.invars)

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from layerwise_jax._jax import (
-    CUSTOM_RULE_PRIMITIVES,
     AbstractRef,
     JaxprEqn,
     Literal,
@@ -38,6 +37,7 @@ from layerwise_jax.batch.pairs import PairedOp, ProgramPair, constants_of, diffe
 from layerwise_jax.batch.rules import attention, bodies, contractions, elementwise, indexing, shapes
 from layerwise_jax.batch.rules import draws as drawing
 from layerwise_jax.batch.rules.draws import Draws, numbers_through
+from layerwise_jax.trace.primitives import CUSTOM_RULES
 from layerwise_jax.trace.program import Op, Operand, Value
 
 RULES = {
@@ -149,7 +149,7 @@ class BatchInterpreter:
         if step.name in bodies.RULES:
             step = step.with_roles([self.draws.as_rows(role) for role in step.roles])
             results = bodies.RULES[step.name](self._run_body, step)
-            if step.name in CUSTOM_RULE_PRIMITIVES and self.checks_derivatives:
+            if step.name in CUSTOM_RULES and self.checks_derivatives:
                 self._check_derivative(step, results, position)
             return results
         if step.name == "select_n" and (chosen := elementwise.chosen_case(step)):

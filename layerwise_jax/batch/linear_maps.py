@@ -15,6 +15,7 @@ import numpy as np
 
 from layerwise_jax import _jax
 from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal
+from layerwise_jax.trace.primitives import CALL_LIKE
 
 
 class Degree(IntEnum):
@@ -46,12 +47,6 @@ LINEAR_IN = {
     "triangular_solve": (1,),
     "random_gamma_grad": (),
 }
-CALLS = (
-    _jax.CALL_PRIMITIVES
-    | _jax.REMAT_PRIMITIVES
-    | _jax.CUSTOM_RULE_PRIMITIVES
-    | _jax.HIGH_LEVEL_PRIMITIVES
-)
 MOST_ITERATIONS = 100
 
 
@@ -80,7 +75,7 @@ def _run(jaxpr: Jaxpr, given: Sequence[Degree]) -> list[Degree]:
 def _results(eqn: JaxprEqn, operands: Sequence[Degree]) -> list[Degree]:
     name = eqn.primitive.name
     count = len(eqn.outvars)
-    if name in CALLS:
+    if name in CALL_LIKE:
         return _run(_jax.inner_jaxpr(eqn), operands)
     if name == "scan":
         return _scan(eqn, operands)
