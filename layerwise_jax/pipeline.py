@@ -22,6 +22,7 @@ from layerwise_jax.run.forward import run_forward
 from layerwise_jax.run.interleaved import run_forward_in_rounds
 from layerwise_jax.run.outputs import Outputs
 from layerwise_jax.run.ticks import TrainingLoop
+from layerwise_jax.run.tied import tie_copies
 from layerwise_jax.schedule.arrays import lower_schedule
 from layerwise_jax.schedule.table import Schedule
 from layerwise_jax.stage.inputs import check_inputs
@@ -100,8 +101,10 @@ class Pipeline:
     def __call__(self, staged: Staged, *inputs: Any) -> Any:
         """Run the function on a full batch.
 
-        `jax.grad` of a call gives every copy of a tied weight its own stage's share of the
-        gradient; `value_and_grad` of the pipeline gives each copy the whole.
+        Derivatives of a call are the function's: after `gather`, `jax.grad`, `jax.vjp` and
+        `jax.jacrev` are those of the parameters. Every copy of a tied weight has the whole
+        gradient. `jax.jvp` takes tangents from `place`; `jax.jacfwd` has a tied weight's derivative
+        in its first copy, which `gather` returns, and zeros in the others.
 
         Args:
           staged: placed parameters, from `place`.
@@ -283,6 +286,7 @@ class Pipeline:
 
     def _on_device(self, slots: Sequence[Any], inputs: Sequence[Any]) -> tuple[list, list]:
         weights, split, replica = self._local(slots, inputs)
+        weights = tie_copies(weights, self.placement.copies())
         if self.loop.num_chunks > 1:
             outputs, weights = run_forward_in_rounds(
                 self.loop, self._outputs.roles, weights, split, replica
