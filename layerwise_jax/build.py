@@ -86,9 +86,10 @@ def build_pipeline(
 
 def _with_defaults(options: PipelineOptions, mesh: Mesh) -> PipelineOptions:
     """The options, with the mesh's devices deciding what was left open."""
-    if options.skip_bubbles is not None:
-        return options
-    return options.updated(skip_bubbles=mesh.devices.flat[0].platform == "cpu")
+    skips, executor = options.skip_bubbles, options.executor
+    if skips is None:
+        skips = mesh.devices.flat[0].platform == "cpu"
+    return options.updated(skip_bubbles=skips, executor="loop" if executor == "auto" else executor)
 
 
 def _input_axes(layers: LayerSequence, in_axes: Any) -> tuple[int | None, ...]:

@@ -10,7 +10,8 @@ from layerwise_jax.batch.outputs import Reduce
 from layerwise_jax.schedule.generators import ScheduleName
 from layerwise_jax.schedule.table import Schedule
 
-Remat = Literal["stage"]
+Remat = Literal["stage", "cheap"]
+Executor = Literal["auto", "loop", "host"]
 
 # The words of every option that takes one; None is allowed beside them.
 WORDS: Mapping[str, tuple[str, ...]] = {
@@ -34,7 +35,8 @@ class PipelineOptions:
       batch_statistics: "per_microbatch" accepts operations that mix the examples of a batch; each
         microbatch is then a batch for them. None refuses such operations.
       schedule: order of forwards and backwards in training: a name, or a `Schedule`.
-      remat: "stage" recomputes a stage's forward in its backward; None stashes residuals, as the
+      remat: "stage" recomputes a stage's forward in its backward; "cheap" (executor "host") keeps
+        products, convolutions and attention and recomputes the rest; None stashes residuals, as the
         function's own `jax.checkpoint` policies leave them.
       trainable: parameters that `value_and_grad` differentiates: a tree of booleans with the
         parameters' structure or a prefix of it, or a function from their types to one. None trains
@@ -42,6 +44,10 @@ class PipelineOptions:
       skip_bubbles: whether an idle device branches around its work. None chooses: a branch on
         emulated devices, which share a processor; masked work on accelerators, which wait anyway.
       bubble_fill: fill value for the inputs of idle ticks. Tests pass NaN to show that none leaks.
+      executor: "loop" runs all stages in one program, which jit, grad and vmap accept; "host" runs
+        each as programs of its own, driven by a thread per device, for training with long ticks.
+        "auto" chooses.
+      xla_options: compiler options of executor "host"'s programs.
 
     Raises:
       ValueError: a value is not one of those above; the message names the option.
@@ -56,10 +62,13 @@ class PipelineOptions:
     trainable: Any = None
     skip_bubbles: bool | None = None
     bubble_fill: float = 0.0
+    executor: Executor = "auto"
+    xla_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, words in WORDS.items():
             _check_word(name, getattr(self, name), (*words, None))
+        _check_word("executor", self.executor, get_args(Executor))
         if not isinstance(self.schedule, Schedule):
             _check_word("schedule", self.schedule, get_args(ScheduleName), "or a Schedule")
         if self.state is not None and not callable(self.state):

@@ -1,29 +1,29 @@
-"""`Pipeline`: a staged function as users hold it, which jit, grad and vmap accept."""
+"""`Pipeline`: a staged function as users hold it, run by one of two executors.
+
+The loop is one `shard_map` program, which jit, grad and vmap accept. Executor `host` runs every
+stage as programs of its own (`layerwise_jax.host`). The layout of the placed parameters decides.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from layerwise_jax.batch.analysis import BatchAnalysis
 from layerwise_jax.batch.outputs import Reduction
-from layerwise_jax.mesh import DATA, STAGE
-from layerwise_jax.options import PipelineOptions
+from layerwise_jax.host.executor import HostExecutor
+from layerwise_jax.host.placement import HostStaged, check_not_traced
+from layerwise_jax.host.program import HostProgram
+from layerwise_jax.options import Executor, PipelineOptions
 from layerwise_jax.plan import Plan
-from layerwise_jax.run.forward import run_forward
-from layerwise_jax.run.interleaved import run_forward_in_rounds
 from layerwise_jax.run.outputs import Outputs
-from layerwise_jax.run.ticks import TrainingLoop
-from layerwise_jax.run.tied import tie_copies
-from layerwise_jax.schedule.arrays import lower_schedule
+from layerwise_jax.run.spmd import LoopExecutor
 from layerwise_jax.schedule.table import Schedule
 from layerwise_jax.stage.inputs import check_inputs
 from layerwise_jax.stage.placement import Placement, Staged
@@ -61,7 +61,46 @@ class Pipeline:
 
     @property
     def placement(self) -> Placement:
-        return self.loop.placement
+        """Where the pipeline's executor keeps weights."""
+        return self.executor.placement
+
+    @property
+    def executor(self) -> LoopExecutor | HostExecutor:
+        """The executor that parameters are placed for by default."""
+        return self.host_executor if self.options.executor == "host" else self.loop_executor
+
+    @cached_property
+    def loop_executor(self) -> LoopExecutor:
+        """All stages in one program."""
+        options = self.options
+        recomputes, skips = options.remat == "stage", bool(options.skip_bubbles)
+        return LoopExecutor(self.loop, self._outputs, self.schedule, self._seed, recomputes, skips)
+
+    @cached_property
+    def host_executor(self) -> HostExecutor:
+        """Every stage as programs of its own."""
+        program = HostProgram(
+            self.loop,
+            self.layers.signature,
+            self._outputs,
+            self.schedule,
+            self._seed,
+            self.options.remat,
+            self.options.xla_options or {},
+        )
+        return HostExecutor(program)
+
+    def _executor_of(self, staged: Any) -> LoopExecutor | HostExecutor:
+        """The executor for which parameters were placed."""
+        return self.host_executor if isinstance(staged, HostStaged) else self.loop_executor
+
+    @property
+    def _seed(self) -> float:
+        """Cotangent of one microbatch's loss: 1 for a sum, its share of the batch for a mean and
+        for a loss that all microbatches have in common.
+        """
+        adds = self.options.reduce == "sum" and self.batching.outputs[0].kind == "reduced"
+        return 1.0 if adds else 1.0 / self.parts
 
     @property
     def trainable(self) -> tuple[bool, ...]:
@@ -90,21 +129,26 @@ class Pipeline:
             self.options.reduce,
         )
 
-    def place(self, params: Any) -> Staged:
-        """Put every stage's weights on its own devices: see `Placement.place`."""
-        return self.placement.place(params, self.mesh)
+    def place(self, params: Any, executor: Executor | None = None) -> Staged:
+        """Put every stage's weights on its own devices: see `Placement.place`.
+
+        Args:
+          params: the tree that was traced.
+          executor: "loop" or "host", which is to run with them; None for the pipeline's own.
+        """
+        options = self.options if executor is None else self.options.updated(executor=executor)
+        runs = self.host_executor if options.executor == "host" else self.loop_executor
+        return runs.placement.place(params, self.mesh)
 
     def gather(self, staged: Staged) -> Any:
         """Return the user's parameter tree, the inverse of `place`: see `Placement.gather`."""
-        return self.placement.gather(staged)
+        return self._executor_of(staged).placement.gather(staged)
 
     def __call__(self, staged: Staged, *inputs: Any) -> Any:
         """Run the function on a full batch.
 
-        Derivatives of a call are the function's: after `gather`, `jax.grad`, `jax.vjp` and
-        `jax.jacrev` are those of the parameters. Every copy of a tied weight has the whole
-        gradient. `jax.jvp` takes tangents from `place`; `jax.jacfwd` has a tied weight's derivative
-        in its first copy, which `gather` returns, and zeros in the others.
+        `jax.grad` of a call gives every copy of a tied weight its own stage's share of the
+        gradient; `value_and_grad` of the pipeline gives each copy the whole.
 
         Args:
           staged: placed parameters, from `place`.
@@ -117,21 +161,24 @@ class Pipeline:
         Raises:
           ValueError: inputs or placed parameters have other types than were traced.
         """
-        self.placement.check_staged(staged)
-        leaves = check_inputs(inputs, self.layers.signature, self.loop.in_axes, self.parts)
-        slots = [staged[slot.name] for slot in self.placement.slots]
-        results, slots = self._mapped(slots, leaves)
-        return self._value(results, slots)
+        leaves = self._checked(staged, inputs)
+        return self._value(*self._executor_of(staged).evaluate(staged, leaves))
 
-    def _value(self, results: Sequence[Any], slots: Sequence[Any]) -> Any:
+    def _checked(self, staged: Any, inputs: tuple[Any, ...]) -> list[Any]:
+        """The leaves of the inputs, if they and the placed parameters are this pipeline's."""
+        self._executor_of(staged).placement.check_staged(staged)
+        leaves = check_inputs(inputs, self.layers.signature, self.loop.in_axes, self.parts)
+        if isinstance(staged, HostStaged):
+            check_not_traced(staged, leaves)
+        return leaves
+
+    def _value(self, results: Sequence[Any], staged: Staged) -> Any:
         """The value of a call: the function's outputs, and the placed parameters if they have new
         state.
         """
         outputs = [None if p in self.loop.state else x for p, x in enumerate(results)]
         tree = jax.tree.unflatten(self.layers.signature.outputs_tree, outputs)
-        if not self.loop.state:
-            return tree
-        return tree, {slot.name: x for slot, x in zip(self.placement.slots, slots, strict=True)}
+        return (tree, staged) if self.loop.state else tree
 
     def value_and_grad(self, staged: Staged, *inputs: Any) -> tuple[Any, Staged]:
         """The loss and its gradients; the loss is the function's output, or the first of a tuple.
@@ -154,78 +201,26 @@ class Pipeline:
           ValueError: the function's first output is not a floating-point scalar.
         """
         self._check_loss()
-        self.placement.check_staged(staged)
-        leaves = check_inputs(inputs, self.layers.signature, self.loop.in_axes, self.parts)
-        slots = [staged[slot.name] for slot in self.placement.slots]
-        results, grads, slots = self._mapped_training(slots, leaves)
-        moving = iter(grads)
-        placed = {
-            slot.name: next(moving) if self.loop.has_gradient(j) else self._no_gradient(j, slots[j])
-            for j, slot in enumerate(self.placement.slots)
-        }
-        return self._value(results, slots), placed
-
-    def _no_gradient(self, slot: int, held: Any) -> Any:
-        if slot in self.loop.state_slots and jnp.issubdtype(held.dtype, jnp.inexact):
-            return jnp.zeros_like(held)
-        return np.zeros(held.shape, jax.dtypes.float0)
-
-    @cached_property
-    def _mapped_training(self) -> Callable[[Sequence[Any], Sequence[Any]], tuple[list, list, list]]:
-        """The training program over the mesh: (slots, input leaves) to (output leaves, gradients,
-        slots).
-        """
-        inputs, slots, outputs = self._specs()
-        grads = [
-            PartitionSpec(STAGE)
-            for j in range(len(self.placement.slots))
-            if self.loop.has_gradient(j)
-        ]
-        # Cotangent of one microbatch's loss: 1 for a sum, its share of the batch for a mean and for
-        # a loss that all microbatches have in common.
-        adds = self.options.reduce == "sum" and self.batching.outputs[0].kind == "reduced"
-        seed = 1.0 if adds else 1.0 / self.parts
-        training = TrainingLoop(
-            self.loop,
-            lower_schedule(self.schedule),
-            self._outputs.roles,
-            seed,
-            recomputes=self.options.remat == "stage",
-            skips_bubbles=bool(self.options.skip_bubbles),
-        )
-        return jax.shard_map(
-            partial(self._train_on_device, training),
-            mesh=self.mesh,
-            in_specs=(slots, inputs),
-            out_specs=(outputs, grads, slots),
-            check_vma=False,
-        )
-
-    def _train_on_device(
-        self, training: TrainingLoop, slots: Sequence[Any], inputs: Sequence[Any]
-    ) -> tuple[list, list, list]:
-        weights, split, replica = self._local(slots, inputs)
-        outputs, grads, weights_after = training.run(weights, split, replica)
-        grads = self._without_frozen(self._sum_copies(grads))
-        if DATA in self.mesh.axis_names:
-            grads = [None if g is None else lax.psum(g, DATA) for g in grads]
-        placed = [
-            grad.astype(weight.dtype)[None]
-            for grad, weight in zip(grads, weights, strict=True)
-            if grad is not None
-        ]
-        return (
-            self._outputs.of_batch(outputs),
-            placed,
-            [lax.expand_dims(weight, (0,)) for weight in weights_after],
-        )
+        leaves = self._checked(staged, inputs)
+        executor = self._executor_of(staged)
+        if executor is self.loop_executor and self.options.remat == "cheap":
+            raise ValueError(
+                "remat='cheap' must run on executor 'host', got parameters placed for the loop. "
+                "Place them with executor='host', or choose remat='stage' or None."
+            )
+        results, grads, staged = executor.value_and_grad(staged, leaves)
+        return self._value(results, staged), grads
 
     def optimizer(self, optimizer: Any, *, shard_over_data: bool = False) -> StagedOptimizer:
         """An optax optimizer for placed parameters, equal to optax on the user's tree: see
         `stage_optimizer`.
         """
         return stage_optimizer(
-            self.placement, self.trainable, self.mesh, optimizer, shard_over_data=shard_over_data
+            self.loop.placement,
+            self.trainable,
+            self.mesh,
+            optimizer,
+            shard_over_data=shard_over_data,
         )
 
     def train_step(self, optimizer: Any, *, shard_over_data: bool = False) -> TrainStep:
@@ -249,74 +244,3 @@ class Pipeline:
                 f"{aval.dtype}{list(aval.shape)}. Stage a loss function, with reduce='mean' or "
                 "reduce='sum'."
             )
-
-    @cached_property
-    def _mapped(self) -> Callable[[Sequence[Any], Sequence[Any]], tuple[list, list]]:
-        """The program over the mesh: (slots, input leaves) to (output leaves, slots)."""
-        inputs, slots, outputs = self._specs()
-        return jax.shard_map(
-            self._on_device,
-            mesh=self.mesh,
-            in_specs=(slots, inputs),
-            out_specs=(outputs, slots),
-            check_vma=False,
-        )
-
-    def _specs(self) -> tuple[list, list, list]:
-        """Partition specs of (inputs, slots, outputs)."""
-        over_batch = PartitionSpec(DATA) if DATA in self.mesh.axis_names else PartitionSpec()
-        inputs = [PartitionSpec() if axis is None else over_batch for axis in self.loop.in_axes]
-        slots = [PartitionSpec(STAGE)] * len(self.placement.slots)
-        return inputs, slots, self._outputs.specs()
-
-    def _local(self, slots: Sequence[Any], inputs: Sequence[Any]) -> tuple[list, list, Any]:
-        """On a device: (its shard of every slot, inputs split into microbatches, index on the data
-        axis).
-        """
-        weights = [lax.squeeze(slot, (0,)) for slot in slots]
-        replica = lax.axis_index(DATA) if DATA in self.mesh.axis_names else jnp.int32(0)
-        return (
-            weights,
-            [
-                self._microbatches(x, axis)
-                for x, axis in zip(inputs, self.loop.in_axes, strict=True)
-            ],
-            replica,
-        )
-
-    def _on_device(self, slots: Sequence[Any], inputs: Sequence[Any]) -> tuple[list, list]:
-        weights, split, replica = self._local(slots, inputs)
-        weights = tie_copies(weights, self.placement.copies())
-        if self.loop.num_chunks > 1:
-            outputs, weights = run_forward_in_rounds(
-                self.loop, self._outputs.roles, weights, split, replica
-            )
-            return self._outputs.of_batch(outputs), [
-                lax.expand_dims(weight, (0,)) for weight in weights
-            ]
-        outputs, weights = run_forward(self.loop, weights, split, replica)
-        return self._outputs.of_rows(outputs), [lax.expand_dims(weight, (0,)) for weight in weights]
-
-    def _microbatches(self, x: Any, axis: int | None) -> Any:
-        count = self.loop.num_microbatches
-        return x if axis is None else x.reshape(count, x.shape[0] // count, *x.shape[1:])
-
-    def _sum_copies(self, grads: list[Any]) -> list[Any]:
-        """On a device: every copy of a tied weight gets the sum of all copies' gradients."""
-        device, summed = lax.axis_index(STAGE), list(grads)
-        for places in self.placement.copies().values():
-            if len(places) > 1 and grads[places[0][0]] is not None:
-                mine = sum(jnp.where(device == row, grads[j], 0) for j, row in places)
-                total = lax.psum(mine, STAGE)
-                for j, row in places:
-                    summed[j] = jnp.where(device == row, total, summed[j])
-        return summed
-
-    def _without_frozen(self, grads: list[Any]) -> list[Any]:
-        """On a device: zeros for frozen weights in slots that others are trained in."""
-        device = lax.axis_index(STAGE)
-        for j, slot in enumerate(self.placement.slots):
-            frozen = [weight in self.loop.frozen for weight in slot.weights]
-            if grads[j] is not None and any(frozen):
-                grads[j] = jnp.where(jnp.asarray(frozen)[device], 0, grads[j])
-        return grads

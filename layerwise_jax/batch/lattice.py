@@ -85,7 +85,7 @@ class IndexColumns:
     columns: tuple[Role, ...]
 
 
-Cause = Literal["statistics", "unknown", "size", "draw", "derivative"]
+Cause = Literal["statistics", "unknown", "size", "draw"]
 
 
 @dataclass(frozen=True)

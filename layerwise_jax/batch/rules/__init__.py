@@ -1,1 +1,0 @@
-"""Rules of primitives: the role of a result, from those of the operands."""

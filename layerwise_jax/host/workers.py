@@ -1,0 +1,82 @@
+"""Worker threads: one for every device column of this process, kept from step to step."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+import jax
+
+# How often a caller that waits wakes up, so that Ctrl-C reaches it. Seconds.
+WAKE_SECONDS = 0.2
+
+Job = Callable[[], None]
+
+
+class Workers:
+    """Threads that each run one job a step.
+
+    Threads are daemons and hold no reference to this object: they end when it is closed or
+      collected.
+    """
+
+    def __init__(self, count: int):
+        self._jobs: list[SimpleQueue[Any]] = [SimpleQueue() for _ in range(count)]
+        for column, jobs in enumerate(self._jobs):
+            threading.Thread(
+                target=_work, args=(jobs,), name=f"lw-column-{column}", daemon=True
+            ).start()
+        self.close = weakref.finalize(self, _close, self._jobs)
+
+    def run(self, jobs: Sequence[Job], stop: Callable[[], None]) -> list[BaseException | None]:
+        """Run one job in each thread and wait for all.
+
+        Args:
+          jobs: one for every thread.
+          stop: makes all jobs return soon; called when a job fails and on Ctrl-C.
+
+        Returns:
+          Every job's exception, or None.
+        """
+        failures: list[BaseException | None] = [None] * len(jobs)
+        left = threading.Semaphore(0)
+        x64 = bool(
+            jax.config.read("jax_enable_x64")
+        )  # contexts of the caller are not those of a thread
+
+        def guarded(column: int, job: Job) -> None:
+            try:
+                with jax.enable_x64(x64):
+                    job()
+            except BaseException as error:
+                failures[column] = error
+                stop()
+            finally:
+                left.release()
+
+        for column, (queue, job) in enumerate(zip(self._jobs, jobs, strict=True)):
+            queue.put(lambda column=column, job=job: guarded(column, job))
+        waiting = len(jobs)
+        try:
+            while waiting:
+                waiting -= left.acquire(timeout=WAKE_SECONDS)
+        except BaseException:
+            stop()
+            while waiting:  # jobs use the step's arrays: leave only once they have returned
+                waiting -= left.acquire(timeout=WAKE_SECONDS)
+            raise
+        return failures
+
+
+def _work(jobs: SimpleQueue[Any]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # a finished step's arrays must not live until the next one
+
+
+def _close(jobs: Sequence[SimpleQueue[Any]]) -> None:
+    for queue in jobs:
+        queue.put(None)
