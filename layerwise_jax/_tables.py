@@ -44,3 +44,8 @@ def _follows(before: str, after: str) -> bool:
         return False
     first, second = differing[0]
     return first.isdigit() and second.isdigit() and int(second) == int(first) + 1
+
+
+def plural(count: int, noun: str) -> str:
+    """`noun`, with an s unless `count` is 1."""
+    return noun if count == 1 else f"{noun}s"

@@ -223,7 +223,7 @@ def test_capacity_below_one_layer() -> None:
     largest = max(costs, key=lambda cost: cost.size)
     words = [
         "layer 0 '0'",
-        "capacity is 50",
+        "the capacity of 50 bytes",
         "64 bytes of weights",
         f"{largest.activation_bytes} of activations",
     ]
@@ -236,7 +236,7 @@ def test_capacity_below_one_layer() -> None:
 
 
 def test_capacity_that_only_small_microbatches_fit() -> None:
-    words = "layer 0 '0'", "capacity is 150", "At one example a microbatch '0' fits"
+    words = "layer 0 '0'", "the capacity of 150 bytes", "At one example a microbatch '0' fits"
     refuses(lambda: stage(capacity=150, num_microbatches=1), *words, error=lw.CapacityError)
     assert stage(capacity=250, num_microbatches=8).plan.capacity == 250
 

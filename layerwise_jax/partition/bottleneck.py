@@ -1,4 +1,4 @@
-"""The smallest bottleneck: which method is exact for the problem at hand, and what it proves."""
+"""Smallest bottleneck: chooses a method that is exact for the problem, and returns its proof."""
 
 import numpy as np
 
@@ -10,37 +10,32 @@ from layerwise_jax.partition.solution import Solution
 from layerwise_jax.partition.stage_costs import Indices, StageCosts
 from layerwise_jax.partition.sweep import Optimum, least_bottleneck, prune_cuts
 
-# Up to so many steps (a fraction of a second) the evenest optimum is searched; beyond, an even one
-# is walked to.
+# Most steps (a fraction of a second) of the search for the evenest optimum; larger problems take
+# the walk of `evenness`.
 _EVENED_BY_SEARCH = 10**7
 
 
 def is_sweep_exact(costs: StageCosts) -> bool:
-    """Whether sub-runs of runs that fit always fit, and any number of stages from the fewest up can
-    be had.
+    """True if a sweep is exact: every sub-run of a run that fits also fits.
 
-    Exactly as many stages as devices that differ is the exception: the sweep may have to leave one
-    of them idle.
+    False as well for exactly as many stages as unequal devices, since a sweep may leave one idle.
     """
     counts_are_free = costs.is_uniform or not costs.problem.exactly
     return not costs.has_cuts and not costs.forbidden_runs and counts_are_free
 
 
 def are_cuts_prunable(costs: StageCosts) -> bool:
-    """Whether nothing but an additive load limits a stage; then a sweep is exact on what
-    `prune_cuts` leaves.
-    """
+    """True if only an additive load limits stages; a sweep is then exact after `prune_cuts`."""
     return costs.is_additive and not (
         costs.has_limit or costs.forbidden_runs or costs.problem.exactly
     )
 
 
 def bottleneck_plan(costs: StageCosts, num_stages: int) -> Solution:
-    """The smallest largest load over at most (or exactly, if the problem says so) `num_stages`
-    stages.
+    """The partition with the smallest bottleneck over at most, or exactly, `num_stages` stages.
 
     Raises:
-        CapacityError: no partition satisfies the constraints.
+      CapacityError: no partition satisfies the constraints.
     """
     if is_sweep_exact(costs):
         return _sweep_plan(costs, num_stages)
@@ -60,16 +55,19 @@ def _sweep_plan(costs: StageCosts, num_stages: int) -> Solution:
 
 
 def swept_optimum(costs: StageCosts, num_stages: int) -> Optimum:
-    """The optimum by sweeps, or the error that says which layers or how many stages are in the
-    way.
+    """The smallest bottleneck by sweeps.
+
+    Raises:
+      CapacityError: no partition satisfies the constraints; names layers or the stage count.
     """
     found = least_bottleneck(costs, num_stages)
     return found if isinstance(found, Optimum) else refuse(costs, found, num_stages)
 
 
 def swept_boundaries(costs: StageCosts, optimum: Optimum, num_stages: int) -> Indices:
-    """Fairly even stages under the optimum, in one walk; more than it takes only where boundaries
-    cost nothing.
+    """Boundaries of fairly even stages under the optimal bound, by one walk.
+
+    Uses all `num_stages` stages if boundaries cost nothing, otherwise as many as the sweep.
     """
     count = (
         min(num_stages, costs.num_blocks)
@@ -83,11 +81,14 @@ def swept_boundaries(costs: StageCosts, optimum: Optimum, num_stages: int) -> In
 
 
 def bottleneck_search(costs: StageCosts, num_stages: int) -> tuple[RunTable, Search]:
-    """The search over all cuts under the smallest bound that is sure to hold the optimum, or grown
-    until it does.
+    """Search over all cuts under a bound that contains the optimum.
 
-    Leaving out the cuts, the count and the forbidden runs gives a lower bound, and boundaries whose
-    load with everything in is an upper bound on the optimum, unless what was left out refuses them.
+    The relaxation without cut times, exact count and forbidden runs gives boundaries. Their load
+    with everything included is an upper bound, unless a relaxed constraint refuses them; the bound
+    then doubles until some partition is found.
+
+    Raises:
+      CapacityError: no partition satisfies the constraints.
     """
     relaxed = costs.without_cuts()
     optimum = swept_optimum(relaxed, num_stages)
@@ -104,23 +105,21 @@ def bottleneck_search(costs: StageCosts, num_stages: int) -> tuple[RunTable, Sea
 
 
 def search_plan(table: RunTable, search: Search, num_stages: int) -> Solution:
-    """Of the partitions with the smallest bottleneck, the evenest."""
+    """The evenest of the partitions with the smallest bottleneck."""
     optimum = float(answers(table.costs, search.totals).min())
     under = RunTable(table.costs, optimum, table.width)
     return Solution(table.costs, evenest_boundaries(under, num_stages), optimum)
 
 
 def evenest_boundaries(table: RunTable, num_stages: int) -> Indices:
-    """The partition with the smallest sum of squared loads; among those the one with the most
-    stages.
-    """
+    """Boundaries with the smallest sum of squared loads, and of those with the most stages."""
     evened = least_totals(table, num_stages, np.add, power=2)
     totals = answers(table.costs, evened.totals)
     return evened.boundaries(num_stages - int(totals[::-1].argmin()))
 
 
 def answers(costs: StageCosts, totals: Floats) -> Floats:
-    """The totals for the numbers of stages that the problem accepts; infinity for the others."""
+    """`totals` by number of stages, with infinity for counts that the problem does not accept."""
     accepted = totals.copy()
     if costs.problem.exactly:
         accepted[:-1] = np.inf
@@ -128,6 +127,6 @@ def answers(costs: StageCosts, totals: Floats) -> Floats:
 
 
 def largest_conceivable_load(costs: StageCosts, num_stages: int) -> float:
-    """A load that no run exceeds."""
+    """An upper bound on the load of any run: all layers in the slowest place, plus two cuts."""
     places = np.arange(num_stages)
     return float(costs.without_cuts().load(0, costs.num_blocks, places).max() + 2 * costs.cut.max())

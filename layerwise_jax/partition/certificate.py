@@ -1,10 +1,9 @@
-"""Why there is no better partition, and why there is none at all: in layers, for people and for
-checkers.
+"""Certificates in layers: proofs that no better partition exists, or none at all.
 
-The argument of a sweep that fails: with one block more, none of its stages would fit. A partition
-into k stages has k - 1 boundaries between stages; k runs that each need a boundary strictly inside,
-no two the same one, are one too many. (Where places differ, run r need only be refused at place r:
-the induction in `partition_sweep` does the rest.)
+The proof by a failed sweep: with one more block, none of its stages would fit. A partition into k
+stages has k - 1 boundaries between stages. k runs of which each needs a boundary strictly inside,
+no two the same one, are therefore one too many. (Where places differ, run r need only be refused at
+place r; the induction is in `sweep`.)
 """
 
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from layerwise_jax._tables import plural
 from layerwise_jax.partition.checks import Run
 from layerwise_jax.partition.result import CapacityError
 from layerwise_jax.partition.stage_costs import Indices, StageCosts
@@ -20,7 +20,13 @@ from layerwise_jax.partition.sweep import Sweep, sweep
 
 @dataclass(frozen=True)
 class Blocker:
-    """What keeps the heaviest stage from handing a layer to its neighbour."""
+    """Reason why the heaviest stage cannot pass a layer to a neighbour.
+
+    Attributes:
+      layer: the layer that would move; None if there is only one stage.
+      constraint: "load", "memory", "constraint" or "single layer"; None likewise.
+      sentence: the reason in words.
+    """
 
     layer: int | None
     constraint: str | None
@@ -28,7 +34,7 @@ class Blocker:
 
 
 def blocking_runs(costs: StageCosts, failed: Sweep) -> tuple[Run, ...]:
-    """The stages of a failed sweep with one block more each, in layers, from the front."""
+    """The stages of a failed sweep, each extended by one block: runs of layers from the front."""
     busy = failed.reached[1:] > 0
     starts, stops = failed.reached[1:][busy] - 1, failed.reached[:-1][busy]
     runs = zip(costs.boundaries[starts].tolist(), costs.boundaries[stops].tolist(), strict=True)
@@ -36,28 +42,39 @@ def blocking_runs(costs: StageCosts, failed: Sweep) -> tuple[Run, ...]:
 
 
 def refuse(costs: StageCosts, failed: Sweep | None, num_stages: int) -> NoReturn:
-    """Raise the error that names the layers, or the number of stages, that are in the way."""
+    """Raises the CapacityError of a problem without a solution.
+
+    It names the layers that exceed the capacity, or the number of stages that would do.
+
+    Args:
+      costs: the problem.
+      failed: the sweep that proves it; None after a search over all cuts.
+      num_stages: the most stages.
+    """
     _refuse_block(costs, num_stages)
     if failed is None:
         raise CapacityError(
-            f"No partition into {_count(costs, num_stages)} stages satisfies the constraints: "
-            "every cut was searched."
+            f"No partition into {_count(costs, num_stages)} {plural(num_stages, 'stage')} "
+            "satisfies the constraints: every cut was searched. Allow more stages or relax a "
+            "constraint."
         )
     capacity = float(costs.by_place[0][:num_stages].max())
     limit = "" if np.isinf(capacity) else f" of {capacity:,.0f} bytes"
     if costs.devices_differ:
         raise CapacityError(
             f"{costs.problem.num_layers} layers do not fit {num_stages} devices in this order, "
-            f"the largest{limit}: "
-            "filled from the last one they do not reach the first layer.",
+            f"the largest{limit}: filled from the last one, they do not reach the first layer. Use "
+            "more devices, another order, or capacity=None.",
             capacity=capacity,
         )
-    runs, fewest = blocking_runs(costs, failed), fewest_stages(costs)
+    runs = blocking_runs(costs, failed)
+    fewest = fewest_stages(costs)
+    stages = plural(num_stages, "stage")
     advice = f"{fewest} stages would do" if fewest else "no number of stages would do"
     raise CapacityError(
-        f"{costs.problem.num_layers} layers do not fit {num_stages} stages{limit}: {advice}. "
-        f"Each of {len(runs)} runs of layers, the first {runs[0][0]}..{runs[0][1] - 1}, has to be "
-        "cut inside.",
+        f"{costs.problem.num_layers} layers do not fit {num_stages} {stages}{limit}: {advice}. "
+        f"Each of {len(runs)} {plural(len(runs), 'run')} of layers, the first "
+        f"{runs[0][0]}..{runs[0][1] - 1}, needs a boundary inside.",
         capacity=capacity,
         fewest_stages=fewest,
         certificate=runs,
@@ -65,10 +82,10 @@ def refuse(costs: StageCosts, failed: Sweep | None, num_stages: int) -> NoReturn
 
 
 def fewest_stages(costs: StageCosts) -> int | None:
-    """The fewest stages that satisfy the constraints whatever their load; None if no number does,
-    or if devices differ.
+    """The fewest stages that satisfy the constraints, whatever their load.
 
-    Exact under the condition of `partition_sweep`; boundaries that cost time play no part.
+    None if no number does, or if devices differ. Exact under the condition of `sweep`; cut times
+    have no influence.
     """
     if costs.devices_differ:
         return None
@@ -79,8 +96,9 @@ def fewest_stages(costs: StageCosts) -> int | None:
 
 
 def explain(costs: StageCosts, boundaries: Indices) -> Blocker:
-    """Which layer the heaviest stage would have to hand over, and what refuses it. `boundaries` are
-    those of `Plan`.
+    """The layer that the heaviest stage would have to pass on, and the constraint against it.
+
+    `boundaries` are block boundaries from the front, idle places included.
     """
     places = np.arange(len(boundaries) - 2, -1, -1)
     busy = np.flatnonzero(np.diff(boundaries) > 0)
@@ -91,9 +109,9 @@ def explain(costs: StageCosts, boundaries: Indices) -> Blocker:
     head = f"Stage {heaviest} ({_layers(costs, start, stop)}) is the heaviest"
     if stop - start == 1:
         return Blocker(
-            int(costs.boundaries[start]), "single layer", f"{head}, and cannot be divided."
+            int(costs.boundaries[start]), "single layer", f"{head} and cannot be divided."
         )
-    blockers = []
+    blockers: list[Blocker] = []
     if heaviest > 0:
         before = busy[heaviest - 1]
         run = (int(boundaries[before]), start + 1)
@@ -105,18 +123,27 @@ def explain(costs: StageCosts, boundaries: Indices) -> Blocker:
             _blocker(costs, bottleneck, stop - 1, heaviest + 1, run, int(places[after]))
         )
     if not blockers:
-        return Blocker(None, None, f"{head}, and the only one.")
+        return Blocker(None, None, f"{head} and the only one.")
     return Blocker(
         blockers[0].layer,
         blockers[0].constraint,
-        f"{head}; {', and '.join(b.sentence for b in blockers)}.",
+        f"{head}: {', and '.join(b.sentence for b in blockers)}.",
     )
 
 
 def _blocker(
     costs: StageCosts, bottleneck: float, block: int, neighbour: int, run: Run, place: int
 ) -> Blocker:
-    """What a neighbour that holds the run after taking over the block would exceed."""
+    """The limit that a neighbour would exceed if it took over the block.
+
+    Args:
+      costs: the problem.
+      bottleneck: load of the heaviest stage, in units.
+      block: the block that would move.
+      neighbour: index of the stage that would take it.
+      run: the neighbour's blocks with the moved one.
+      place: the neighbour's place.
+    """
     start, stop = run
     layer = int(costs.boundaries[block])
     head = f"giving {_layers(costs, block, block + 1)} to stage {neighbour} would"
@@ -134,7 +161,7 @@ def _blocker(
 
 
 def _refuse_block(costs: StageCosts, num_stages: int) -> None:
-    """Raise if a single block fits no place."""
+    """Raises if some block by itself fits no place."""
     starts = np.arange(costs.num_blocks)
     allowed = np.zeros(costs.num_blocks, dtype=bool)
     for place in range(1 if costs.is_uniform else num_stages):
@@ -147,9 +174,9 @@ def _refuse_block(costs: StageCosts, num_stages: int) -> None:
     capacity = float(costs.by_place[0][place])
     layers = (int(costs.boundaries[block]), int(costs.boundaries[block + 1]))
     raise CapacityError(
-        f"{_layers(costs, block, block + 1)} alone needs {needed:,.0f} bytes and the capacity is "
-        f"{capacity:,.0f}: "
-        f"{needed - capacity:,.0f} bytes too many, in any partition.",
+        f"{_layers(costs, block, block + 1)} by itself needs {needed:,.0f} bytes, "
+        f"{needed - capacity:,.0f} more than the capacity of {capacity:,.0f} bytes, in any "
+        "partition.",
         layers=layers,
         needed_bytes=needed,
         capacity=capacity,

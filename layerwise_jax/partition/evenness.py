@@ -1,6 +1,4 @@
-"""Among the partitions under a bound, an even one: where the optimum leaves freedom, no stage stays
-small or empty.
-"""
+"""Even partition under a bound: uses the freedom of the optimum to avoid small or empty stages."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
@@ -12,23 +10,31 @@ from layerwise_jax.partition.sweep import uniform_starts
 
 
 def even_boundaries(costs: StageCosts, bound: float, reached: Indices, num_stages: int) -> Indices:
-    """Boundaries of `num_stages` stages under the bound, each stop the nearest to an equal share of
-    what is left.
+    """Boundaries of `num_stages` stages under the bound, by a walk from the front.
 
-    `reached` are the boundaries of a complete sweep from the end under the same bound: a stop is
-    never put before the boundary from which the sweep shows that the remaining stages suffice, so
-    the walk from the front cannot get stuck. A place where nothing fits is left empty (start equals
-    stop); where all places are alike none is.
+    Each stop is the one nearest to an equal share of the remaining compute. A stop is never before
+    the boundary from which the sweep shows that the remaining stages suffice, so the walk cannot
+    get stuck. A place where nothing fits stays empty (start equals stop); there is none if all
+    places are equal.
+
+    Args:
+      costs: the problem.
+      bound: largest load of a stage.
+      reached: boundaries of a complete sweep from the end under the same bound.
+      num_stages: number of stages.
     """
     last = costs.num_blocks
-    floors = np.zeros(num_stages + 1, dtype=np.int64)
-    floors[num_stages + 1 - len(reached) :] = reached[::-1]
-    floor_of, compute = floors.tolist(), costs.compute.tolist()
+    # Lowest stop of each stage: the sweep's boundaries, aligned at the end.
+    lowest = np.zeros(num_stages + 1, dtype=np.int64)
+    lowest[num_stages + 1 - len(reached) :] = reached[::-1]
+    lowest_stop = lowest.tolist()
+    compute = costs.compute.tolist()
     share = (costs.by_place[1][:num_stages] / np.cumsum(costs.by_place[1][:num_stages])).tolist()
     stop_of = _stop_finder(costs, bound)
     boundaries = [0]
     for place in range(num_stages - 1, -1, -1):
-        start, floor = boundaries[-1], floor_of[num_stages - place]
+        start = boundaries[-1]
+        floor = lowest_stop[num_stages - place]
         ideal = _nearest(compute, compute[start] + (compute[last] - compute[start]) * share[place])
         least = max(floor, start + 1)
         most = max(floor, last - place)
@@ -41,8 +47,9 @@ def even_boundaries(costs: StageCosts, bound: float, reached: Indices, num_stage
 
 
 def _stop_finder(costs: StageCosts, bound: float) -> Callable[[int, int, int, int], int]:
-    """The function to the last stop in least..ideal up to which a stage from `start` fits; `least -
-    1` if none does.
+    """The function (place, start, least, ideal) -> last stop in least..ideal that fits.
+
+    It returns `least - 1` if no stop fits.
     """
     if costs.is_uniform:
         starts = uniform_starts(costs, bound).tolist()
@@ -59,7 +66,7 @@ def _stop_finder(costs: StageCosts, bound: float) -> Callable[[int, int, int, in
     return stop_of
 
 
-def _nearest(values: list[float], wanted: float) -> int:
-    """The index of the value nearest to the wanted one, in a list that does not decrease."""
-    after = min(bisect_left(values, wanted), len(values) - 1)
-    return after - 1 if after > 0 and wanted - values[after - 1] < values[after] - wanted else after
+def _nearest(values: list[float], target: float) -> int:
+    """Index of the value nearest to `target` in a non-decreasing list."""
+    after = min(bisect_left(values, target), len(values) - 1)
+    return after - 1 if after > 0 and target - values[after - 1] < values[after] - target else after

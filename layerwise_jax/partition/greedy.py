@@ -1,8 +1,7 @@
-"""The paper's greedy layer aggregation: each stage takes layers in order until the next would
-exceed the capacity C.
+"""Greedy layer aggregation of the paper: each stage takes layers until the next would exceed C.
 
-It uses the fewest stages (where all places are alike and sub-runs of runs that fit do fit) and
-balances nothing: the last stage gets what is left. Loads play no part in it.
+It uses the fewest stages if all places are equal and sub-runs of runs that fit also fit. It ignores
+loads and does not balance: the last stage gets the remaining layers.
 """
 
 from bisect import bisect_left
@@ -17,21 +16,22 @@ from layerwise_jax.partition.sweep import Optimum, least_bottleneck, sweep
 
 
 def greedy_plan(costs: StageCosts) -> Solution:
-    """Fill stage after stage to the capacity; with `exactly`, a layer is kept back for each stage
-    that is left.
+    """Fills stage after stage to the capacity; `exactly` reserves a layer for each later stage.
 
     Raises:
-        ValueError: there is no hard capacity to fill.
-        CapacityError: layers remain after the last stage.
+      ValueError: there is no hard capacity to fill, or the objective is a makespan.
+      CapacityError: layers remain after the last stage.
     """
     problem = costs.problem
     if problem.capacity is None or problem.is_soft:
         raise ValueError(
-            "method='greedy' fills stages to a hard capacity: give one, or use method='dp'."
+            "method='greedy' must have a hard capacity to fill, got none. Give one, or use "
+            "method='dp'."
         )
     if problem.objective not in ("bottleneck", "stages"):
         raise ValueError(
-            f"method='greedy' does not look at the {problem.objective}: use method='dp'."
+            "method='greedy' must have the objective 'bottleneck' or 'stages', got "
+            f"'{problem.objective}'. Use method='dp'."
         )
     boundaries = _fill(costs, problem.max_stages)
     if boundaries[-1] < costs.num_blocks:
@@ -39,7 +39,7 @@ def greedy_plan(costs: StageCosts) -> Solution:
         if not failed.is_complete:
             refuse(costs, failed, problem.max_stages)
         raise CapacityError(
-            "Greedy filling leaves layers over, though some partition may fit: use method='dp'."
+            "Greedy filling leaves layers over, though some partition may fit. Use method='dp'."
         )
     boundaries = boundaries if costs.may_idle else np.unique(boundaries)
     count = (
@@ -53,7 +53,7 @@ def greedy_plan(costs: StageCosts) -> Solution:
 
 
 def _fill(costs: StageCosts, num_stages: int) -> Indices:
-    """Boundaries from the front; they end before the last block where the stages do not suffice."""
+    """Boundaries from the front; the last is below num_blocks if the stages do not suffice."""
     last = costs.num_blocks
     boundaries = [0]
     for place in range(num_stages - 1, -1, -1):

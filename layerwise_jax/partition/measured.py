@@ -1,11 +1,9 @@
-"""Stages whose memory is measured, by a compiler for instance: verify, forbid what does not fit,
-solve again.
+"""Partition of layers whose stage memory is measured, for instance by a compiler.
 
-A compiler's memory is not monotone: a longer run of layers may need less than a shorter one, so a
-measurement says something about its own run and nothing about others. Every round solves the
-problem in which only the runs that were measured too large are refused. Such a problem is a
-relaxation of the true one; its optimum, once all its stages are measured and fit, is therefore the
-true optimum, and if it has no solution the true problem has none either.
+A compiler's memory is not monotone: a longer run of layers may need less than a shorter one. A
+measurement therefore covers its own run only. Each round solves the problem that refuses just the
+runs measured too large, a relaxation of the true problem. Its optimum is the true optimum once all
+its stages are measured and fit; if it has no solution, the true problem has none.
 """
 
 from collections.abc import Callable
@@ -13,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from layerwise_jax._tables import plural
 from layerwise_jax.partition.checks import Run
 from layerwise_jax.partition.optimize import optimal_plan
 from layerwise_jax.partition.problem import Problem
@@ -26,25 +25,26 @@ Measure = Callable[[int, int], float]
 def verified_partition(
     problem: Problem, measure: Measure, max_measurements: int | None = None
 ) -> Partition:
-    """The best partition whose every stage was measured and fits the capacity.
+    """The best partition whose stages were all measured and fit the capacity.
 
     Args:
-        problem: with a hard capacity, the same for all stages. Its bytes should be no more than
-            what will be measured: runs that they refuse are not measured.
-        measure: bytes of the stage that holds the layers start..stop-1. Called once a run.
-        max_measurements: give up after so many.
+      problem: has one hard capacity for all stages. Its bytes must not exceed the measured ones,
+        since runs that they refuse are not measured.
+      measure: (start, stop) -> bytes of the stage of the layers start..stop-1. Called once for each
+        run.
+      max_measurements: largest number of calls; None for no limit.
 
     Raises:
-        CapacityError: no partition is left; `certificate` holds the runs that were measured and do
-          not fit.
-        RuntimeError: `max_measurements` were made and neither a partition nor a proof was found.
-        ValueError: the capacity is missing, soft, or differs between stages, or `measure` returned
-          no size.
+      CapacityError: no partition is left; `certificate` holds the measured runs that do not fit.
+      RuntimeError: `max_measurements` calls gave neither a partition nor a proof.
+      ValueError: the capacity is missing, soft or differs between stages, or `measure` returned no
+        size.
     """
     if problem.capacity is None or problem.is_soft or len(set(problem.capacity.tolist())) > 1:
         raise ValueError(
-            f"capacity is {problem.capacity}; one hard capacity is wanted to hold measurements "
-            "against."
+            "capacity must be one hard capacity for all measured stages, got "
+            f"{problem.capacity if problem.capacity is None else problem.capacity.tolist()}"
+            f"{' with streaming_bandwidth' if problem.is_soft else ''}."
         )
     capacity, measured = float(problem.capacity[0]), dict[Run, float]()
     while True:
@@ -57,9 +57,8 @@ def verified_partition(
             if len(measured) == max_measurements:
                 raise RuntimeError(
                     f"{max_measurements} stages were measured, {len(too_large)} of them too "
-                    "large, without an end: "
-                    "raise max_measurements, the number of stages, or the bytes that each layer "
-                    "is said to need."
+                    "large, without a result. Raise max_measurements, the number of stages, or "
+                    "the layers' estimated bytes."
                 )
             measured[run] = _measured_size(measure, run)
 
@@ -73,12 +72,11 @@ def _solve(problem: Problem, measured: dict[Run, float], capacity: float) -> Par
         runs = sorted(problem.forbidden)
         largest = max(runs, key=measured.__getitem__)
         raise CapacityError(
-            f"No partition into {problem.max_stages} stages or fewer fits {capacity:,.0f} bytes: "
-            "each holds one of the "
-            f"{len(runs)} stages, of {len(measured)} measured, that do not fit, or one that its "
-            "layers' sizes refuse. "
-            f"The largest is layers {largest[0]}..{largest[1] - 1} with {measured[largest]:,.0f} "
-            "bytes.",
+            f"No partition into {problem.max_stages} {plural(problem.max_stages, 'stage')} or "
+            f"fewer fits {capacity:,.0f} bytes: each contains one of the {len(runs)} of "
+            f"{len(measured)} measured stages that do not fit, or one that its layers' sizes "
+            f"refuse. The largest is layers {largest[0]}..{largest[1] - 1} with "
+            f"{measured[largest]:,.0f} bytes.",
             capacity=capacity,
             certificate=runs,
         ) from error
@@ -87,11 +85,10 @@ def _solve(problem: Problem, measured: dict[Run, float], capacity: float) -> Par
 def _verified(
     partition: Partition, measured: dict[Run, float], too_large: frozenset[Run]
 ) -> Partition:
-    """The partition with measured bytes for estimated ones, and what the measurements prove."""
+    """The partition with measured instead of estimated bytes, and the proof by measurements."""
     evidence = (
-        f"{len(measured)} stages were measured, {len(too_large)} of them do not fit, and no "
-        "partition without those is "
-        f"better: {partition.proof}"
+        f"{len(measured)} {plural(len(measured), 'stage')} measured, {len(too_large)} of them too "
+        f"large, and no partition without those is better: {partition.proof}"
     )
     return replace(
         partition,
@@ -105,7 +102,7 @@ def _measured_size(measure: Measure, run: Run) -> float:
     size = float(measure(*run))
     if not (np.isfinite(size) and size >= 0):
         raise ValueError(
-            f"measuring layers {run[0]}..{run[1] - 1} gave {size}; a finite number of bytes is "
-            "wanted."
+            f"measure must return a finite number of bytes, got {size} for the layers "
+            f"{run[0]}..{run[1] - 1}."
         )
     return size

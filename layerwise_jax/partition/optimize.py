@@ -1,6 +1,4 @@
-"""From a problem to a plan: the objectives other than the bottleneck, each by way of
-bottlenecks.
-"""
+"""Optimal solution of a problem: fewest stages and makespans are reduced to bottlenecks."""
 
 from dataclasses import replace
 
@@ -24,10 +22,10 @@ _EVERY_BOUND = "the least sum of loads was searched under every bottleneck that 
 
 
 def optimal_plan(costs: StageCosts) -> Solution:
-    """The plan that is best by the problem's objective.
+    """The best solution by the problem's objective.
 
     Raises:
-        CapacityError: no partition satisfies the constraints.
+      CapacityError: no partition satisfies the constraints.
     """
     num_stages = costs.problem.max_stages
     if costs.problem.objective == "stages":
@@ -39,7 +37,7 @@ def optimal_plan(costs: StageCosts) -> Solution:
 
 
 def fewest_stages_plan(costs: StageCosts) -> Solution:
-    """As few stages as fit, whatever their load; among those, the smallest bottleneck."""
+    """The fewest stages that fit, and with that count the smallest bottleneck."""
     most = costs.problem.max_stages
     fewest = fewest_stages(costs)
     if fewest is None or fewest > most:
@@ -52,9 +50,7 @@ def fewest_stages_plan(costs: StageCosts) -> Solution:
 
 
 def lockstep_plan(costs: StageCosts) -> Solution:
-    """The smallest (microbatches - 1 + stages) * bottleneck: every tick waits for the heaviest
-    stage.
-    """
+    """The smallest (microbatches - 1 + stages) * bottleneck, the time of stages in lockstep."""
     most = costs.problem.max_stages
     plan = bottleneck_plan(costs, most)
     if costs.problem.exactly or costs.may_idle:
@@ -67,8 +63,9 @@ def lockstep_plan(costs: StageCosts) -> Solution:
 
 
 def _swept_lockstep_plan(costs: StageCosts, best: Solution) -> Solution:
-    """Each number of stages, the most promising first, until the bound of the next is no better
-    than the best.
+    """Solves each number of stages by sweeps, in the order of their lower bounds.
+
+    Stops at the first bound that is no better than the best solution.
     """
     extra, fewest = costs.problem.num_microbatches - 1, fewest_stages(costs)
     assert fewest is not None
@@ -84,9 +81,8 @@ def _swept_lockstep_plan(costs: StageCosts, best: Solution) -> Solution:
 
 
 def _searched_lockstep_plan(costs: StageCosts, best: Solution) -> Solution:
-    """One search gives the bottleneck for every number of stages; no bottleneck above the best
-    value is of use.
-    """
+    """Finds the smallest bottleneck of every number of stages by one search."""
+    # A bottleneck above value / (extra + 1) cannot beat the value, even with one stage.
     most, extra = costs.problem.max_stages, costs.problem.num_microbatches - 1
     table = run_table(costs, objective_value(costs, best.loads) / (extra + 1), most)
     totals = least_totals(table, most, np.maximum).totals
@@ -98,12 +94,11 @@ def _searched_lockstep_plan(costs: StageCosts, best: Solution) -> Solution:
 
 
 def makespan_plan(costs: StageCosts, plan: Solution) -> Solution:
-    """The smallest sum of loads + (microbatches - 1) * bottleneck: stages that each start when
-    their input is there.
+    """The smallest sum of loads + (microbatches - 1) * bottleneck, the time of free-running stages.
 
-    Where the sum is the same for every partition the smallest bottleneck decides. Elsewhere the
-    bound on the bottleneck comes down from the highest that could still win, each time with the
-    least sum under it, until none can.
+    If the sum is the same for every partition, the smallest bottleneck is optimal. Otherwise the
+    bound on the bottleneck descends from the highest that could win. Each step takes the smallest
+    sum under the bound, until no lower bound can win.
     """
     if costs.has_fixed_total:
         return replace(plan, lower_bound=objective_value(costs, plan.loads))

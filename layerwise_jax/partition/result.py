@@ -1,11 +1,11 @@
-"""The answers: a `Partition` or a `CapacityError`, each with its certificate and what blocks a
-better answer.
-"""
+"""Results of the partitioner: `Partition` and `CapacityError`, each with its certificate."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, cast
+
+from layerwise_jax._tables import plural
 
 _STAGES_PRINTED = 64
 
@@ -16,20 +16,20 @@ class Partition:
 
     Attributes:
         boundaries: 0 = boundaries[0] < ... < boundaries[-1] = n.
-        stage_loads: seconds (or the unit that was given) a stage, cuts included.
-        stage_bytes: bytes a stage.
-        lower_bound: what no partition's objective can beat, in the unit of the loads.
-        objective: which figure was made small: "bottleneck", "stages", "makespan" or
+        stage_loads: seconds (or the unit of the given times) of each stage, cuts included.
+        stage_bytes: bytes of each stage.
+        lower_bound: lower bound on the objective of any partition, in the unit of the loads.
+        objective: the minimized figure: "bottleneck", "stages", "makespan" or
           "lockstep_makespan".
         objective_value: that figure for this partition.
         method: "dp" or "greedy".
-        devices: for each stage, the index of its device; all in order, and some may stay idle.
+        devices: index of each stage's device; increasing, and some devices may stay idle.
         capacity: bytes of each stage's device; None without a capacity.
-        fewest_stages: the fewest stages that fit the capacity, where that was counted.
-        blocking_layer: the layer whose move to the neighbouring stage would come closest to
-            helping, or that is a stage by itself; None where the heaviest stage is the only one.
-        blocking_constraint: "load", "memory", "constraint" or "single layer": what refuses that
-          move.
+        fewest_stages: the fewest stages that fit the capacity; None if not counted.
+        blocking_layer: the layer of the heaviest stage that a neighbour cannot take, or the only
+            layer of that stage; None if the heaviest stage is the only one.
+        blocking_constraint: constraint against that move: "load", "memory", "constraint" or
+          "single layer".
         limits: the same as a sentence.
         certificate: runs of layers (start, stop), none of which can be one stage of a better
             partition. Each needs a boundary strictly inside, no two share one, and there are as
@@ -65,14 +65,14 @@ class Partition:
             or any(stop <= start for start, stop in steps)
         ):
             raise ValueError(
-                f"boundaries are {self.boundaries}; increasing layer indices from 0 are wanted."
+                f"boundaries must be increasing layer indices from 0, got {self.boundaries}."
             )
         for name in ("stage_loads", "stage_bytes", "devices", "capacity"):
             values = getattr(self, name)
             if values is not None and len(values) != self.num_stages:
                 raise ValueError(
-                    f"{name} has {len(values)} entries; one for each of {self.num_stages} stages "
-                    "is wanted."
+                    f"{name} must have {self.num_stages} entries, one for each stage, got "
+                    f"{len(values)}."
                 )
 
     @property
@@ -90,9 +90,7 @@ class Partition:
 
     @property
     def gap(self) -> float:
-        """How far the objective may be from the optimum, as a share of the lower bound; 0 is proven
-        optimal.
-        """
+        """Upper bound on (objective - optimum) / lower bound; 0 for a proven optimum."""
         if self.objective_value <= self.lower_bound:
             return 0.0
         return math.inf if self.lower_bound == 0 else self.objective_value / self.lower_bound - 1
@@ -109,33 +107,34 @@ class Partition:
     def stage_of(self, layer: int) -> int:
         """The stage that holds a layer."""
         if not 0 <= layer < self.num_layers:
-            raise ValueError(f"layer is {layer}; an index in 0..{self.num_layers - 1} is wanted.")
+            raise ValueError(f"layer must be an index in 0..{self.num_layers - 1}, got {layer}.")
         return next(stage for stage, stop in enumerate(self.boundaries[1:]) if layer < stop)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and None, ready for JSON."""
+        """The fields as numbers, strings, lists and None, ready for JSON."""
         return {name: _plain(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Partition":
-        """The partition that `to_dict` wrote.
+        """Reads the result of `to_dict`.
 
         Raises:
             ValueError: an entry is missing, unknown or contradicts another one.
         """
-        wanted, given = {field.name for field in fields(cls)}, set(values)
-        if wanted != given:
+        names = {field.name for field in fields(cls)}
+        given = set(values)
+        if names != given:
             raise ValueError(
-                f"not a Partition's entries; missing: {sorted(wanted - given)}, unknown: "
-                f"{sorted(given - wanted)}."
+                "values must have exactly a Partition's entries, got them without "
+                f"{sorted(names - given)} and with the unknown {sorted(given - names)}."
             )
         return cls(**{name: _frozen(value) for name, value in values.items()})
 
     def __str__(self) -> str:
         head = (
-            f"{self.num_layers} layers over {self.num_stages} stages by {self.method}: "
-            f"bottleneck {self.bottleneck:.6g}, lower bound {self.lower_bound:.6g}, gap "
-            f"{self.gap:.2%}"
+            f"{self.num_layers} {plural(self.num_layers, 'layer')} over {self.num_stages} "
+            f"{plural(self.num_stages, 'stage')} by {self.method}: bottleneck "
+            f"{self.bottleneck:.6g}, lower bound {self.lower_bound:.6g}, gap {self.gap:.2%}"
         )
         if self.objective != "bottleneck":
             head += f", {self.objective} {self.objective_value:.6g}"
@@ -156,18 +155,17 @@ class Partition:
                 f"{self.stage_bytes[stage]:>16,.0f} {share:>11}".rstrip()
             )
         hidden = self.num_stages - _STAGES_PRINTED
-        return rows + ([f"... and {hidden} more stages"] if hidden > 0 else [])
+        return rows + ([f"... and {hidden} more {plural(hidden, 'stage')}"] if hidden > 0 else [])
 
 
 class CapacityError(ValueError):
-    """No partition satisfies the constraints. The message names the smallest thing that is in the
-    way.
+    """Raised if no partition satisfies the constraints; the message names the smallest obstacle.
 
     Attributes:
         layers: the layers (start, stop) that exceed the capacity by themselves, or None.
-        needed_bytes: what those layers need; NaN where nothing was measured.
-        capacity: the capacity in bytes of the device in question.
-        fewest_stages: the number of stages that would do, where one is known.
+        needed_bytes: bytes that those layers need; NaN if unknown.
+        capacity: bytes of the device in question.
+        fewest_stages: a number of stages that would do, or None.
         certificate: runs of layers, none of which can be one stage. Each needs a boundary of its
             own, and there are more of them than boundaries between stages; or, where stages were
             measured, those that do not fit. Empty where devices differ.
@@ -191,7 +189,7 @@ class CapacityError(ValueError):
         self.certificate = tuple(certificate)
 
     def with_note(self, note: str) -> "CapacityError":
-        """The same error with a sentence more."""
+        """A copy of the error with `note` appended to the message."""
         return CapacityError(
             f"{self} {note}",
             layers=self.layers,
@@ -207,8 +205,12 @@ def _share(part: float, whole: float) -> float:
 
 
 def _plain(value: Any) -> Any:
-    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+    if not isinstance(value, tuple):
+        return value
+    return [_plain(entry) for entry in cast(tuple[Any, ...], value)]
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(_frozen(entry) for entry in value) if isinstance(value, (list, tuple)) else value
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(_frozen(entry) for entry in cast(Sequence[Any], value))

@@ -1,11 +1,10 @@
-"""The general method: dynamic programming over all cuts. Exact whatever a run costs and whichever
-runs are refused.
+"""General method: dynamic programming over all cuts, exact for any costs and refused runs.
 
     best[r][start] = min over stop of combine(cost(start, stop) at place r, best[r - 1][stop])
 
 `combine` is max for the bottleneck and + for a sum. A row of the table holds the runs that start at
-one block, from the shortest, so it need only be as wide as the longest run under a bound. Time is
-stages x blocks x width, memory blocks x width.
+one block, the shortest first, so its width is that of the longest run under a bound. Time is
+O(stages x blocks x width), memory O(blocks x width).
 """
 
 from dataclasses import dataclass
@@ -23,16 +22,20 @@ _MOST_RUNS = 2**24
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """The least totals: `totals[r]` over the partitions into r stages, and at each place the width
-    of the best run.
+    """Result of the dynamic program.
+
+    Attributes:
+      totals: [num_places + 1], the least total of the partitions into r stages.
+      choices: [num_places, num_blocks + 1], blocks of the best run by place and start.
     """
 
     totals: Floats
     choices: NDArray[np.int32]
 
     def boundaries(self, num_stages: int) -> Indices:
-        """The block boundaries of a best partition into that many stages, from the front; idle
-        places repeat theirs.
+        """Block boundaries of a best partition into `num_stages` stages, from the front.
+
+        An idle place repeats its boundary.
         """
         reached = [0]
         for place in range(num_stages - 1, -1, -1):
@@ -42,15 +45,16 @@ class Search:
 
 @dataclass(frozen=True, eq=False)
 class RunTable:
-    """The runs whose load is at most `bound`, as far as they are allowed."""
+    """All allowed runs of at most `width` blocks whose load is at most `bound`."""
 
     costs: StageCosts
     bound: float
     width: int
 
     def loads(self, place: int) -> Floats:
-        """Row `start`, column d: the load of (start, start + 1 + d) at a place; infinity where it
-        is refused.
+        """[num_blocks, width]: entry [start, d] is the load of the run (start, start + 1 + d).
+
+        Infinity for runs that are refused at the place.
         """
         blocks = self.costs.num_blocks
         starts = np.arange(blocks)[:, None]
@@ -70,36 +74,41 @@ def run_table(costs: StageCosts, bound: float, num_places: int) -> RunTable:
     """The table of all runs that may be a stage under the bound.
 
     Raises:
-        ValueError: there are too many of them to hold.
+      ValueError: the table would exceed 2**24 entries.
     """
     width = longest_run(costs, bound, num_places)
     if max(width, num_places) * costs.num_blocks > _MOST_RUNS:
         raise ValueError(
             f"{costs.num_blocks} layers over {num_places} stages of up to {width} layers have too "
-            "many cuts to search: "
-            "join layers by keep_together, or leave out either the cut costs or the capacity."
+            "many cuts to search. Join layers by keep_together, or leave out either the cut times "
+            "or the capacity."
         )
     return RunTable(costs, bound, width)
 
 
 def least_totals(table: RunTable, num_places: int, combine: np.ufunc, power: int = 1) -> Search:
-    """The best partition into each number of stages up to `num_places`, by max or sum of (load **
-    power).
+    """The least max or sum of load ** power for each number of stages up to `num_places`.
 
-    On devices that differ a place may stay idle, so `totals[r]` is then over the partitions into at
-    most r stages.
+    If devices differ, a place may stay idle, and `totals[r]` is over the partitions into at most r
+    stages.
+
+    Args:
+      table: the runs.
+      num_places: the most stages.
+      combine: np.maximum or np.add.
+      power: exponent of the loads.
     """
     blocks, width = table.costs.num_blocks, table.width
-    best = np.full(blocks + width, np.inf)
+    best = np.full(blocks + width, np.inf)  # by start; padded so that every window is full
     best[blocks] = 0
-    totals, choices = (
-        np.full(num_places + 1, np.inf),
-        np.zeros((num_places, blocks + 1), dtype=np.int32),
-    )
-    rows, costs = np.arange(blocks), None
+    totals = np.full(num_places + 1, np.inf)
+    choices = np.zeros((num_places, blocks + 1), dtype=np.int32)
+    rows = np.arange(blocks)
+    costs = None
     for place in range(num_places):
         if costs is None or not table.costs.is_uniform:
             costs = table.loads(place) ** power
+        # [blocks, width]: the run (start, start + 1 + d), then the best partition from its stop.
         options = combine(costs, sliding_window_view(best[1:], width)[:blocks])
         widths = options.argmin(axis=1)
         found = options[rows, widths]
@@ -115,10 +124,12 @@ def least_totals(table: RunTable, num_places: int, combine: np.ufunc, power: int
 
 
 def longest_run(costs: StageCosts, bound: float, num_places: int) -> int:
-    """An upper bound on the blocks of a stage. Cuts are left out, so that sub-runs of runs that fit
-    do fit.
+    """An upper bound on the blocks of a stage, from the problem without cut times.
+
+    Without cut times, sub-runs of runs that fit also fit, so a bisection finds the longest run.
     """
-    costs, stops = costs.without_cuts(), np.arange(1, costs.num_blocks + 1)
+    costs = costs.without_cuts()
+    stops = np.arange(1, costs.num_blocks + 1)
     if costs.is_uniform:
         return max(1, int((stops - uniform_starts(costs, bound)[1:]).max()))
     starts = (

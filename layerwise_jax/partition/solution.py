@@ -1,11 +1,10 @@
-"""From a plan in blocks and units to the `Partition` that the caller gets, in layers and the
-caller's units.
-"""
+"""Solution in blocks and integer units, and its conversion to the caller's `Partition`."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from layerwise_jax._tables import plural
 from layerwise_jax.partition.certificate import blocking_runs, explain, fewest_stages
 from layerwise_jax.partition.checks import Floats
 from layerwise_jax.partition.result import Partition
@@ -15,11 +14,14 @@ from layerwise_jax.partition.sweep import Sweep
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A partition in blocks and units: boundaries from the front, where an idle place repeats its
-    boundary.
+    """A partition in blocks and units.
 
-    `lower_bound` is in units of the objective; `failed` is the sweep that proves it, if a sweep
-    does.
+    Attributes:
+      costs: the problem.
+      boundaries: block boundaries from the front; an idle place repeats its boundary.
+      lower_bound: lower bound on the objective, in units.
+      failed: the sweep that proves the lower bound; None if another argument does.
+      proof: that argument; "" if `failed` is the proof.
     """
 
     costs: StageCosts
@@ -30,17 +32,17 @@ class Solution:
 
     @property
     def busy(self) -> Indices:
-        """The stages that are not idle, as positions in `boundaries`."""
+        """Indices in `boundaries` of the stages that are not idle."""
         return np.flatnonzero(np.diff(self.boundaries) > 0)
 
     @property
     def places(self) -> Indices:
-        """The place of each stage that is not idle, from the front."""
+        """Place of each stage that is not idle, from the front."""
         return len(self.boundaries) - 2 - self.busy
 
     @property
     def loads(self) -> Floats:
-        """Units of time of each stage that is not idle, from the front."""
+        """Load of each stage that is not idle, in units, from the front."""
         return self.costs.load(
             self.boundaries[self.busy], self.boundaries[self.busy + 1], self.places
         )
@@ -54,7 +56,7 @@ class Solution:
 
 
 def conclude(plan: Solution, method: str) -> Partition:
-    """The plan in layers, with what blocks a better one and why the lower bound holds."""
+    """Converts a solution to layers and the caller's units, and adds blocker and proof."""
     costs, problem = plan.costs, plan.costs.problem
     blocker = explain(costs, plan.boundaries)
     certificate, proof = _proof(plan)
@@ -81,7 +83,7 @@ def conclude(plan: Solution, method: str) -> Partition:
 
 
 def _fewest(plan: Solution) -> int | None:
-    """The fewest stages that fit, where there is a capacity to fit and the count is exact."""
+    """The fewest stages that fit; None without a hard capacity, or where the count is not exact."""
     problem = plan.costs.problem
     if problem.objective == "stages":
         return len(plan.busy)
@@ -91,21 +93,19 @@ def _fewest(plan: Solution) -> int | None:
 
 
 def objective_value(costs: StageCosts, loads: Floats) -> float:
-    """The problem's objective, in units, for the loads of the stages."""
+    """The problem's objective for stages of the given loads, in units."""
     extra = costs.problem.num_microbatches - 1
     if costs.problem.objective == "makespan":
         return float(loads.sum() + extra * loads.max())
     if costs.problem.objective == "lockstep_makespan":
-        # A device that is passed over still relays, for one tick.
+        # An idle device still relays, for one tick.
         ticks_to_fill = costs.problem.max_stages if costs.may_idle else len(loads)
         return float((extra + ticks_to_fill) * loads.max())
     return float(loads.max())
 
 
 def _proof(plan: Solution) -> tuple[tuple[tuple[int, int], ...], str]:
-    """Runs of layers that no better partition can keep whole, where they say it all, and a
-    sentence.
-    """
+    """Certificate of the lower bound (runs of layers, or none) and the proof as a sentence."""
     costs = plan.costs
     if plan.proof:
         return (), plan.proof
@@ -113,25 +113,18 @@ def _proof(plan: Solution) -> tuple[tuple[tuple[int, int], ...], str]:
         heaviest = int(np.diff(costs.compute).argmax())
         first, last = int(costs.boundaries[heaviest]), int(costs.boundaries[heaviest + 1]) - 1
         if np.diff(costs.compute)[heaviest] / costs.by_place[1].max() >= plan.lower_bound:
-            return (
-                (),
-                f"layers {first}..{last} alone take as long."
-                if last > first
-                else f"layer {first} alone takes as long.",
-            )
+            if last > first:
+                return (), f"layers {first}..{last} by themselves take as long."
+            return (), f"layer {first} by itself takes as long."
         return (), "it is the mean load of the stages."
     if costs.has_cuts or costs.may_idle:
         return (
             (),
-            (
-                "sweeps from the end that take all they can under any smaller bound do "
-                "not reach the "
-                "first layer."
-            ),
+            "sweeps from the end under any smaller bound do not reach the first layer.",
         )
     runs = blocking_runs(costs, plan.failed)
     return runs, (
-        f"each of {len(runs)} runs of layers (certificate) has to be cut inside, at a boundary of "
-        "its own, "
-        f"and {len(runs)} stages have only {len(runs) - 1} boundaries between them."
+        f"each of {len(runs)} {plural(len(runs), 'run')} of layers (certificate) needs another "
+        f"boundary inside, and {len(runs)} {plural(len(runs), 'stage')} have only "
+        f"{len(runs) - 1} between them."
     )

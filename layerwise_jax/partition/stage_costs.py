@@ -1,16 +1,13 @@
-"""What a stage costs: the load and the memory of any run of layers, for whole arrays of runs at
-once.
+"""Load and memory of any run of layers, for whole arrays of runs at once.
 
-Layers that must stay together are one *block*; here and in the solvers a run `(start, stop)` counts
-blocks, and `StageCosts.boundaries` turns block boundaries back into layer boundaries. A *place* is
-a stage's distance from the end of the pipeline: 0 is the last stage. That is the side to count
-from, since what a schedule holds in memory depends on it.
+Layers that must stay together form one *block*. Here and in the solvers, a run `(start, stop)`
+counts blocks, and `StageCosts.boundaries` maps block boundaries to layer boundaries. A *place* is
+a stage's distance from the end of the pipeline: 0 is the last stage. Places count from the end
+because the microbatches in flight do.
 
     compute(start, stop) = sum of seconds
-    load(start, stop)    = compute / speed + cut in + cut out                     (communication
-    added)
-                         = max(compute / speed, cut in, cut out)                  (communication
-                         overlapped)
+    load(start, stop)    = compute / speed + cut in + cut out             (communication="add")
+                         = max(compute / speed, cut in, cut out)          (communication="overlap")
     memory(start, stop)  = sum of weights, each tied weight once
                          + (sum of stash) * microbatches in flight at its place
                          + max of transient bytes
@@ -33,8 +30,21 @@ type CutPoint = int | Indices
 
 @dataclass(frozen=True, eq=False)
 class StageCosts:
-    """The costs of every run of blocks. Loads are in units of `quantum` seconds, memory in
-    bytes.
+    """Prefix sums from which the costs of any run of blocks are read.
+
+    Loads are whole multiples of `quantum` seconds, held in float64; memory is in bytes.
+
+    Attributes:
+      problem: the checked problem.
+      boundaries: [num_blocks + 1], layer boundary of each block boundary.
+      quantum: seconds of one unit of load, a power of two.
+      compute: [num_blocks + 1], prefix sum of seconds, in units.
+      cut: [num_blocks + 1], time to cross each boundary, in units.
+      weight: [num_blocks + 1], prefix sum of weight bytes.
+      stash: [num_blocks + 1], prefix sum of stash bytes of one microbatch.
+      peaks: [levels, num_blocks], largest transient bytes of 2**level blocks from each start.
+      tied: blocks that use a weight, and its bytes.
+      apart_start: [num_blocks + 1], smallest start of a run by stop, from `keep_apart`.
     """
 
     problem: Problem
@@ -65,8 +75,8 @@ class StageCosts:
     def by_place(self) -> tuple[Floats, Floats, Floats]:
         """Capacity, speed and microbatches in flight at each place, the last stage first.
 
-        Equal devices are as many as there are blocks, so that the fewest stages can be counted
-        beyond `max_stages`.
+        Equal devices have an entry for each block, so that the fewest stages can be counted beyond
+        `max_stages`.
         """
         problem = self.problem
         given = [
@@ -86,25 +96,23 @@ class StageCosts:
 
     @cached_property
     def is_uniform(self) -> bool:
-        """Whether a run costs the same at every place."""
+        """True if a run costs the same at every place."""
         return all((array == array[0]).all() for array in self.by_place)
 
     @cached_property
     def devices_differ(self) -> bool:
-        """Whether the devices differ in capacity or speed."""
+        """True if the devices differ in capacity or speed."""
         capacity, speed, _ = self.by_place
         return any(bool((array != array[0]).any()) for array in (capacity, speed))
 
     @property
     def may_idle(self) -> bool:
-        """Whether a device may be passed over."""
+        """True if a device may stay idle."""
         return self.devices_differ and not self.problem.exactly
 
     @cached_property
     def forbidden_runs(self) -> frozenset[tuple[int, int]]:
-        """The forbidden runs of layers, in blocks; those that no block boundaries delimit cannot be
-        stages anyway.
-        """
+        """The forbidden runs in blocks; runs that end inside a block cannot be stages anyway."""
         block_of = {int(boundary): block for block, boundary in enumerate(self.boundaries)}
         runs = ((block_of.get(start), block_of.get(stop)) for start, stop in self.problem.forbidden)
         return frozenset(
@@ -113,34 +121,30 @@ class StageCosts:
 
     @cached_property
     def is_additive(self) -> bool:
-        """Whether the load is nothing but a sum, the same at every place."""
+        """True if the load is a plain sum, the same at every place."""
         separate = self.problem.is_soft or (self.problem.overlap and self.has_cuts)
         return not separate and self.is_uniform and bool(self.by_place[1][0] == 1)
 
     @cached_property
     def has_fixed_total(self) -> bool:
-        """Whether the loads of any partition's stages add up to the same."""
+        """True if the loads of every partition have the same sum."""
         speed = self.by_place[1]
         return not self.problem.is_soft and not self.has_cuts and bool((speed == speed[0]).all())
 
     @cached_property
     def has_limit(self) -> bool:
-        """Whether some run is refused whatever its load."""
+        """True if some run may be refused whatever its load."""
         hard = self.problem.capacity is not None and not self.problem.is_soft
         return hard or bool(self.apart_start.any())
 
     @cached_property
     def allowed_starts(self) -> Indices:
-        """For each stop from 1, the smallest start of a run that is allowed, where all places are
-        alike.
-        """
+        """[num_blocks], smallest start of an allowed run by stop - 1, if places are equal."""
         stops = np.arange(1, self.num_blocks + 1)
         return earliest_starts(stops, self.is_allowed) if self.has_limit else np.zeros_like(stops)
 
     def load(self, start: ArrayLike, stop: ArrayLike, place: CutPoint = 0) -> Floats:
-        """Units of time that the runs take at a place. `start` and `stop` broadcast; every run
-        holds a block.
-        """
+        """Load of runs of one block or more at a place, in units. `start` and `stop` broadcast."""
         start, stop = np.asarray(start), np.asarray(stop)
         capacity, speed, _ = self.by_place
         load = (self.compute[stop] - self.compute[start]) / speed[place]
@@ -152,9 +156,7 @@ class StageCosts:
         return load + self.cut[start] + self.cut[stop]
 
     def memory(self, start: ArrayLike, stop: ArrayLike, place: CutPoint = 0) -> Floats:
-        """Bytes that the runs need at a place. `start` and `stop` broadcast; every run holds a
-        block.
-        """
+        """Bytes of runs of one block or more at a place. `start` and `stop` broadcast."""
         start, stop = np.asarray(start), np.asarray(stop)
         in_flight = self.by_place[2][place]
         total = (
@@ -170,7 +172,7 @@ class StageCosts:
     def is_allowed(
         self, start: ArrayLike, stop: ArrayLike, place: CutPoint = 0
     ) -> NDArray[np.bool_]:
-        """Whether the runs respect the hard capacity and the layers that are kept apart."""
+        """True for runs that respect the hard capacity and `keep_apart`."""
         allowed = np.asarray(start) >= self.apart_start[np.asarray(stop)]
         if self.problem.capacity is None or self.problem.is_soft:
             return allowed
@@ -179,31 +181,28 @@ class StageCosts:
     def fits(
         self, start: ArrayLike, stop: ArrayLike, bound: float, place: CutPoint = 0
     ) -> NDArray[np.bool_]:
-        """Whether the runs are allowed and take no longer than the bound."""
+        """True for allowed runs whose load is at most `bound`."""
         return self.is_allowed(start, stop, place) & (self.load(start, stop, place) <= bound)
 
     def _peak(self, start: Indices, stop: Indices) -> Floats:
-        """The largest transient bytes in each run: two overlapping windows of a power of two cover
-        it.
+        """The largest transient bytes of each run.
+
+        Two overlapping windows of a power of two blocks cover the run.
         """
         level = np.frexp((stop - start).astype(np.float64))[1] - 1
         return np.maximum(self.peaks[level, start], self.peaks[level, stop - (1 << level)])
 
     def without_cuts(self) -> "StageCosts":
-        """The same costs with every boundary for nothing: a relaxation, whose optimum is a lower
-        bound.
-        """
+        """The same costs without cut times, a relaxation whose optimum is a lower bound."""
         return replace(self, cut=np.zeros_like(self.cut))
 
     def at(self, kept: Indices) -> "StageCosts":
-        """The same problem where only the block boundaries `kept` (0 and the last among them) may
-        be cut.
-        """
+        """The same problem with cuts only at the block boundaries `kept` (with both ends)."""
         return _build(self.problem, self.boundaries[kept])
 
 
 def stage_costs(problem: Problem) -> StageCosts:
-    """Prefix sums and tables from which the cost of any run is read in constant time."""
+    """Builds the costs of a problem, after which any run is read in constant time."""
     is_open = np.ones(problem.num_layers + 1, dtype=bool)
     for first, last in problem.keep_together:
         is_open[first + 1 : last + 1] = False
@@ -213,12 +212,12 @@ def stage_costs(problem: Problem) -> StageCosts:
 def earliest_starts(
     stops: Indices, fits: Callable[[Indices, Indices], NDArray[np.bool_]]
 ) -> Indices:
-    """For each stop, the smallest start from which the run fits, or the stop itself where not even
-    one block does.
+    """For each stop, the smallest start of a run that fits; the stop itself if no block fits.
 
-    Exact if every sub-run of a run that fits also fits. Halves the ranges of all stops together.
+    Bisection over all stops at once; exact if every sub-run of a run that fits also fits.
     """
-    low, high = np.zeros_like(stops), stops.copy()
+    low = np.zeros_like(stops)
+    high = stops.copy()
     while (low < high).any():
         middle = np.minimum((low + high) // 2, stops - 1)
         does_fit = fits(middle, stops)
@@ -248,12 +247,10 @@ def _build(problem: Problem, boundaries: Indices) -> StageCosts:
 
 
 def _quantum(problem: Problem) -> float:
-    """A power of two so small that the rounding is lost in the noise, so large that every sum of
-    units is exact.
+    """Seconds of one unit: a power of two for which sums of units are exact in float64.
 
-    Each time is rounded once to whole units; a load is then off by at most n * 2**-51 of the total
-    time, and by nothing where the times are whole numbers. After that, sums and comparisons of
-    loads do not round at all.
+    Each time is rounded once to whole units. A load is then off by at most n * 2**-51 of the total
+    time, and exact if the times are ints. Later sums and comparisons of loads do not round.
     """
     largest = float(problem.seconds.sum() + 2 * problem.cut_seconds.max())
     return float(np.ldexp(1.0, max(int(np.frexp(largest)[1]) - 50, -1000))) if largest > 0 else 1.0
@@ -264,19 +261,18 @@ def _prefix(values: Floats) -> Floats:
 
 
 def _peaks(values: Floats) -> Floats:
-    """Row p holds at i the maximum of values[i : i + 2**p], as far as there are values."""
+    """[levels, n]: entry [p, i] is the maximum of values[i : i + 2**p], if that many remain."""
     rows = [values]
     while 2 ** len(rows) <= len(values):
-        half, row = 2 ** (len(rows) - 1), rows[-1].copy()
+        half = 2 ** (len(rows) - 1)
+        row = rows[-1].copy()
         row[:-half] = np.maximum(row[:-half], rows[-1][half:])
         rows.append(row)
     return np.stack(rows)
 
 
 def _apart_start(problem: Problem, boundaries: Indices) -> Indices:
-    """For each stop, the smallest start of a run that holds no pair of layers that are kept
-    apart.
-    """
+    """For each stop, the smallest start of a run without a pair of layers that are kept apart."""
     earliest = np.zeros(len(boundaries), dtype=np.int64)
     for first, last in problem.keep_apart:
         first_block, last_block = np.searchsorted(boundaries, [first, last], side="right") - 1

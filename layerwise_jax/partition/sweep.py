@@ -1,16 +1,15 @@
-"""The fast method: sweep from the end, each stage taking as many blocks as fit under a bound on the
-load.
+"""Fast method: a sweep from the end in which each stage takes as many blocks as fit under a bound.
 
-Exact when every sub-run of a run that fits a place also fits that place. Induction: if no partition
-reaches further than boundary g with its last r stages, then its stage before them, cut short to
-stop at g, still fits, and the sweep's own stage goes at least as far. So the sweep uses the fewest
-stages.
+A sweep is exact if every sub-run of a run that fits a place also fits that place. Induction: if no
+partition reaches further than boundary g with its last r stages, then its stage before them, cut
+short to stop at g, still fits, and the sweep's own stage goes at least as far. So the sweep uses
+the fewest stages.
 
 The condition holds for sums of weights, maxima of transients, tied weights, soft capacities and
-layers kept apart, and for memory and speed that depend on the place: each place needs it for itself
-only, because a sweep from the end knows the place. It fails where boundaries cost time, unless
-`prune_cuts` applies, and where measured runs are forbidden. Where devices differ, a sweep may pass
-one over, so it cannot be held to an exact number of stages. There `partition_search` takes over.
+layers kept apart, and for memory and speed that depend on the place: a sweep from the end knows the
+place, so each place needs the condition for itself only. It fails where boundaries cost time,
+unless `prune_cuts` applies, and where measured runs are forbidden. Where devices differ, a sweep
+may leave one idle, so it cannot give an exact number of stages. `search` solves those problems.
 """
 
 from bisect import bisect_left
@@ -24,12 +23,13 @@ from layerwise_jax.partition.stage_costs import Indices, StageCosts, earliest_st
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """One sweep under a bound: the stages' boundaries from the end down, and the next bound that
-    would change it.
+    """One sweep under a bound.
 
-    `next_bound` is the smallest load of a stage with one block more, among those that only the load
-    refuses. No bound below it gives another sweep, so a sweep that fails proves that no partition
-    is better than `next_bound`.
+    Attributes:
+      reached: block boundaries of the stages from the end down.
+      next_bound: smallest load of a stage with one more block, among those that only the load
+        refuses. No bound below it gives another sweep, so a sweep that fails proves that no
+        partition is better than `next_bound`.
     """
 
     reached: Indices
@@ -37,14 +37,18 @@ class Sweep:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the stages reach the first block."""
+        """True if the stages reach the first block."""
         return self.reached[-1] == 0
 
 
 @dataclass(frozen=True, eq=False)
 class Optimum:
-    """The smallest bound under which a sweep completes, and the last sweep that failed (None where
-    none was needed).
+    """Result of `least_bottleneck`.
+
+    Attributes:
+      bound: the smallest bound under which a sweep completes.
+      complete: that sweep.
+      failed: the last sweep that failed; None if `bound` is the initial lower bound.
     """
 
     bound: float
@@ -53,8 +57,7 @@ class Optimum:
 
 
 def prune_cuts(costs: StageCosts) -> StageCosts:
-    """Drop every boundary that another one dominates; where boundaries cost time, the sweep is
-    exact on what is left.
+    """Drops boundaries that another one dominates, so that a sweep is exact with cut times.
 
     A run loads its stage with finish(stop) - begin(start), where finish = compute + cut and begin =
     compute - cut. Moving a cut to a boundary with a smaller finish and a larger begin lightens both
@@ -71,12 +74,11 @@ def prune_cuts(costs: StageCosts) -> StageCosts:
 
 
 def least_bottleneck(costs: StageCosts, max_stages: int) -> Optimum | Sweep:
-    """The smallest largest load over at most `max_stages` stages; the failed sweep if no load at
-    all is enough.
+    """The smallest bottleneck over at most `max_stages` stages.
 
-    Bisection between loads that occur: a sweep that completes lowers the upper end to its own
-    largest load, one that fails raises the lower end to its `next_bound`, so the search ends at the
-    optimum itself, not near it.
+    Returns the failed sweep if not even an infinite bound suffices. The bisection is exact: a sweep
+    that completes lowers the upper end to its own largest load, and one that fails raises the lower
+    end to its `next_bound`.
     """
     complete = sweep(costs, np.inf, max_stages)
     if not complete.is_complete:
@@ -95,17 +97,13 @@ def least_bottleneck(costs: StageCosts, max_stages: int) -> Optimum | Sweep:
 
 
 def lower_bound(costs: StageCosts, max_stages: int) -> float:
-    """What no partition beats: the mean load of the stages, and the heaviest block at the fastest
-    place.
-    """
+    """Lower bound on the bottleneck: the mean load, or the heaviest block at the fastest place."""
     speed = costs.by_place[1][:max_stages]
     return float(max(costs.heaviest_block / speed.max(), costs.compute[-1] / speed.sum()))
 
 
 def sweep(costs: StageCosts, bound: float, max_stages: int) -> Sweep:
-    """Stages from the end, as long as possible under the bound on the load; a place where no block
-    fits stays idle.
-    """
+    """Sweeps from the end with stages as long as the bound allows; a place may stay idle."""
     start_of = _stepper(costs, bound)
     reached = [costs.num_blocks]
     while reached[-1] > 0 and len(reached) <= max_stages:
@@ -115,7 +113,7 @@ def sweep(costs: StageCosts, bound: float, max_stages: int) -> Sweep:
 
 
 def largest_load(costs: StageCosts, attempt: Sweep) -> float:
-    """The largest load among the stages of a sweep, in units."""
+    """The largest load of a sweep's stages, in units."""
     starts, stops = attempt.reached[1:], attempt.reached[:-1]
     places = np.flatnonzero(starts < stops)
     return float(costs.load(starts[places], stops[places], places).max())
@@ -129,7 +127,7 @@ def _next_bound(costs: StageCosts, reached: Indices) -> float:
 
 
 def _stepper(costs: StageCosts, bound: float) -> Callable[[int, int], int]:
-    """The function from a place and a stop to the smallest start of a stage there."""
+    """The function (place, stop) -> smallest start of a stage under the bound."""
     if costs.is_uniform:
         starts = uniform_starts(costs, bound).tolist()
         return lambda place, stop: starts[stop]
@@ -143,13 +141,10 @@ def _stepper(costs: StageCosts, bound: float) -> Callable[[int, int], int]:
 
 
 def uniform_starts(costs: StageCosts, bound: float) -> Indices:
-    """For each boundary as a stop, the smallest start of a stage under the bound, where all places
-    are alike.
-    """
+    """[num_blocks + 1], smallest start of a stage under the bound by stop, if places are equal."""
     stops = np.arange(1, costs.num_blocks + 1)
     if costs.is_additive:
-        # Units are whole numbers, so the subtraction is exact and one sorted search answers for all
-        # stops.
+        # Units are ints, so the subtraction is exact and one sorted search answers all stops.
         starts = np.searchsorted(
             costs.compute - costs.cut, costs.compute[1:] + costs.cut[1:] - bound
         )

@@ -1,12 +1,13 @@
 """The answers in words: what is refused and how, what blocks, and layers in their own terms."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from layerwise_jax.partition.problem import SolveOptions, make_problem
-from layerwise_jax.partition.solver import CapacityError, partition_layers, solve
+from layerwise_jax.partition.options import SolveOptions
+from layerwise_jax.partition.solver import CapacityError, LayerOptions, partition_layers, solve
 
 
 @dataclass(frozen=True)
@@ -24,58 +25,64 @@ class Layer:
 
 
 REFUSED = {
-    "negative seconds": ({"seconds": [1, -1]}, r"seconds\[1\] is -1"),
-    "seconds that are no number": ({"seconds": [np.nan, 1]}, r"seconds\[0\] is nan"),
-    "seconds without end": ({"seconds": [1, np.inf]}, r"seconds\[1\] is inf"),
-    "no layers": ({"seconds": []}, r"seconds has shape \(0,\)"),
-    "a table of seconds": ({"seconds": [[1, 2]]}, r"seconds has shape \(1, 2\)"),
+    "negative seconds": ({"seconds": [1, -1]}, r"seconds\[1\] must be .*got -1"),
+    "seconds that are no number": ({"seconds": [np.nan, 1]}, r"seconds\[0\] must be .*got nan"),
+    "seconds without end": ({"seconds": [1, np.inf]}, r"seconds\[1\] must be .*got inf"),
+    "no layers": ({"seconds": []}, r"seconds must be .*got shape \(0,\)"),
+    "a table of seconds": ({"seconds": [[1, 2]]}, r"seconds must be .*got shape \(1, 2\)"),
     "weights of other layers": (
         {"weight_bytes": [1]},
-        r"weight_bytes has shape \(1,\); .* 2 layers",
+        r"weight_bytes must .* 2 layers, got \(1,\)",
     ),
-    "weights beyond exact sums": ({"weight_bytes": [2**53, 2**53]}, "weight_bytes adds up"),
-    "negative transients": ({"transient_bytes": [0, -2]}, r"transient_bytes\[1\] is -2"),
+    "weights beyond exact sums": ({"weight_bytes": [2**53, 2**53]}, "weight_bytes must add up"),
+    "negative transients": ({"transient_bytes": [0, -2]}, r"transient_bytes\[1\] must be .*got -2"),
     "cuts of the wrong length": ({"cut_seconds": [0, 0]}, r"boundary 0\.\.2"),
     "a cut at the end": ({"cut_seconds": [0, 1, 1]}, "ends"),
     "no stages": ({"max_stages": 0}, "max_stages must be .*got 0"),
     "half a stage": ({"max_stages": 1.5}, "max_stages must be .*got 1.5"),
-    "no number of stages": ({"max_stages": None}, "max_stages is None"),
+    "no number of stages": ({"max_stages": None}, "max_stages must be .*got None"),
     "more stages than layers": (
         {"max_stages": 3, "exactly": True},
-        "exactly 3 non-empty stages are asked of 2 layers",
+        "max_stages must be at most 2 with exactly=True",
     ),
-    "a negative capacity": ({"capacity": -1}, "capacity is -1"),
-    "capacities of other stages": ({"capacity": [1, 2, 3]}, r"capacity has shape \(3,\)"),
-    "no speed": ({"speeds": [1, 0]}, "speeds is"),
+    "a negative capacity": ({"capacity": -1}, "capacity must be at least 0, got -1"),
+    "capacities of other stages": ({"capacity": [1, 2, 3]}, r"capacity must .* got \(3,\)"),
+    "no speed": ({"speeds": [1, 0]}, "speeds must be"),
     "no microbatch": ({"num_microbatches": 0}, "num_microbatches must be .*got 0"),
     "an unknown method": ({"method": "magic"}, "method must be .*got 'magic'"),
     "an unknown objective": ({"objective": "fun"}, "objective must be .*got 'fun'"),
     "an unknown schedule": ({"schedule": "2f2b"}, "schedule must be .*got '2f2b'"),
     "unknown communication": ({"communication": "mail"}, "communication must be .*got 'mail'"),
-    "no bandwidth": ({"capacity": 1, "streaming_bandwidth": 0}, "streaming_bandwidth is 0"),
+    "no bandwidth": (
+        {"capacity": 1, "streaming_bandwidth": 0},
+        "streaming_bandwidth must be .*got 0",
+    ),
     "a tie of a layer that is not there": (
         {"tied_weights": [((0, 2), 1)]},
-        r"tied_weights names the layers \[0, 2\]",
+        r"tied_weights must have layer indices .*got \[0, 2\]",
     ),
-    "a tie larger than the layer": ({"tied_weights": [((0, 1), 9)]}, "tied_weights gives 9 bytes"),
+    "a tie larger than the layer": (
+        {"tied_weights": [((0, 1), 9)]},
+        "tied_weights of the layers .*got 9",
+    ),
     "three layers apart": ({"keep_apart": [(0, 1, 1)]}, "keep_apart"),
     "together and apart": (
         {"keep_together": [(0, 1)], "keep_apart": [(0, 1)]},
-        "which keep_together joins",
+        "that keep_together joins",
     ),
-    "names of other layers": ({"names": ["a"]}, "names has 1 entries"),
+    "names of other layers": ({"names": ["a"]}, "names must have 2 entries"),
     "greedy without a capacity": (
         {"method": "greedy"},
-        "method='greedy' fills stages to a hard capacity",
+        "method='greedy' must have a hard capacity",
     ),
     "greedy for a makespan": (
         {"method": "greedy", "capacity": 9, "objective": "makespan"},
-        "does not look at",
+        "must have the objective .*got 'makespan'",
     ),
-    "the fewest, exactly": ({"objective": "stages", "exactly": True}, "drop one"),
+    "the fewest, exactly": ({"objective": "stages", "exactly": True}, "Drop one"),
     "the fewest of devices that differ": (
         {"objective": "stages", "capacity": [4, 5]},
-        "capacity differs",
+        "capacity must be equal for all devices",
     ),
 }
 
@@ -93,9 +100,32 @@ def test_an_unknown_keyword_is_refused():
 
 
 def test_options_are_described_once():
-    keywords, text = set(make_problem.__kwdefaults__ or ()), SolveOptions.__doc__ or ""
-    assert keywords == set(SolveOptions.__annotations__)
-    assert [name for name in keywords if f"    {name}: " not in text] == []
+    for options in (SolveOptions, LayerOptions):
+        text = options.__doc__ or ""
+        names = [field.name for field in dataclasses.fields(options)]
+        assert [name for name in names if f"    {name}: " not in text] == []
+
+
+def test_options_as_a_value_are_the_same_as_keywords():
+    layers = [Layer("a", 1), Layer("b", 2), Layer("c", 1)]
+    options = SolveOptions(max_stages=2, keep_together=[(0, 1)])
+    for given in (options, options.updated(capacity=9)):
+        assert solve([1, 2, 3], [1, 1, 1], options=given).boundaries == (0, 2, 3)
+        assert partition_layers(layers, options=given).boundaries == (0, 2, 3)
+    # A single choice, and an argument of partition_layers, replace the option's value.
+    assert solve([1, 2, 3], None, options=options, max_stages=1).boundaries == (0, 3)
+    assert partition_layers(layers, 1, options=options).boundaries == (0, 3)
+    with pytest.raises(TypeError, match="stages_at_most"):
+        options.updated(stages_at_most=3)
+    with pytest.raises(TypeError, match="colour"):
+        partition_layers(layers, 2, colour="red")
+
+
+def test_options_check_themselves():
+    with pytest.raises(ValueError, match="capacity must be one number, or have shape"):
+        SolveOptions(max_stages=2, capacity=[1, 2, 3])
+    with pytest.raises(ValueError, match="seconds must be given with cut costs"):
+        LayerOptions(cut_seconds=[0, 1, 0])
 
 
 def test_a_search_too_large_to_hold_is_refused():
@@ -112,7 +142,8 @@ def test_a_search_too_large_to_hold_is_refused():
 
 def test_capacity_error_names_the_layer():
     with pytest.raises(
-        CapacityError, match="layer 1 'mlp' alone needs 9 bytes and the capacity is 8"
+        CapacityError,
+        match="layer 1 'mlp' by itself needs 9 bytes, 1 more than the capacity of 8 bytes",
     ) as caught:
         solve([1, 1, 1], [2, 9, 2], max_stages=3, capacity=8, names=["in", "mlp", "out"])
     assert caught.value.layers == (1, 2)
@@ -120,7 +151,9 @@ def test_capacity_error_names_the_layer():
 
 
 def test_capacity_error_names_the_layers_that_stay_together():
-    with pytest.raises(CapacityError, match="layer 1 to layer 2 alone needs 10 bytes") as caught:
+    with pytest.raises(
+        CapacityError, match="layer 1 to layer 2 by itself needs 10 bytes"
+    ) as caught:
         solve([1, 1, 1], [5, 5, 5], max_stages=3, capacity=8, keep_together=[(1, 2)])
     assert caught.value.layers == (1, 3)
 
@@ -145,7 +178,7 @@ def test_capacity_error_for_devices_that_differ():
 
 
 def test_layers_kept_apart_ask_for_more_stages():
-    with pytest.raises(CapacityError, match="3 layers do not fit 1 stages: 2 stages would do"):
+    with pytest.raises(CapacityError, match="3 layers do not fit 1 stage: 2 stages would do"):
         solve([1, 1, 1], None, max_stages=1, keep_apart=[(0, 2)])
 
 
@@ -159,7 +192,7 @@ def test_memory_blocks_and_says_so():
 def test_a_single_layer_blocks_and_says_so():
     partition = solve([1, 9, 1], None, max_stages=3)
     assert (partition.blocking_layer, partition.blocking_constraint) == (1, "single layer")
-    assert partition.proof == "layer 1 alone takes as long."
+    assert partition.proof == "layer 1 by itself takes as long."
 
 
 def test_a_partition_prints_its_figures():
@@ -267,7 +300,7 @@ def test_measured_layers_are_verified():
 
 LAYERS_REFUSED = {
     "neither stages nor capacity": ({}, "num_stages and capacity are both None"),
-    "more stages than layers": ({"num_stages": 3}, "ask for 2 or fewer"),
+    "more stages than layers": ({"num_stages": 3}, "Ask for 2 or fewer"),
     "cuts without seconds": ({"num_stages": 2, "cut_seconds": [0, 1, 0]}, "seconds is None"),
     "cut bytes without a link": (
         {"num_stages": 2, "seconds": [1, 1], "cut_bytes": [0, 1, 0]},
