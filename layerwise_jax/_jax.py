@@ -6,7 +6,7 @@ The package is written for jax 0.11.2 to 0.12.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ from jax._src import source_info_util as _source_info
 from jax._src.core import NamedAxisEffect as _NamedAxisEffect
 from jax._src.state.types import AbstractRef
 from jax.core import ShapedArray, Tracer
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, Var
+from jax.interpreters import ad, batching, mlir
 
 __all__ = [
     "AbstractRef",
@@ -27,17 +28,13 @@ __all__ = [
     "bind",
     "emulate_devices",
     "is_key",
+    "key_implementation",
     "key_paths",
+    "linear_primitive",
     "scan_parts",
     "source_line",
     "wrap_key",
 ]
-CALL_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "core_call"})
-REMAT_PRIMITIVES = frozenset({"remat", "remat2", "checkpoint"})
-CUSTOM_RULE_PRIMITIVES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
-HIGH_LEVEL_PRIMITIVES = frozenset(
-    {"call_hi_primitive"}
-)  # of JAX 0.12: `searchsorted` as one operation, say
 
 
 def bind(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
@@ -63,7 +60,7 @@ def avals_of(variables: Sequence[Any]) -> list[Any]:
 
 def inner_jaxpr(eqn: JaxprEqn) -> Jaxpr:
     """The body of a call, remat or scan equation; what a high-level operation comes down to."""
-    if eqn.primitive.name in HIGH_LEVEL_PRIMITIVES:
+    if eqn.primitive.name == "call_hi_primitive":  # JAX 0.12: an operation such as searchsorted
         lowered: Any = eqn.primitive
         return jax.make_jaxpr(lambda *args: lowered.to_lojax(*args, **eqn.params))(
             *avals_of(eqn.invars)
@@ -97,10 +94,15 @@ def is_key(aval: Any) -> bool:
     return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def key_implementation(aval: Any) -> str:
+    """Name of the implementation of random keys of this type, such as "threefry2x32"."""
+    return aval.dtype._impl.name
+
+
 def wrap_key(data: Any, aval: Any) -> Any:
     """Key data as random keys of the type `aval`."""
     # `jax.random.key_impl` takes arrays of keys, but not their type.
-    return jax.random.wrap_key_data(data, impl=aval.dtype._impl.name)
+    return jax.random.wrap_key_data(data, impl=key_implementation(aval))
 
 
 def key_paths(tree: Any) -> tuple[list[tuple[Any, ...]], list[Any], Any]:
@@ -130,3 +132,46 @@ def is_partitionable(eqn: JaxprEqn) -> bool:
     sharded.
     """
     return bool(eqn.ctx.threefry_partitionable)
+
+
+def linear_primitive(
+    name: str, forward: Callable[..., list[Any]], transposed: Callable[..., list[Any]]
+) -> Primitive:
+    """A primitive for a linear function whose transpose is given, not derived.
+
+    `jax.custom_derivatives.linear_call` does the same, but has no batching rule.
+
+    Args:
+      name: the primitive's name.
+      forward: elementwise over leading batch axes: `forward(*arrays, **params)` to as many arrays
+        of the same types.
+      transposed: the transpose of `forward`, of the same signature.
+
+    Returns:
+      A primitive to be bound with `is_transposed` (which of the two runs) and the parameters.
+    """
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+
+    def run(*arrays: Any, is_transposed: bool, **params: Any) -> list[Any]:
+        return (transposed if is_transposed else forward)(*arrays, **params)
+
+    def transpose(
+        cotangents: Sequence[Any], *arrays: Any, is_transposed: bool, **params: Any
+    ) -> list[Any]:
+        given = [ad.instantiate_zeros(x) for x in cotangents]
+        pulled = primitive.bind(*given, is_transposed=not is_transposed, **params)
+        moves = [ad.is_undefined_primal(x) for x in arrays]
+        return [x if is_moving else None for x, is_moving in zip(pulled, moves, strict=True)]
+
+    def batch(arrays: Sequence[Any], axes: Sequence[Any], **params: Any) -> tuple[list, list]:
+        (size,) = {x.shape[a] for x, a in zip(arrays, axes, strict=True) if a is not None}
+        front = [batching.bdim_at_front(x, a, size) for x, a in zip(arrays, axes, strict=True)]
+        return primitive.bind(*front, **params), [0] * len(arrays)
+
+    primitive.def_impl(run)
+    primitive.def_abstract_eval(lambda *avals, **_: list(avals))
+    ad.deflinear2(primitive, transpose)
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
+    return primitive

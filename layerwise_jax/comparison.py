@@ -26,13 +26,9 @@ from layerwise_jax.simulate.comparison import Comparison, compare_work
 from layerwise_jax.simulate.work import LayerWork, StepWork, WorkKind
 from layerwise_jax.stage.cut import cut_stages
 from layerwise_jax.stage.inputs import batch_size
-from layerwise_jax.trace.flops import PARTIAL_READS, PARTIAL_WRITES, REDUCTIONS
-from layerwise_jax.trace.layer_search import CONTRACTIONS
 from layerwise_jax.trace.layers import LayerSequence, trace_layers
+from layerwise_jax.trace.primitives import LAYER_STARTS, XLA_KERNELS
 from layerwise_jax.trace.program import Weight, nbytes
-
-# Operations that XLA compiles to a kernel; it fuses others into them.
-KERNELS = CONTRACTIONS | REDUCTIONS | PARTIAL_READS | frozenset(PARTIAL_WRITES)
 
 # Up to this many products a layer is an MLP or one matrix, with one all-reduce over tensor ways. A
 # block with attention has more, and two all-reduces.
@@ -139,7 +135,7 @@ def _layer_works(
         layers.layers, costs, cache_bytes, layers.boundary_bytes[1:], strict=True
     ):
         operations = [layers.program.ops[i].name for i in layer.anchors]
-        num_products = sum(name in CONTRACTIONS for name in operations)
+        num_products = sum(name in LAYER_STARTS for name in operations)
         weights = cost.weight_bytes - cached
         works.append(
             LayerWork(
@@ -149,7 +145,7 @@ def _layer_works(
                 send_bytes=sent / batch,
                 activation_bytes=max(cost.activation_bytes + cost.buffer_bytes - cached, 0) / batch,
                 state_bytes=cached / batch,
-                kernels=sum(name in KERNELS for name in operations),
+                kernels=sum(name in XLA_KERNELS for name in operations),
                 all_reduces=1 if num_products <= ONE_ALL_REDUCE else 2,
                 # A layer that accesses fewer bytes than its weights have is a lookup table.
                 lookup_bytes=max(weights - cost.bytes_accessed, 0),

@@ -147,8 +147,10 @@ class Pipeline:
     def __call__(self, staged: Staged, *inputs: Any) -> Any:
         """Run the function on a full batch.
 
-        `jax.grad` of a call gives every copy of a tied weight its own stage's share of the
-        gradient; `value_and_grad` of the pipeline gives each copy the whole.
+        Derivatives of a call are the function's: after `gather`, `jax.grad`, `jax.vjp` and
+        `jax.jacrev` are those of the parameters. Every copy of a tied weight has the whole
+        gradient. `jax.jvp` takes tangents from `place`; `jax.jacfwd` has a tied weight's derivative
+        in its first copy, which `gather` returns, and zeros in the others.
 
         Args:
           staged: placed parameters, from `place`.

@@ -18,6 +18,7 @@ import jax
 from layerwise_jax import _jax
 from layerwise_jax.batch.interpreter import BatchInterpreter
 from layerwise_jax.batch.lattice import Replicated, Role, Split
+from layerwise_jax.batch.numbering import mixed_numberings
 from layerwise_jax.batch.outputs import (
     OutputAnalysis,
     OutputRole,
@@ -26,6 +27,7 @@ from layerwise_jax.batch.outputs import (
     role_of_one_part,
 )
 from layerwise_jax.batch.pairs import BatchError, ProgramPair, pair_programs
+from layerwise_jax.batch.rules.draws import Draws
 from layerwise_jax.trace.flatten import flatten
 from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.trace.program import Operand, Program, Value
@@ -80,13 +82,16 @@ def analyze_batching(
     if parts == 1:
         return BatchAnalysis(program, _roles_of_one_part(layers, in_axes, reduce, state))
     pair = pair_programs(program, _trace_full(layers, in_axes, parts))
-    walk = BatchInterpreter(parts, statistics is not None)
+    walk, roles = _interpret(pair, in_axes, parts, statistics is not None)
     judge = OutputAnalysis(parts, reduce, statistics is not None)
     outputs = tuple(
         judge.state(output) if position in state else judge.output(output)
-        for position, output in enumerate(_outputs(layers, pair, walk, in_axes))
+        for position, output in enumerate(_outputs(layers, pair, roles, in_axes))
     )
-    ops = [replace(op, full_rows=walk.draws.full_rows.get(i)) for i, op in enumerate(program.ops)]
+    ops = [
+        replace(op, eqn=walk.corrected.get(i, op.eqn), full_rows=walk.draws.full_rows.get(i))
+        for i, op in enumerate(program.ops)
+    ]
     return BatchAnalysis(replace(program, ops=tuple(ops)), outputs)
 
 
@@ -137,19 +142,40 @@ def _abstract(aval: Any, parts: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type)
 
 
-def _outputs(
-    layers: LayerSequence, pair: ProgramPair, walk: BatchInterpreter, in_axes: Sequence[int | None]
-) -> list[TracedOutput]:
-    inputs = list(zip(pair.full.inputs, in_axes, strict=True))
+def _interpret(
+    pair: ProgramPair, in_axes: Sequence[int | None], parts: int, per_microbatch: bool
+) -> tuple[BatchInterpreter, list[Role]]:
+    """The interpreter after its run, and the roles of the outputs.
+
+    Runs again while an iota is found to number the full batch where it must number each part.
+    """
+    inputs = zip(pair.full.inputs, in_axes, strict=True)
     given: dict[Value, Role] = dict.fromkeys(pair.full.weights, Replicated())
     given.update({value: Replicated() if axis is None else Split(axis) for value, axis in inputs})
+    per_part: frozenset[int] = frozenset()
+    while True:
+        walk = BatchInterpreter(parts, per_microbatch, Draws(per_part, per_microbatch))
+        roles = walk.outputs(pair, given)
+        if not per_microbatch:
+            return walk, roles
+        found = mixed_numberings(pair, walk.roles, walk.draws.numbered, walk.statistics)
+        if not found:
+            return walk, roles
+        per_part |= found  # iotas of `per_part` are not found again
+
+
+def _outputs(
+    layers: LayerSequence,
+    pair: ProgramPair,
+    roles: Sequence[Role],
+    in_axes: Sequence[int | None],
+) -> list[TracedOutput]:
+    inputs = zip(pair.full.inputs, in_axes, strict=True)
     from_batch = _values_from(pair.full, [value for value, axis in inputs if axis is not None])
     operands = zip(pair.micro.outputs, pair.full.outputs, strict=True)
     return [
         TracedOutput(name, role, pair.micro.aval(m), pair.full.aval(f), from_batch(f))
-        for name, role, (m, f) in zip(
-            _output_names(layers), walk.outputs(pair, given), operands, strict=True
-        )
+        for name, role, (m, f) in zip(_output_names(layers), roles, operands, strict=True)
     ]
 
 

@@ -1,5 +1,15 @@
-"""Derivative rules of the user's own: they too must treat each example alone, or gradients would
-change unseen.
+"""Check of custom derivative rules: gradients of the parts must add up to those of the full batch.
+
+The cotangent of a value follows from the value's role. With full = ratio * (role of the parts):
+
+    value          cotangent
+    Split          Split, ratio 1 / ratio             each example's own
+    Replicated     PartialSum, ratio 1 / ratio        parts add their shares
+    PartialSum     Replicated, ratio 1 / ratio        a sum passes its cotangent to every part
+
+A rule gets cotangents of these roles for its results and must return such ones for its operands.
+One that is off by a constant factor (a loss injected as the constant 1, a mean where a sum is due)
+is corrected by that factor; any other is refused.
 """
 
 from __future__ import annotations
@@ -21,123 +31,186 @@ from layerwise_jax.batch.lattice import (
     Role,
     Split,
     described,
+    one_scaling_axis,
     same,
 )
+from layerwise_jax.batch.linear_maps import is_linear
 from layerwise_jax.batch.pairs import ProgramPair, pair_bodies
 
-# What comes back through one of these need not enter its gradients linearly: it may be clipped,
-# say.
+# Rules that need not be linear in the cotangent; JAX transposes those of `custom_jvp`, which are.
 BACKWARD_RULES = ("custom_vjp_call", "custom_vjp_call_jaxpr")
+
+NOT_ALONE = "has a derivative rule that does not treat each example alone"
+NOT_LINEAR = (
+    "has a derivative rule that is not linear in its cotangent, of which each part has a share only"
+)
 
 
 def check_derivative(
     run: Callable[[ProgramPair, Sequence[Role]], list[Role]],
     step: OpContext,
     results: Sequence[Role],
-) -> None:
-    """Refuse an operation of which the gradients for the parts do not make up those for the full
-    batch.
+    per_microbatch: bool,
+) -> JaxprEqn | None:
+    """Check the derivative rule of a `custom_jvp` or `custom_vjp` call.
 
     Args:
-      run: the roles of a body's outputs.
-      step: a `custom_jvp` or `custom_vjp` call.
-      results: the roles of its results.
+      run: roles of a body's outputs, given those of its inputs.
+      step: the call.
+      results: roles of its results.
+      per_microbatch: whether a rule that mixes examples may treat each part as a batch of its own;
+        it must then be linear in the cotangents, which the parts scale.
+
+    Returns:
+      The call with corrected gradients, to be run on a part; None where they are right.
 
     Raises:
-      Mixes: gradients of what has the examples are not rows, or those of what all share not sums.
+      NotSeparableError: the gradients of the parts do not add up to those of the full batch.
     """
-    roles = (*step.roles, *results)
-    has_rows = any(isinstance(role, Split) for role in roles)
-    if not has_rows and step.name not in BACKWARD_RULES:
-        return  # the rule of a `custom_jvp` is linear in what comes back
-    if not all(_is_known(role, has_rows) for role in roles):
-        return
-    operands = _inexact(step.micro.invars)
+    has_examples = any(isinstance(role, Split) for role in step.roles)
+    if not has_examples and step.name not in BACKWARD_RULES:
+        return None  # linear in the cotangent
+    if not per_microbatch and any(isinstance(role, NotSeparable) for role in results):
+        return None  # refused where it is used
     try:
-        pair = pair_bodies(_backward(step.micro), _backward(step.full))
-    except (TypeError, NotImplementedError):  # what has no derivative has no wrong one
-        return
-    cotangents = [
-        results[i] if has_rows else _dual(results[i]) for i in _inexact(step.micro.outvars)
-    ]
-    gradients = run(pair, [*step.roles, *cotangents])
-    for i, gradient in zip(operands, gradients, strict=True):
-        if isinstance(gradient, NotSeparable):
-            operation = described(gradient.eqn) if gradient.eqn else "an operation"
-            raise NotSeparableError(
-                f"has a derivative rule in which {operation} {gradient.why}", gradient.cause
-            )
-        fits = _fits(gradient, step, i) if has_rows else _is_dual(gradient, step.roles[i])
-        if not fits:
-            raise NotSeparableError("has a derivative rule that does not treat each example alone")
+        micro, full = _backward(step.micro), _backward(step.full)
+    except (TypeError, NotImplementedError):  # not differentiable
+        return None
+    try:
+        factors = _factors(run(pair_bodies(micro, full), _operands(step, results)), step)
+        if step.name not in BACKWARD_RULES and any(factor != 1 for factor in factors):
+            raise NotSeparableError(NOT_ALONE)
+    except NotSeparableError as error:
+        if not per_microbatch:
+            raise
+        if not _is_linear_rule(micro, step):
+            raise NotSeparableError(NOT_LINEAR, "derivative") from error
+        return None
+    return _corrected(step.micro, factors) if any(factor != 1 for factor in factors) else None
 
 
-def _is_known(role: Role, has_rows: bool) -> bool:
-    """Whether it is known how gradients of such a value for the parts make up that for the full
-    batch.
-    """
+def _operands(step: OpContext, results: Sequence[Role]) -> list[Role]:
+    """Roles of the operands and of the cotangents of the results."""
+    made = _inexact(step.micro.outvars)
+    axes = [one_scaling_axis(*step.result_shapes(i)) for i in made]
+    return [*step.roles, *(_dual(results[i], axis) for i, axis in zip(made, axes, strict=True))]
+
+
+def _dual(role: Role, axis: int | None) -> Role:
+    """Role of the cotangent of a result that has the examples along `axis`, or no such axis."""
     if isinstance(role, PartialSum):
-        return not has_rows
-    return isinstance(role, Split | Replicated) and same(role.ratio, 1.0)
+        return Replicated(1 / role.ratio)
+    if isinstance(role, Split):
+        return Split(role.axis, 1 / role.ratio)
+    if isinstance(role, Replicated):
+        return PartialSum(1 / role.ratio) if axis is None else Split(axis, 1 / role.ratio)
+    assert isinstance(role, NotSeparable), role
+    return role
 
 
-def _dual(role: Role) -> Role:
-    """The role of the gradient: parts add to that of what they share; that of a sum over parts is
-    the same for each.
-    """
-    return Replicated(1 / role.ratio) if isinstance(role, PartialSum) else PartialSum(1.0)
+def _factors(gradients: Sequence[Role], step: OpContext) -> list[float]:
+    """Factor by which a part multiplies each operand's gradient, operands with gradients only."""
+    operands = _inexact(step.micro.invars)
+    return [_factor(g, step, i) for i, g in zip(operands, gradients, strict=True)]
 
 
-def _is_dual(gradient: Role, role: Role) -> bool:
+def _factor(gradient: Role, step: OpContext, operand: int) -> float:
     if isinstance(gradient, Replicated) and gradient.is_zero:
-        return True
-    if isinstance(role, PartialSum):
-        return isinstance(gradient, Replicated) and same(gradient.ratio, 1 / role.ratio)
-    return isinstance(gradient, PartialSum) and same(gradient.ratio, 1.0)
-
-
-def _fits(gradient: Role, step: OpContext, operand: int) -> bool:
-    """Whether the gradients of an operand for the parts make up that for the full batch."""
-    if isinstance(gradient, Replicated) and gradient.is_zero:
-        return True
+        return 1.0
+    role = step.roles[operand]
+    if isinstance(gradient, NotSeparable):
+        operation = described(gradient.eqn) if gradient.eqn else "an operation"
+        raise NotSeparableError(
+            f"has a derivative rule in which {operation} {gradient.why}", gradient.cause
+        )
+    if isinstance(role, NotSeparable):
+        raise NotSeparableError(
+            f"has a derivative rule that injects a gradient into a value that no parts combine to: "
+            f"{role}",
+            role.cause,
+        )
+    assert isinstance(role, Split | Replicated | PartialSum), role
+    assert isinstance(gradient, Split | Replicated | PartialSum), gradient
     axis = step.axis(operand)
-    if axis is None:
-        return isinstance(gradient, PartialSum) and same(gradient.ratio, 1.0)
-    return (
-        isinstance(gradient, Split | Replicated)
-        and same(gradient.ratio, 1.0)
-        and getattr(gradient, "axis", axis) == axis
-    )
+    factor = role.ratio * gradient.ratio
+    if axis is not None:  # [..., examples, ...]: each example's own gradient
+        if getattr(gradient, "axis", axis) == axis:
+            return _exact(factor)
+    elif isinstance(role, Replicated):
+        # What every part adds in full counts `parts` times in their sum.
+        return _exact(factor if isinstance(gradient, PartialSum) else factor / step.parts)
+    elif isinstance(gradient, Replicated):
+        return _exact(factor)
+    raise NotSeparableError(NOT_ALONE)
+
+
+def _exact(factor: float) -> float:
+    return 1.0 if same(factor, 1.0) else float(factor)
+
+
+def _is_linear_rule(backward: Jaxpr, step: OpContext) -> bool:
+    """Whether gradients scale with the cotangents, which come after the operands."""
+    num_operands = len(step.micro.invars)
+    return is_linear(backward, range(num_operands, len(backward.invars)))
 
 
 def _inexact(variables: Sequence[Any]) -> list[int]:
-    """The places of what has gradients."""
+    """Positions of the variables that have gradients."""
     return [i for i, var in enumerate(variables) if jnp.issubdtype(var.aval.dtype, jnp.inexact)]
 
 
 def _backward(eqn: JaxprEqn) -> Jaxpr:
-    """(operands, cotangents of the results) to the gradients of the operands."""
-    moving, made = _inexact(eqn.invars), _inexact(eqn.outvars)
-
-    def forward(operands: Sequence[Any], *changed: Any) -> list[Any]:
-        merged = list(operands)
-        for i, x in zip(moving, changed, strict=True):
-            merged[i] = x
-        results = _jax.bind(eqn, merged)
-        return [results[i] for i in made]
+    """(operands, cotangents of the inexact results) -> gradients of the inexact operands."""
+    made = _inexact(eqn.outvars)
 
     def backward(operands: Sequence[Any], cotangents: Sequence[Any]) -> Any:
-        _, pull = jax.vjp(
-            lambda *changed: forward(operands, *changed), *(operands[i] for i in moving)
-        )
-        return pull(list(cotangents))
+        return _pull(eqn, operands)[1](list(cotangents))
 
     results: list[Any] = list(eqn.outvars)
     types = [_type_of(var) for var in eqn.invars], [_type_of(results[i]) for i in made]
     return jax.make_jaxpr(backward)(*types)
 
 
+def _pull(eqn: JaxprEqn, operands: Sequence[Any]) -> tuple[list[Any], Callable[..., Any]]:
+    """Results of a call, and its vjp from the inexact results to the inexact operands."""
+    moving = _inexact(eqn.invars)
+    made = _inexact(eqn.outvars)
+
+    def forward(*changed: Any) -> tuple[list[Any], list[Any]]:
+        merged = list(operands)
+        for i, x in zip(moving, changed, strict=True):
+            merged[i] = x
+        results = _jax.bind(eqn, merged)
+        return [results[i] for i in made], results
+
+    _, pull, results = jax.vjp(forward, *(operands[i] for i in moving), has_aux=True)
+    return results, pull
+
+
+def _corrected(eqn: JaxprEqn, factors: Sequence[float]) -> JaxprEqn:
+    """The same call with the gradient of each inexact operand multiplied by its factor."""
+    moving = _inexact(eqn.invars)
+    made = _inexact(eqn.outvars)
+
+    @jax.custom_vjp
+    def call(*operands: Any) -> list[Any]:
+        return _jax.bind(eqn, operands)
+
+    def forward(*operands: Any) -> tuple[list[Any], Any]:
+        return _pull(eqn, operands)
+
+    def backward(pull: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
+        gradients = pull([cotangents[i] for i in made])
+        scaled = [g * jnp.asarray(c, g.dtype) for g, c in zip(gradients, factors, strict=True)]
+        by_operand = dict(zip(moving, scaled, strict=True))
+        return tuple(by_operand.get(i) for i in range(len(eqn.invars)))
+
+    call.defvjp(forward, backward)
+    traced = jax.make_jaxpr(call)(*map(_type_of, eqn.invars))
+    (wrapped,) = traced.eqns
+    return wrapped.replace(source_info=eqn.source_info, ctx=eqn.ctx)
+
+
 def _type_of(variable: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-        variable.aval.shape, variable.aval.dtype, weak_type=variable.aval.weak_type
-    )
+    aval = variable.aval
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)

@@ -9,10 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from layerwise_jax._jax import CUSTOM_RULE_PRIMITIVES, AbstractRef, Literal, is_key, source_line
-from layerwise_jax.batch import attention, bodies, contractions, elementwise, indexing, shapes
-from layerwise_jax.batch.derivatives import check_derivative
-from layerwise_jax.batch.draws import Draws, numbers_through
+from layerwise_jax._jax import (
+    AbstractRef,
+    JaxprEqn,
+    Literal,
+    is_key,
+    source_line,
+)
+from layerwise_jax.batch.derivatives import NOT_ALONE, check_derivative
 from layerwise_jax.batch.lattice import (
     BatchIota,
     IndexColumns,
@@ -30,6 +34,10 @@ from layerwise_jax.batch.lattice import (
 )
 from layerwise_jax.batch.linearity import STATISTICS, nonlinear
 from layerwise_jax.batch.pairs import PairedOp, ProgramPair, constants_of, differing_parameter
+from layerwise_jax.batch.rules import attention, bodies, contractions, elementwise, indexing, shapes
+from layerwise_jax.batch.rules import draws as drawing
+from layerwise_jax.batch.rules.draws import Draws, numbers_through
+from layerwise_jax.trace.primitives import CUSTOM_RULES
 from layerwise_jax.trace.program import Op, Operand, Value
 
 RULES = {
@@ -39,7 +47,6 @@ RULES = {
     **attention.RULES,
     **indexing.RULES,
 }
-DRAWING = frozenset("iota random_bits random_split".split())
 
 
 @dataclass
@@ -50,7 +57,10 @@ class BatchInterpreter:
       parts: parts that the batch is split into.
       per_microbatch: whether a sum or mean over examples that is used on is accepted as a statistic
         of the part.
+      corrected: by position in the program, custom derivative calls to run in place of the traced.
       draws: what was found out about drawing operations.
+      roles: of every value of the full program, once it was run.
+      statistics: positions of operations that took a sum over a part's examples for a statistic.
       is_inner: whether this is a body.
       checks_derivatives: whether derivative rules are looked into (not in derivatives, which may
         name themselves).
@@ -59,6 +69,9 @@ class BatchInterpreter:
     parts: int
     per_microbatch: bool = False
     draws: Draws = field(default_factory=Draws)
+    corrected: dict[int, JaxprEqn] = field(default_factory=dict)
+    roles: dict[Value, Role] = field(default_factory=dict)
+    statistics: set[int] = field(default_factory=set)
     is_inner: bool = False
     checks_derivatives: bool = True
 
@@ -74,6 +87,8 @@ class BatchInterpreter:
         for i, op in enumerate(pair.ops):
             roles = [_located(role, pair, i) for role in self._roles_of_results(op, env)]
             env.update(zip(op.full.results, roles, strict=True))
+        if not self.is_inner:
+            self.roles.update(env)
         return [
             _read(m, f, env) for m, f in zip(pair.micro.outputs, pair.full.outputs, strict=True)
         ]
@@ -114,6 +129,7 @@ class BatchInterpreter:
             return self._checked(step, self._apply(step, position))
         except NotSeparableError as mixes:
             if self.per_microbatch and any(isinstance(role, PartialSum) for role in step.roles):
+                self.statistics |= set() if position is None else {position}
                 return self.results(
                     step.with_roles([self._as_statistic(role) for role in step.roles]), position
                 )
@@ -133,8 +149,8 @@ class BatchInterpreter:
         if step.name in bodies.RULES:
             step = step.with_roles([self.draws.as_rows(role) for role in step.roles])
             results = bodies.RULES[step.name](self._run_body, step)
-            if step.name in CUSTOM_RULE_PRIMITIVES and self.checks_derivatives:
-                check_derivative(replace(self, checks_derivatives=False)._run_body, step, results)
+            if step.name in CUSTOM_RULES and self.checks_derivatives:
+                self._check_derivative(step, results, position)
             return results
         if step.name == "select_n" and (chosen := elementwise.chosen_case(step)):
             return [chosen]
@@ -145,9 +161,20 @@ class BatchInterpreter:
             return [min(mixed, key=lambda role: role.is_excusable)] * len(step.micro.outvars)
         if (parameter := differing_parameter(step.micro, step.full)) is not None:
             raise NotSeparableError(f"has {parameter}", "size")
-        if step.name in DRAWING:
-            return [self.draws.draw(step, position)]
+        if step.name in drawing.PRIMITIVES:
+            return [self.draws.draw(self._settle_numbers(step), position)]
         return self._by_rule(step)
+
+    def _check_derivative(
+        self, step: OpContext, results: Sequence[Role], position: int | None
+    ) -> None:
+        run = replace(self, checks_derivatives=False)._run_body
+        corrected = check_derivative(run, step, results, self.per_microbatch)
+        if corrected is None:
+            return
+        if position is None:  # the body of a loop or branch is not rewritten
+            raise NotSeparableError(NOT_ALONE)
+        self.corrected[position] = corrected
 
     def _by_rule(self, step: OpContext) -> Sequence[Role]:
         if any(isinstance(role, BatchIota | IndexColumns) for role in step.roles):

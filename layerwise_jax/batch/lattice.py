@@ -85,7 +85,7 @@ class IndexColumns:
     columns: tuple[Role, ...]
 
 
-Cause = Literal["statistics", "unknown", "size", "draw"]
+Cause = Literal["statistics", "unknown", "size", "draw", "derivative"]
 
 
 @dataclass(frozen=True)

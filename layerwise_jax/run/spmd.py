@@ -18,6 +18,7 @@ from layerwise_jax.run.forward import run_forward
 from layerwise_jax.run.interleaved import run_forward_in_rounds
 from layerwise_jax.run.outputs import Outputs
 from layerwise_jax.run.ticks import TrainingLoop
+from layerwise_jax.run.tied import tie_copies
 from layerwise_jax.schedule.arrays import lower_schedule
 from layerwise_jax.schedule.table import Schedule
 from layerwise_jax.stage.placement import Placement, Staged
@@ -166,6 +167,7 @@ class LoopExecutor:
 
     def _on_device(self, slots: Sequence[Any], inputs: Sequence[Any]) -> tuple[list, list]:
         weights, split, replica = self._local(slots, inputs)
+        weights = tie_copies(weights, self.placement.copies())
         if self.loop.num_chunks > 1:
             outputs, weights = run_forward_in_rounds(
                 self.loop, self.outputs.roles, weights, split, replica

@@ -20,6 +20,7 @@ import numpy as np
 
 from layerwise_jax import _jax
 from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal, is_key
+from layerwise_jax.trace.primitives import CUSTOM_RULES
 from layerwise_jax.trace.program import Op, Program, Value
 
 
@@ -87,7 +88,7 @@ def canonicalize(
 
 def _fingerprint_eqn(eqn: JaxprEqn) -> Hashable:
     outs = tuple(str(var.aval) for var in eqn.outvars)
-    if eqn.primitive.name in _jax.CUSTOM_RULE_PRIMITIVES:
+    if eqn.primitive.name in CUSTOM_RULES:
         return eqn.primitive.name, outs, _fingerprint_rule(eqn)
     params = tuple((name, _fingerprint(eqn.params[name])) for name in sorted(eqn.params))
     return eqn.primitive.name, outs, params, _jax.is_partitionable(eqn)
@@ -158,7 +159,7 @@ def _fingerprint_jaxpr(jaxpr: Jaxpr) -> Hashable:
 def _rules_within(jaxpr: Jaxpr) -> list[JaxprEqn]:
     found = []
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in _jax.CUSTOM_RULE_PRIMITIVES:
+        if eqn.primitive.name in CUSTOM_RULES:
             found.append(eqn)
         else:
             found.extend(rule for inner in _jax.inner_jaxprs(eqn) for rule in _rules_within(inner))

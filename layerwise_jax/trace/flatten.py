@@ -19,6 +19,7 @@ import numpy as np
 
 from layerwise_jax import _jax
 from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal, ShapedArray, Tracer
+from layerwise_jax.trace.primitives import CALLS, CUSTOM_RULES, REMATS
 from layerwise_jax.trace.program import Op, Operand, Program, Remat, Value, Weight
 from layerwise_jax.trace.stacked import LayerSlices, leading_spans
 
@@ -73,9 +74,7 @@ class _Flattener:
     def __init__(self, sliceable: frozenset[int], is_differentiable: bool):
         self.sliceable = sliceable
         self.is_differentiable = is_differentiable
-        self.opened = _jax.CALL_PRIMITIVES | (
-            frozenset() if is_differentiable else _jax.CUSTOM_RULE_PRIMITIVES
-        )
+        self.opened = CALLS | (frozenset() if is_differentiable else CUSTOM_RULES)
         self.ops: list[Op] = []
         self.avals: list[Any] = []
         self.flags: list[int] = []
@@ -172,7 +171,7 @@ class _Flattener:
         name = eqn.primitive.name
         if name in self.opened and not _names_devices(eqn):
             return self.run(_jax.inner_jaxpr(eqn), operands, remats)
-        if name in _jax.REMAT_PRIMITIVES and not eqn.params["differentiated"]:
+        if name in REMATS and not eqn.params["differentiated"]:
             remat = Remat(eqn.params["policy"], eqn.params["prevent_cse"])
             return self.run(_jax.inner_jaxpr(eqn), operands, (*remats, remat))
         if name == "scan" and self._scans_layers(eqn, operands):

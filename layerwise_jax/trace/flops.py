@@ -11,45 +11,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# Nothing is computed, and XLA fuses it into whatever reads it.
-MOVES = frozenset(
-    "broadcast_in_dim reshape transpose squeeze expand_dims slice pad concatenate rev iota copy "
-    "copy_p split select_n "
-    "convert_element_type bitcast_convert_type reduce_precision stop_gradient device_put "
-    "sharding_constraint pvary "
-    "ppermute all_gather all_to_all axis_index optimization_barrier random_wrap random_unwrap "
-    "name stack "
-    "unstack".split()
+from layerwise_jax.trace.primitives import (
+    CALLS,
+    LIBRARY_CALLS,
+    MOVES,
+    REDUCTIONS,
+    REMATS,
+    PrimitiveClass,
+    names_of,
 )
 
-# Read only the rows that they are asked for, and write as much.
-PARTIAL_READS = frozenset({"gather", "dynamic_slice"})
+SLICE_READS = names_of(PrimitiveClass.GATHER)
 
-# Write in place, into rows of their first operand: (which operand holds the rows).
-PARTIAL_WRITES = {"dynamic_update_slice": 1} | dict.fromkeys(
-    ("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max"), 2
-)
+# Slices written in place: (position of the operand that holds them).
+PARTIAL_WRITES = {
+    name: 1 if name == "dynamic_update_slice" else 2 for name in names_of(PrimitiveClass.SCATTER)
+}
 
-# Whole arrays in, one operation an element.
-REDUCTIONS = frozenset(
-    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin "
-    "reduce reduce_window "
-    "reduce_window_sum reduce_window_max reduce_window_min cumsum cumprod cummax cummin "
-    "cumlogsumexp "
-    "select_and_scatter_add".split()
-)
-
-# Run one jaxpr on just their operands.
-CALLS = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call"}
-)
-
-# Their work is decided elsewhere: by a library, or by code that is no jaxpr.
-OPAQUE = frozenset(
-    "ffi_call custom_call pallas_call pure_callback io_callback debug_callback cholesky lu qr "
-    "eigh eig svd schur "
-    "triangular_solve tridiagonal_solve householder_product fft custom_linear_solve".split()
-)
+# Operations that run one jaxpr on just their operands.
+ONE_JAXPR = CALLS | REMATS | {"custom_jvp_call"}
 
 
 @dataclass(frozen=True)
@@ -122,8 +102,8 @@ def _read_whole(jaxpr: Any) -> set[int]:
     """The positions of the inputs that some operation reads more of than rows."""
     whole: set[int] = set()
     for eqn in _live_equations(getattr(jaxpr, "jaxpr", jaxpr)):
-        inner = [each for each in _jaxprs(eqn.params.values()) if eqn.primitive.name in CALLS]
-        if eqn.primitive.name in PARTIAL_READS:
+        inner = [each for each in _jaxprs(eqn.params.values()) if eqn.primitive.name in ONE_JAXPR]
+        if eqn.primitive.name in SLICE_READS:
             whole |= {id(x) for x in eqn.invars[1:]}
         elif inner:
             whole |= {id(eqn.invars[i]) for i in _read_whole(inner[0])}
@@ -138,9 +118,9 @@ def _equation(eqn: Any) -> Work:
         return _RULES[name](eqn)
     if name in MOVES:
         return Work()
-    if name in OPAQUE:
+    if name in LIBRARY_CALLS:
         return _opaque(eqn)
-    if name in PARTIAL_READS:
+    if name in SLICE_READS:
         return Work(0.0, 2 * _nbytes(eqn.outvars[0]) + sum(_nbytes(x) for x in eqn.invars[1:]))
     if name in PARTIAL_WRITES:
         rows = eqn.invars[PARTIAL_WRITES[name]]

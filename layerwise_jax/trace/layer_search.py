@@ -16,12 +16,9 @@ from itertools import pairwise
 from layerwise_jax.trace.flatten import FROM_WEIGHTS, source_flags
 from layerwise_jax.trace.modules import Module
 from layerwise_jax.trace.pinned import live_bytes, pinned_ops
+from layerwise_jax.trace.primitives import LAYER_STARTS
 from layerwise_jax.trace.program import Program, Value, Weight
 
-# Operations with which a module begins anew when it is used a second time.
-CONTRACTIONS = frozenset(
-    "dot_general conv_general_dilated ragged_dot gather custom_vjp_call pallas_call scan".split()
-)
 WeightsOf = Mapping[Value, frozenset[Weight]]
 
 
@@ -92,7 +89,7 @@ def _runs_of_modules(
         weights = {weight for weight in behind if modules[weight.leaf] is not None}
         if not weights:
             continue
-        contracts = op.name in CONTRACTIONS or not with_state.isdisjoint(op.values)
+        contracts = op.name in LAYER_STARTS or not with_state.isdisjoint(op.values)
         weight = min(weights, key=lambda w: (w.leaf, w.start or 0))
         module = modules[weight.leaf]
         assert module is not None
@@ -117,7 +114,7 @@ def _contractions_with_state(
     found: set[Value] = set()
     for op in program.ops:
         if op.results and op.results[0] in weights_of:
-            contracts = op.name in CONTRACTIONS and any(
+            contracts = op.name in LAYER_STARTS and any(
                 modules[w.leaf] is None for w in weights_of[op.results[0]]
             )
             found.update(op.results if contracts or not found.isdisjoint(op.values) else ())

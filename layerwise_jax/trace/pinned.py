@@ -9,15 +9,8 @@ import numpy as np
 
 from layerwise_jax._jax import Literal
 from layerwise_jax.trace.flatten import FROM_INPUTS, FROM_WEIGHTS, source_flags
+from layerwise_jax.trace.primitives import EXPENSIVE
 from layerwise_jax.trace.program import Program, Value, nbytes
-
-# Work on inputs alone that is too much to be done again in every stage that needs its result.
-EXPENSIVE = frozenset(
-    "dot_general conv_general_dilated ragged_dot scan while cond sort fft cholesky lu qr eigh svd "
-    "triangular_solve "
-    "custom_jvp_call custom_vjp_call pallas_call ffi_call pure_callback io_callback "
-    "debug_callback".split()
-)
 
 
 def pinned_ops(program: Program) -> list[int]:

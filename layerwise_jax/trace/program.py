@@ -168,11 +168,27 @@ def _run(op: Op, known: dict[Value, Any], rows: BatchSlice | None) -> None:
         results = bind(op.eqn, operands)
     else:
         size = avals_of(op.eqn.outvars)[0].shape[op.full_rows.axis]
-        whole = bind(op.full_rows.eqn, operands)
-        results = [
-            lax.dynamic_slice_in_dim(x, rows.index * size, size, op.full_rows.axis) for x in whole
+        start = rows.index * size
+        full_avals = avals_of(op.full_rows.eqn.invars)
+        operands = [
+            _repeat_to(x, aval.shape, start) for x, aval in zip(operands, full_avals, strict=True)
         ]
+        whole = bind(op.full_rows.eqn, operands)
+        results = [lax.dynamic_slice_in_dim(x, start, size, op.full_rows.axis) for x in whole]
     known.update(zip(op.results, results, strict=True))
+
+
+def _repeat_to(x: Any, shape: Sequence[int], start: Any) -> Any:
+    """`x` in the full batch's shape: its rows at `start`, and at every multiple of its length.
+
+    The rows outside [start, start + length) are never used; copies of the microbatch's own rows
+    are valid arguments there.
+    """
+    for axis, length in enumerate(shape):
+        if length != jnp.shape(x)[axis]:
+            rows = (jnp.arange(length) - start) % x.shape[axis]  # [length]
+            x = jnp.take(x, rows, axis)
+    return x
 
 
 def _remat_groups(

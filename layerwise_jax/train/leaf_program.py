@@ -16,24 +16,26 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from layerwise_jax import _jax
 from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal, is_key
+from layerwise_jax.trace.primitives import CALLS, CUSTOM_RULES, ENTRYWISE, REMATS
 from layerwise_jax.trace.program import Op, Operand, Value
 
 MAX_EXPORTED_ENTRIES = 64
 """How many entries a value of one leaf may have to be shared with others."""
-ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp "
-    "convert_element_type copy cos cosh div "
-    "eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic "
-    "lt max min mul ne neg "
-    "nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sinh sqrt "
-    "square sub tan tanh xor".split()
-)
-REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_and reduce_or".split())
+# Reductions of a leaf in slices, each with the one that combines the slices' results.
+COMBINE = {
+    "reduce_sum": jnp.sum,
+    "reduce_prod": jnp.prod,
+    "reduce_max": jnp.max,
+    "reduce_min": jnp.min,
+    "reduce_and": jnp.all,
+    "reduce_or": jnp.any,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +191,7 @@ def _owner_of(
 
 
 def _reduces_all(op: Op) -> bool:
-    return op.name in REDUCTIONS and len(op.eqn.params["axes"]) == len(
+    return op.name in COMBINE and len(op.eqn.params["axes"]) == len(
         _jax.avals_of(op.eqn.invars)[0].shape
     )
 
@@ -204,7 +206,7 @@ def check_sliced(ops: Sequence[Op], name: str) -> None:
         spreads = op.name == "broadcast_in_dim" and all(
             _entries(a) == 1 for a in _jax.avals_of(op.eqn.invars)
         )
-        if op.name not in ELEMENTWISE and not spreads and not _reduces_all(op):
+        if op.name not in ENTRYWISE and not spreads and not _reduces_all(op):
             raise ValueError(
                 f"The optimiser applies {op.name} (at {_jax.source_line(op.eqn)}) to {name}, "
                 "whose layers are stacked "
@@ -258,7 +260,7 @@ class _Flattener:
 
     def open(self, eqn: JaxprEqn, operands: Sequence[Operand]) -> Sequence[Operand]:
         name = eqn.primitive.name
-        if name in _jax.CALL_PRIMITIVES | _jax.REMAT_PRIMITIVES | _jax.CUSTOM_RULE_PRIMITIVES:
+        if name in CALLS | REMATS | CUSTOM_RULES:
             return self.run(_jax.inner_jaxpr(eqn), operands)
         if name == "cond" and not eqn.effects:
             return self.branch(eqn, operands)

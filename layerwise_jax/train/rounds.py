@@ -19,17 +19,9 @@ from layerwise_jax import _jax
 from layerwise_jax._jax import Literal
 from layerwise_jax.stage.placement import Placement
 from layerwise_jax.trace.program import Operand, Value, Weight
-from layerwise_jax.train.leaf_program import REDUCTIONS, LeafProgram
+from layerwise_jax.train.leaf_program import COMBINE, LeafProgram
 from layerwise_jax.train.slot_update import Classifier, Component, Task, run_slot
 
-COMBINE = {
-    "reduce_sum": jnp.sum,
-    "reduce_max": jnp.max,
-    "reduce_min": jnp.min,
-    "reduce_and": jnp.all,
-    "reduce_or": jnp.any,
-}
-assert set(COMBINE) == REDUCTIONS
 Wanted = Sequence[tuple[Component, Operand]]
 ShardOwner = tuple[int, Component]
 

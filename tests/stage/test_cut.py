@@ -12,9 +12,10 @@ import pytest
 from jax.extend.core import jaxpr_as_fun
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from layerwise_jax._jax import REMAT_PRIMITIVES, inner_jaxprs
+from layerwise_jax._jax import inner_jaxprs
 from layerwise_jax.stage.cut import CutError, Stage, cut_stages, run_stage
 from layerwise_jax.trace.layers import LayerSequence, trace_layers
+from layerwise_jax.trace.primitives import REMATS
 from layerwise_jax.trace.program import nbytes
 from tests.models.zoo import BATCH, CASES, Case
 from tests.support.staging import even_boundaries, trace_case
@@ -144,7 +145,7 @@ def test_a_checkpoint_around_many_layers_stands_in_every_stage_with_its_policy()
     layers = trace_case(case, case.fn, 1)
     for stage in cut_stages(layers, even_boundaries(len(layers), 4)):
         top = stage_jaxpr(layers, stage).eqns
-        remats = [eqn for eqn in top if eqn.primitive.name in REMAT_PRIMITIVES]
+        remats = [eqn for eqn in top if eqn.primitive.name in REMATS]
         assert [eqn.params["policy"] for eqn in remats] == [jax.checkpoint_policies.dots_saveable]
         assert "dot_general" not in {eqn.primitive.name for eqn in top}
 

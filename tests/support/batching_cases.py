@@ -443,10 +443,6 @@ REFUSED: dict[str, Refused] = {
     "derivative that mixes": refused(
         centre_gradient, "has a derivative rule in which .* mean over the examples"
     ),
-    "derivative that averages": Refused(
-        lambda w, i: average_weight_gradient(w, i["x"]),
-        "has a derivative rule that does not treat each example",
-    ),
     "overwrite one array": Refused(
         lambda w, i: (w.at[i["tokens"][:, 0]].set(i["x"][:, 0, 0]), i["x"] * w),
         "overwrite one another",

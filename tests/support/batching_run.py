@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from layerwise_jax.batch.analysis import BatchAnalysis, analyze_batching
@@ -54,18 +55,9 @@ class Split:
 
     def run_in_parts(self, batching: BatchAnalysis, reduce: str | None) -> list[Any]:
         """The output leaves put together from those of the parts, by their roles."""
-        program, weights = batching.program, jax.tree.leaves(self.params)
 
         def run(index: Any, *inputs: Any) -> list[Any]:
-            env = dict(program.constants)
-            env.update(
-                {
-                    value: weight.of(weights[weight.leaf])
-                    for value, weight in program.weights.items()
-                }
-            )
-            env.update(zip(program.inputs, jax.tree.leaves(inputs), strict=True))
-            return evaluate(program.ops, env, program.outputs, BatchSlice(index))
+            return self._run_part(batching, self.params, index, inputs)
 
         jitted = compile_lightly(run)
         results = [jax.device_get(jitted(index, *self.part(index))) for index in range(self.parts)]
@@ -73,6 +65,31 @@ class Split:
         return [
             combine(role.kind, x, reduce) for role, x in zip(batching.outputs, made, strict=True)
         ]
+
+    def gradients_in_parts(self, batching: BatchAnalysis, reduce: str | None) -> Any:
+        """The gradients of the first output: those of the parts, each seeded with its share."""
+        seed = 1.0 if reduce == "sum" else 1 / self.parts
+
+        def pull(index: Any, *inputs: Any) -> Any:
+            def loss(params: Any) -> Any:
+                return self._run_part(batching, params, index, inputs)[0]
+
+            value, vjp = jax.vjp(loss, self.params)
+            return vjp(jnp.full_like(value, seed))[0]
+
+        jitted = compile_lightly(pull)
+        shares = [jitted(index, *self.part(index)) for index in range(self.parts)]
+        return jax.tree.map(lambda *x: np.sum(jax.device_get(x), axis=0), *shares)
+
+    def _run_part(
+        self, batching: BatchAnalysis, params: Any, index: Any, inputs: tuple[Any, ...]
+    ) -> list[Any]:
+        program = batching.program
+        leaves = jax.tree.leaves(params)
+        env = dict(program.constants)
+        env.update({value: w.of(leaves[w.leaf]) for value, w in program.weights.items()})
+        env.update(zip(program.inputs, jax.tree.leaves(inputs), strict=True))
+        return evaluate(program.ops, env, program.outputs, BatchSlice(index))
 
 
 def combine(kind: str, parts: Sequence[Any], reduce: str | None) -> Any:

@@ -16,6 +16,7 @@ from layerwise_jax.batch.lattice import (
     joined,
 )
 from layerwise_jax.batch.pairs import ProgramPair, pair_bodies
+from layerwise_jax.trace.primitives import CALL_LIKE
 
 RunBody = Callable[[ProgramPair, Sequence[Role]], list[Role]]
 """The roles of a body's outputs, given those of its inputs."""
@@ -136,8 +137,5 @@ RULES: dict[str, Callable[[RunBody, OpContext], list[Role]]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
-    **dict.fromkeys(
-        [*_jax.CALL_PRIMITIVES, *_jax.REMAT_PRIMITIVES, *_jax.CUSTOM_RULE_PRIMITIVES], _call
-    ),
-    **dict.fromkeys(_jax.HIGH_LEVEL_PRIMITIVES, _call),
+    **dict.fromkeys(CALL_LIKE, _call),
 }

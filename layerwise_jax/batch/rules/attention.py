@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from math import prod
 
-from layerwise_jax.batch.elementwise import Rule
 from layerwise_jax.batch.lattice import NotSeparableError, OpContext, Role, build
 from layerwise_jax.batch.linearity import nonlinear, product
+from layerwise_jax.batch.rules.elementwise import Rule
 
 VALUE, BIAS, PACKED, COTANGENT = 2, 3, range(6, 10), 12
 NUM_OPERANDS = {"dot_product_attention_fwd_wrapper": 10, "dot_product_attention_bwd_wrapper": 13}

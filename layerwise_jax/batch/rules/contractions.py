@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from layerwise_jax.batch.elementwise import Rule
 from layerwise_jax.batch.lattice import NotSeparableError, OpContext, Role, build
 from layerwise_jax.batch.linearity import product
+from layerwise_jax.batch.rules.elementwise import Rule
 
 EVERY_PAIR = "combines every example with every other"
 

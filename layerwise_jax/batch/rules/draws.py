@@ -1,9 +1,9 @@
-"""Roles through operations that draw by shape (iotas, random bits, keys), and through the numbers
-of rows they make.
+"""Random draws, iotas, and the numbering of examples that iotas make.
 
-What is drawn for the full batch cannot be drawn for a part alone: the first row of the second part
-is not the first row of the batch. An operation in the program proper is run at the full batch and
-its rows are sliced out; in the body of a loop or branch that cannot be asked for.
+A draw by shape makes as many numbers as its result has entries, from one key. Drawn for a part it
+would give the part the numbers of the first examples, so an operation of the program is run at the
+full batch and the part's rows are sliced out. In the body of a loop or branch that is impossible
+and the draw is refused.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 
-from layerwise_jax.batch import elementwise, shapes
-from layerwise_jax.batch.elementwise import common_axis
+from layerwise_jax import _jax
 from layerwise_jax.batch.lattice import (
     BatchIota,
     IndexColumns,
@@ -29,38 +28,67 @@ from layerwise_jax.batch.lattice import (
     scaling_axes,
 )
 from layerwise_jax.batch.linearity import nonlinear
+from layerwise_jax.batch.rules import elementwise, shapes
+from layerwise_jax.batch.rules.elementwise import common_axis
 from layerwise_jax.trace.program import FullRows
+
+PRIMITIVES = frozenset("iota random_bits random_split random_fold_in random_gamma".split())
+"""Primitives that draw by shape or depend on the implementation of their keys."""
+
+# For each key implementation, the operations that use every key of an array of keys by itself. The
+# others read the first key of the array: `lax.rng_bit_generator`, batched, draws for all from it.
+PER_KEY = {
+    "threefry2x32": PRIMITIVES - {"iota"},
+    "rbg": frozenset({"random_split", "random_fold_in", "random_gamma"}),
+}
 
 HIDDEN = (
     "draws by the shape of the batch in the body of a loop, branch or custom derivative, where a "
-    "part cannot be given "
-    "its share of what the full batch draws; draw outside of it, or with a key for each example"
+    "part cannot be given its share of the full batch's draw; draw outside of it, or with one key "
+    "for each example"
 )
 
 
 class Draws:
-    """What the walk over a program has found out about its drawing operations.
+    """Drawing operations found by one run of the interpreter.
 
     Attributes:
       full_rows: by position in the program, the operations to run at the full batch.
+      per_part: positions of iotas that number the examples of each part from 0.
+      accepts_per_part: whether an iota in the body of a loop may number those of each part.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, per_part: frozenset[int] = frozenset(), accepts_per_part: bool = False
+    ) -> None:
         self.full_rows: dict[int, FullRows] = {}
+        self.per_part = per_part
+        self.accepts_per_part = accepts_per_part
         self._iotas: dict[int, FullRows] = {}
         self._indexing: set[int] = set()
 
+    @property
+    def numbered(self) -> frozenset[int]:
+        """Positions of the iotas that number the full batch and are read as data."""
+        return frozenset(self.full_rows) & frozenset(self._iotas)
+
     def draw(self, step: OpContext, position: int | None) -> Role:
-        """Of an operation that draws by shape. `position` is None in the body of a loop or
-        branch.
-        """
-        axis = step.axis() if step.roles else None
-        drawn = one_scaling_axis(*step.result_shapes())
+        """Role of a draw; `position` is None in the body of a loop or branch."""
         if step.name == "iota":
             return self._iota(step, position)
         nonlinear(step)
-        if isinstance(step.roles[0], Split) or drawn is None or drawn == axis:
+        drawn = one_scaling_axis(*step.result_shapes())
+        if drawn is None:
             return build(common_axis(step), 1.0, False)
+        follows_keys = step.name == "random_fold_in" or step.axis(0) is not None
+        if follows_keys and step.name in PER_KEY.get(_implementation(step), ()):
+            return build(common_axis(step), 1.0, False)
+        if follows_keys and any(isinstance(role, Split) for role in step.roles[:2]):
+            raise NotSeparableError(
+                "draws with the first key of the batch for all examples, as keys of the "
+                f"implementation '{_implementation(step)}' do under vmap; use threefry2x32 keys, "
+                "or draw in one call with one key"
+            )
         if position is None:
             raise NotSeparableError(HIDDEN, "draw")
         self.full_rows[position] = FullRows(step.full, drawn)
@@ -77,22 +105,28 @@ class Draws:
         return BatchIota(axis, length, frozenset([position]))
 
     def index_by(self, role: Role) -> None:
-        """Note that numbers of rows index the rows of a part."""
+        """Note that a numbering of the examples indexes the examples of a part."""
         for numbers in role.columns if isinstance(role, IndexColumns) else [role]:
             if isinstance(numbers, BatchIota):
                 self._indexing |= numbers.sources or frozenset()
         self._check()
 
     def as_rows(self, role: Role) -> Role:
-        """Numbers of rows as data of the examples: they are then those of the full batch."""
+        """Role of a numbering that is read as data: each example's number in the full batch.
+
+        Raises:
+          NotSeparableError: the numbers are those of each part, or no slice of the full batch's.
+        """
         if isinstance(role, IndexColumns):
             for column in role.columns:
                 self.as_rows(column)
             return Split(role.axis)
         if not isinstance(role, BatchIota):
             return role
-        if role.sources is None:
+        if role.sources is None and not self.accepts_per_part:
             raise NotSeparableError(HIDDEN, "draw")
+        if role.sources is None or role.sources & self.per_part:
+            raise NotSeparableError("numbers the examples of each part from 0")
         if role.offset[0] != role.offset[1]:
             raise NotSeparableError(
                 "counts the examples from a place that depends on the length of the batch", "size"
@@ -104,16 +138,19 @@ class Draws:
     def _check(self) -> None:
         if self._indexing.intersection(self.full_rows):
             raise NotSeparableError(
-                "uses the same numbers of the examples (an arange) both as their index and as "
-                "data; make two of them",
+                "uses one numbering of the examples (an arange) both as their index and as data; "
+                "make two of them",
                 "draw",
             )
 
 
+def _implementation(step: OpContext) -> str:
+    """Name of the implementation of the keys that an operation reads."""
+    return _jax.key_implementation(step.micro.invars[0].aval)
+
+
 def numbers_through(step: OpContext) -> Role | None:
-    """The role of a result that still counts rows, or is settled by their being counts; None if it
-    is not.
-    """
+    """Role of a result that still numbers the examples or follows from their range, else None."""
     role = step.roles[0]
     if step.name == "concatenate":
         return _columns(step)
@@ -148,14 +185,14 @@ _MOVES = {
 }
 
 
-def _holds(step: OpContext, count: int) -> bool:
-    """Whether the result can hold integers up to `count`."""
+def _holds(step: OpContext, count: float) -> bool:
+    """Whether the result's dtype holds integers up to `count`."""
     dtype = step.dtypes[1]
     return jnp.issubdtype(dtype, jnp.integer) and count <= jnp.iinfo(dtype).max
 
 
 def _columns(step: OpContext) -> Role | None:
-    """Index vectors put together from columns."""
+    """Role of index vectors [..., columns] concatenated from columns [..., 1]."""
     last = len(step.shape()) - 1
     widths = [step.shape(i)[last] for i in range(len(step.roles))]
     axes = {step.axis(i) for i in range(len(step.roles))}

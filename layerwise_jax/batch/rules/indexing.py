@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from layerwise_jax.batch.elementwise import Rule
 from layerwise_jax.batch.lattice import (
     BatchIota,
     IndexColumns,
@@ -23,6 +22,7 @@ from layerwise_jax.batch.lattice import (
     build,
 )
 from layerwise_jax.batch.linearity import STATISTICS, additive, nonlinear
+from layerwise_jax.batch.rules.elementwise import Rule
 
 BY_INDEX = "reads or writes the examples at computed places of the batch"
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
-from layerwise_jax.batch.elementwise import Rule, common_axis
 from layerwise_jax.batch.lattice import (
     NotSeparableError,
     OpContext,
@@ -18,6 +17,7 @@ from layerwise_jax.batch.lattice import (
     scaling_axes,
 )
 from layerwise_jax.batch.linearity import additive, nonlinear
+from layerwise_jax.batch.rules.elementwise import Rule, common_axis
 
 
 def _moved(new_axis: Callable[[OpContext, int], int]) -> Rule:

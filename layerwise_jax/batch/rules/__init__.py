@@ -1,0 +1,1 @@
+"""Rules of primitives: the role of a result, from those of the operands."""
