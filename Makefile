@@ -1,5 +1,7 @@
-# make demo    trains a small transformer in stages on 8 emulated devices and prints its plan
+# make demo    trains a small transformer in stages on emulated devices and prints its plan
+# make check   lint, format, types and a sample of the tests, in about four minutes
 # make test    lint, format, types and tests, as CI runs them
+# make slow    the tests that are marked slow
 # make oldest  the tests alone, on the oldest JAX that pyproject.toml allows
 # make lock    pins the newest versions that pyproject.toml allows
 #
@@ -7,6 +9,8 @@
 
 VENV ?= .venv
 WORKERS ?= 2
+# `make check` runs every SAMPLE-th test of each file.
+SAMPLE ?= 6
 OLDEST_JAX := 0.11.2
 
 BIN = $(VENV)/bin
@@ -17,13 +21,19 @@ IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 12))
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: demo test oldest lint types format lock clean
+.PHONY: demo check test slow oldest lint types format lock clean
 
 demo: $(DEMO_INSTALLED)
 	$(BIN)/python -m experiments.quickstart
 
+check: lint types
+	$(PYTEST) --sample=$(SAMPLE)
+
 test: lint types
 	$(PYTEST)
+
+slow: $(TEST_INSTALLED)
+	$(PYTEST) -m slow
 
 oldest: VENV := .venv-oldest
 oldest:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from absl import app
 from rich.console import Console
 
-from layerwise_jax._jax import emulate_devices
+import layerwise_jax as lw
 
 
 def refuse_words(argv: Sequence[str]) -> None:
@@ -26,7 +26,7 @@ def refuse_words(argv: Sequence[str]) -> None:
 def use_emulated(console: Console, count: int) -> None:
     """So many emulated CPU devices; ends the program where JAX has others already."""
     try:
-        emulate_devices(count)
+        lw.emulate_devices(count)
     except RuntimeError as error:
         console.print(f"Cannot run: {error}", style="red")
         sys.exit(2)

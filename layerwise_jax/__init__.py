@@ -1,5 +1,4 @@
-"""Run a neural network layer-wise: every device holds a contiguous group of layers that fits its
-on-chip cache.
+"""Pipeline parallelism by automatic stage cutting: each device holds layers that fit its cache.
 
     import layerwise_jax as lw
 
@@ -7,8 +6,8 @@ on-chip cache.
     print(pipeline.plan)
     staged = pipeline.place(params)
     logits = jax.jit(pipeline)(staged, tokens)
-    loss, grads = jax.jit(pipeline.value_and_grad)(staged, batch)  # where the function returns a
-    scalar loss params = pipeline.gather(staged)
+    loss, grads = jax.jit(pipeline.value_and_grad)(staged, batch)  # of a function with scalar loss
+    params = pipeline.gather(staged)
 
 Names are loaded when they are first used, so that planning, which is plain numbers, does not import
 JAX.
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from layerwise_jax.entry import layerwise
     from layerwise_jax.measure.detect import detect_device
     from layerwise_jax.measure.layers import measure_costs
-    from layerwise_jax.mesh import stage_mesh
+    from layerwise_jax.mesh import emulate_devices, stage_mesh
     from layerwise_jax.options import PipelineOptions
     from layerwise_jax.partition.solver import (
         CapacityError,
@@ -65,7 +64,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "entry": ("layerwise",),
-    "mesh": ("stage_mesh",),
+    "mesh": ("stage_mesh", "emulate_devices"),
     "trace.layers": ("trace_layers", "LayerSequence"),
     "measure.layers": ("measure_costs",),
     "partition.solver": (
@@ -109,6 +108,8 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
+__version__ = "0.1.0"
+
 __all__ = [
     "layerwise",
     "trace_layers",
@@ -127,6 +128,7 @@ __all__ = [
     "solve",
     "solve_measured",
     "stage_mesh",
+    "emulate_devices",
     "detect_device",
     "save_checkpoint",
     "restore_checkpoint",
@@ -164,10 +166,10 @@ __all__ = [
 ]
 
 
-# Folders whose public names users reach as `lw.partition.solve`.
+# Folders and the module `mesh`, whose public names users reach as `lw.partition.solve`.
 _NAMESPACES = frozenset(
-    "batch checkpoint cost decode measure partition run schedule simulate stage trace train "
-    "xla".split()
+    "batch checkpoint cost decode examples measure mesh partition run schedule simulate stage "
+    "trace train xla".split()
 )
 
 

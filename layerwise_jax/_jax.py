@@ -26,7 +26,6 @@ __all__ = [
     "Tracer",
     "Var",
     "bind",
-    "emulate_devices",
     "is_key",
     "key_implementation",
     "key_paths",
@@ -109,22 +108,6 @@ def key_paths(tree: Any) -> tuple[list[tuple[Any, ...]], list[Any], Any]:
     """A pytree as (path of every leaf, leaves, structure)."""
     flat, structure = jax.tree_util.tree_flatten_with_path(tree)
     return [path for path, _ in flat], [leaf for _, leaf in flat], structure
-
-
-def emulate_devices(count: int) -> None:
-    """Ask JAX for `count` emulated CPU devices. Must run before JAX touches a device.
-
-    Raises:
-      RuntimeError: the backend is already up with another number of devices.
-    """
-    try:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{count} emulated CPU devices were asked for after JAX had started its backend; "
-            "ask for them before the first array or device is made."
-        ) from error
 
 
 def is_partitionable(eqn: JaxprEqn) -> bool:

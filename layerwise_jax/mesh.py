@@ -1,4 +1,4 @@
-"""Mesh axes of a pipeline: their names, a default mesh, and checks of a given one."""
+"""Mesh axes of a pipeline: their names, a default mesh, checks of a given one; emulated devices."""
 
 from __future__ import annotations
 
@@ -46,6 +46,22 @@ def stage_mesh(num_devices: int) -> Mesh:
         raise ValueError(
             f"num_devices must be at most {len(devices)}, the number of local devices, got "
             f"{num_devices}. Ask for fewer stages, or emulate devices on the CPU: "
-            "jax.config.update('jax_num_cpu_devices', n) before any other use of JAX."
+            f"layerwise_jax.emulate_devices({num_devices}) before any other use of JAX."
         )
     return Mesh(np.array(devices[:num_devices]), (STAGE,), axis_types=(AxisType.Auto,))
+
+
+def emulate_devices(count: int) -> None:
+    """Makes JAX use `count` emulated CPU devices. Call it before any array or device is made.
+
+    Raises:
+      RuntimeError: JAX has started with another number of devices.
+    """
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"emulate_devices({count}) must run before JAX starts its backend, and it has started "
+            "with another number of devices. Call it before the first array or device is made."
+        ) from error

@@ -2,7 +2,9 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -42,3 +44,23 @@ def stage_mesh() -> Callable[..., Mesh]:
         return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
     return make
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sample", type=int, default=1, metavar="N", help="run only every Nth test of each file"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps every Nth test of each file, from its first, after `-m` and `-k` have selected."""
+    step = int(config.getoption("--sample") or 1)
+    seen: Counter[Path] = Counter()
+    kept, dropped = [], []
+    for item in items:
+        (dropped if seen[item.path] % step else kept).append(item)
+        seen[item.path] += 1
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept

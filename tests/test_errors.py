@@ -128,7 +128,7 @@ def test_fewer_devices_than_stages() -> None:
         f"got {count}",
         "fewer stages",
     )
-    refuses(lambda: lw.stage_mesh(count), f"got {count}", "jax_num_cpu_devices")
+    refuses(lambda: lw.stage_mesh(count), f"got {count}", "emulate_devices")
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[1]
 # Folders and top modules in the order of processing, users' end first.
 # Each imports only from those after it.
 ORDER = """
-    __init__ entry comparison build checkpoint pipeline host options decode train run measure
-    simulate batch stage xla plan trace partition cost schedule mesh _tables _json _arguments _jax
+    examples __init__ entry comparison build checkpoint pipeline host options decode train run
+    measure simulate batch stage xla plan trace partition cost schedule mesh _tables _json
+    _arguments _jax
 """.split()
 WITHOUT_JAX = {"partition", "schedule", "simulate", "cost", "plan", "_tables", "_json"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}

@@ -28,9 +28,8 @@ from experiments.calibrate.reads import (
     round_counts,
 )
 from experiments.command import refuse_words
-from layerwise_jax.cost.device import DeviceSpec
-from layerwise_jax.cost.devices import device_named
-from layerwise_jax.measure.detect import detect_device
+from layerwise_jax.cost import DeviceSpec, device_named
+from layerwise_jax.measure import detect_device
 
 RESULTS = Path(__file__).parent / "results"
 # A CPU's programs are rows of one loop, few enough that a round of theirs is smaller than the

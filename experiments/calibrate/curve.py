@@ -6,7 +6,7 @@ from statistics import median
 from typing import NamedTuple
 
 from experiments.calibrate.reads import Reading
-from layerwise_jax.cost.device import DeviceSpec
+from layerwise_jax.cost import DeviceSpec
 
 # A working set counts as resident while it is read at nine tenths of the cache's bandwidth.
 RESIDENT_SHARE = 0.9

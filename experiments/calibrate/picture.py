@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.calibrate.curve import Calibration
 from experiments.calibrate.reads import MIB, Reading
-from layerwise_jax.cost.device import DeviceSpec
+from layerwise_jax.cost import DeviceSpec
 
 matplotlib.use("Agg")
 

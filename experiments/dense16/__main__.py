@@ -36,8 +36,8 @@ from experiments.dense16.runs import Run, circumstances, write_json
 from experiments.dense16.scaling import Scaling, measure_scaling
 from experiments.dense16.sixteen import compile_absent, emulate, shapes
 from experiments.dense16.strategies import MAKERS
-from layerwise_jax.cost.devices import H100, H200
-from layerwise_jax.xla.aot import can_compile_for_absent_gpus
+from layerwise_jax.cost import H100, H200
+from layerwise_jax.xla import can_compile_for_absent_gpus
 
 PAPER = PRESETS["paper"]
 PARTS = ("predict", "compile", "emulate")

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 from experiments.dense16.grid import Grid
 from experiments.dense16.predictions import shape_text
-from layerwise_jax.cost.device import DeviceSpec
-from layerwise_jax.cost.devices import H200
-from layerwise_jax.simulate.predictor import (
+from layerwise_jax.cost import H200, DeviceSpec
+from layerwise_jax.simulate import (
     Prediction,
     StepWork,
     best_strategies,

@@ -6,9 +6,7 @@ from typing import Any, NamedTuple
 
 from experiments.dense16.grid import Grid, signed
 from experiments.dense16.runs import Record, Run
-from layerwise_jax.simulate.fit import fit_calibration
-from layerwise_jax.simulate.predictor import STOCK, Calibration
-from layerwise_jax.simulate.records import measurements, predict_record
+from layerwise_jax.simulate import STOCK, Calibration, fit_calibration, measurements, predict_record
 
 # What a prediction may be off, after calibration on the device.
 TOLERANCE = 0.15

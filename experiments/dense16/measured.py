@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from experiments.dense16.grid import Grid, count, signed
 from experiments.dense16.predictions import shape_text
 from experiments.dense16.runs import STRATEGIES, Record, Run
-from layerwise_jax.simulate.predictor import Strategy
+from layerwise_jax.simulate import Strategy
 
 RESIDENCY = ("resident", "streaming")
 RIVALS = ("tensor", "tensor x pipeline")

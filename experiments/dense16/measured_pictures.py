@@ -14,9 +14,8 @@ from experiments.dense16.measured import best, ratio
 from experiments.dense16.paper import BASELINE, CLAIMED_RATIO
 from experiments.dense16.pictures import BLUE, GREY, RED, save
 from experiments.dense16.runs import STRATEGIES, Record, Run
-from layerwise_jax.cost.device import DeviceSpec
-from layerwise_jax.simulate.predictor import predict
-from layerwise_jax.simulate.records import strategy_of_record, work_of
+from layerwise_jax.cost import DeviceSpec
+from layerwise_jax.simulate import predict, strategy_of_record, work_of
 
 GREEN = "#31a354"
 # The part that sweeps sizes has too many settings for panels; the table has them.

@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 
 from experiments.dense16.paper import BASELINE, CLAIMS
 from experiments.dense16.predictions import Setup, cache_verdict, rows_to_show, shape_text
-from layerwise_jax.cost.capacity import WIDTHS
-from layerwise_jax.cost.device import DeviceSpec
-from layerwise_jax.simulate.predictor import Prediction, Strategy
+from layerwise_jax.cost import WIDTHS, DeviceSpec
+from layerwise_jax.simulate import Prediction, Strategy
 
 matplotlib.use("Agg")  # no screen is needed, and none may be there
 

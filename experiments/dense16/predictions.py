@@ -9,10 +9,9 @@ from typing import Any
 from experiments.dense16.grid import Grid, count, gigabytes, milliseconds
 from experiments.dense16.model import Dense
 from experiments.dense16.paper import BASELINE, BASELINE_STAGES, CLAIMS, LAYER_WISE
-from layerwise_jax.cost.capacity import CapacityBound, capacity_bound
-from layerwise_jax.cost.device import DeviceSpec
-from layerwise_jax.cost.layer_cost import LayerCost
-from layerwise_jax.simulate.predictor import (
+from layerwise_jax.cost import CapacityBound, DeviceSpec, LayerCost, capacity_bound
+from layerwise_jax.simulate import (
+    ALL_REDUCES_PER_LAYER,
     Prediction,
     StepWork,
     Strategy,
@@ -20,9 +19,8 @@ from layerwise_jax.simulate.predictor import (
     dense_decode,
     ideal_per_second,
     predict,
+    ring_all_reduce_bytes,
 )
-from layerwise_jax.simulate.stage import ring_all_reduce_bytes
-from layerwise_jax.simulate.work import ALL_REDUCES_PER_LAYER
 
 ALL_REDUCE_SECONDS = 20e-6
 

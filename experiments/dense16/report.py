@@ -25,7 +25,7 @@ from experiments.dense16.predictions import Setup, bounds_grid, predictions_grid
 from experiments.dense16.runs import Run, load_runs
 from experiments.dense16.targets import targets_grid
 from experiments.page import update_page
-from layerwise_jax.cost.devices import H100, H200
+from layerwise_jax.cost import H100, H200
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -17,8 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import layerwise_jax as lw
 from experiments.dense16.model import CACHE_SPEC, TENSOR, Dense
 from experiments.dense16.strategy import Strategy
-from layerwise_jax.decode.state import rotated
-from layerwise_jax.decode.values import RingState
+from layerwise_jax.decode import RingState, rotated
 from layerwise_jax.mesh import STAGE
 
 

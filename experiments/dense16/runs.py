@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from layerwise_jax.cost.device import DeviceSpec
-from layerwise_jax.cost.devices import DEVICES
+from layerwise_jax.cost import DEVICES, DeviceSpec
 
 Record = Mapping[str, Any]
 

@@ -27,8 +27,8 @@ from experiments.dense16.timing import (
     digest,
     time_in_turns,
 )
-from layerwise_jax.simulate.predictor import Strategy as Shape
-from layerwise_jax.simulate.strategy import strategy_of
+from layerwise_jax.simulate import Strategy as Shape
+from layerwise_jax.simulate import strategy_of
 
 # Steps of the short and of the long program: of a large layer, and of one that takes microseconds.
 COUNTS, SMALL_COUNTS = (4, 20), (16, 144)

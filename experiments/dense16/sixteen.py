@@ -15,9 +15,9 @@ from experiments.dense16.model import Dense, random_array
 from experiments.dense16.predictions import Setup, shape_text
 from experiments.dense16.strategies import fitting, make_strategy
 from experiments.dense16.timing import DecodeRun, compile_all, digest
-from layerwise_jax.cost.device import DeviceSpec
-from layerwise_jax.simulate.predictor import Strategy
-from layerwise_jax.xla.aot import absent_devices
+from layerwise_jax.cost import DeviceSpec
+from layerwise_jax.simulate import Strategy
+from layerwise_jax.xla import absent_devices
 
 # The program is the same loop for any number of steps.
 STEPS = 4

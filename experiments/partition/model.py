@@ -10,12 +10,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from experiments.models.gpt import GPT
 from experiments.partition.picture import LayerFigures, draw_stages
-from layerwise_jax.cost.devices import H100
-from layerwise_jax.measure.layers import CompiledCosts
-from layerwise_jax.measure.microbatch import roofline_seconds
-from layerwise_jax.trace.layers import trace_layers
+from layerwise_jax.cost import H100
+from layerwise_jax.examples import GPT
+from layerwise_jax.measure import CompiledCosts, roofline_seconds
+from layerwise_jax.trace import trace_layers
 
 RESULTS = Path(__file__).parent / "results"
 NUM_STAGES = 8

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.partition.rivals import even_by_count
-from layerwise_jax.partition.solver import CapacityError, solve
+from layerwise_jax.partition import CapacityError, solve
 
 matplotlib.use("Agg")
 

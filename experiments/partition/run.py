@@ -17,7 +17,7 @@ from experiments.partition.rivals import (
     even_by_count,
     least_spread,
 )
-from layerwise_jax.partition.solver import solve
+from layerwise_jax.partition import solve
 
 RESULTS = Path(__file__).parent / "results"
 RIVALS: dict[str, Callable[[Times, int], list[int]]] = {

@@ -22,10 +22,9 @@ from experiments.plan_without_gpu.picture import draw_plan
 from experiments.plan_without_gpu.planning import plan, plan_large
 from experiments.plan_without_gpu.subjects import SUBJECTS, count_parameters, large
 from experiments.plan_without_gpu.table import large_table, plans_table
-from layerwise_jax.cost.device import DeviceSpec
-from layerwise_jax.cost.devices import DEVICES, device_named
-from layerwise_jax.partition.solver import CapacityError
-from layerwise_jax.xla.aot import can_compile_for_absent_gpus
+from layerwise_jax.cost import DEVICES, DeviceSpec, device_named
+from layerwise_jax.partition import CapacityError
+from layerwise_jax.xla import can_compile_for_absent_gpus
 
 RESULTS = Path(__file__).parent / "results"
 LARGE = "large"

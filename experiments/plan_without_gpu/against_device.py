@@ -29,9 +29,8 @@ from absl import app, flags
 from experiments.command import refuse_words
 from experiments.plan_without_gpu.stages import StageProgram, stage_programs
 from experiments.plan_without_gpu.table import comparison_table
-from layerwise_jax.cost.device import DeviceSpec
-from layerwise_jax.cost.devices import device_named
-from layerwise_jax.xla.aot import compile_for
+from layerwise_jax.cost import DeviceSpec, device_named
+from layerwise_jax.xla import compile_for
 
 RESULTS = Path(__file__).parent / "results"
 COMMITTED_ABSENT = RESULTS / "absent.json"

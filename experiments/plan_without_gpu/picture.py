@@ -8,11 +8,13 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.stage_bars import COLOURS, MIB, draw_bars
-from layerwise_jax.cost.device import DeviceSpec
-from layerwise_jax.plan import Plan
+from layerwise_jax import Plan
+from layerwise_jax.cost import DeviceSpec
+from layerwise_jax.examples import COLOURS, draw_bars
 
 matplotlib.use("Agg")
+
+MIB = 2**20
 
 
 def draw_plan(plan: Plan, device: DeviceSpec, title: str, path: Path) -> Path:

@@ -7,13 +7,10 @@ from typing import Any
 import layerwise_jax as lw
 from experiments.memory import peak_memory_bytes
 from experiments.plan_without_gpu.subjects import Subject, count_parameters
-from layerwise_jax.cost.capacity import capacity_bound, streaming_notes
-from layerwise_jax.cost.device import DeviceSpec
-from layerwise_jax.cost.layer_cost import LayerCost
-from layerwise_jax.measure.layers import CompiledCosts
-from layerwise_jax.measure.microbatch import StagingChoices
-from layerwise_jax.plan import Plan
-from layerwise_jax.xla.aot import absent_mesh
+from layerwise_jax import Plan
+from layerwise_jax.cost import DeviceSpec, LayerCost, capacity_bound, streaming_notes
+from layerwise_jax.measure import CompiledCosts, StagingChoices
+from layerwise_jax.xla import absent_mesh
 
 
 def plan(subject: Subject, device: DeviceSpec) -> Plan:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.models import gpt, moe, resnet
+from layerwise_jax.examples import gpt, moe, resnet
 
 HALF = jnp.float16
 VOCABULARY = 16384

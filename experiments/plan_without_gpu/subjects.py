@@ -7,9 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.gpt import GPT
-from experiments.models.moe import MixtureOfExperts
-from experiments.models.resnet import ResNet
+from layerwise_jax.examples import GPT, MixtureOfExperts, ResNet
 
 HALF = jnp.float16
 

@@ -3,9 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-from layerwise_jax.schedule.generators import gpipe, interleaved_1f1b, one_f_one_b, zero_bubble
-from layerwise_jax.schedule.table import Schedule
-from layerwise_jax.schedule.timing import ScheduleSimulation, simulate_schedule
+from layerwise_jax.schedule import (
+    Schedule,
+    ScheduleSimulation,
+    gpipe,
+    interleaved_1f1b,
+    one_f_one_b,
+    simulate_schedule,
+    zero_bubble,
+)
 
 FORWARD_SECONDS = 1.0
 BACKWARD_SECONDS = 2.0

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import layerwise_jax as lw
-from experiments.models.gpt import GPT, next_token_loss
+from layerwise_jax.examples import GPT, next_token_loss
 
 STEPS = 20
 TOLERANCE = 1e-4

@@ -46,7 +46,7 @@ from experiments.training.gpu_model import AttentionKernel, Model, draw_batches
 from experiments.training.gpu_report import draw, print_table
 from experiments.training.gpu_staged import layer_wise
 from experiments.training.gpu_strategies import Strategy
-from layerwise_jax.cost.devices import H200
+from layerwise_jax.cost import H200
 
 RESULTS = Path(__file__).parent / "results"
 # depth, width, heads, vocabulary; sequence; examples; microbatches.

@@ -11,8 +11,7 @@ matplotlib.use("Agg")  # no screen is needed, and none may be there
 
 import matplotlib.pyplot as plt
 
-from layerwise_jax.schedule.picture import draw_timeline
-from layerwise_jax.schedule.timing import ScheduleSimulation
+from layerwise_jax.schedule import ScheduleSimulation, draw_timeline
 
 MIB = 2**20
 DOTS_PER_INCH = 130

@@ -12,13 +12,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from experiments.models.gpt import GPT, next_token_loss
 from experiments.training.models import ResNet, classification_with_statistics
 from experiments.training.subjects import split
-from layerwise_jax.build import build_pipeline
+from layerwise_jax import Pipeline, build_pipeline
+from layerwise_jax.examples import GPT, next_token_loss
 from layerwise_jax.mesh import STAGE
-from layerwise_jax.pipeline import Pipeline
-from layerwise_jax.trace.layers import trace_layers
+from layerwise_jax.trace import trace_layers
 
 STAGES = 4
 MICROBATCHES = 8

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from experiments.training.subjects import Subject, accumulating_step, descend, unstaged_step
-from layerwise_jax.build import build_pipeline
+from layerwise_jax import Pipeline, build_pipeline
 from layerwise_jax.mesh import STAGE
-from layerwise_jax.pipeline import Pipeline, Remat
-from layerwise_jax.schedule.arrays import lower_schedule
-from layerwise_jax.schedule.generators import ScheduleName, one_f_one_b
-from layerwise_jax.schedule.table import Schedule
-from layerwise_jax.trace.layers import trace_layers
+from layerwise_jax.schedule import Schedule, ScheduleName, lower_schedule, one_f_one_b
+from layerwise_jax.trace import trace_layers
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Way:
 
     name: str
     schedule: ScheduleName | Callable[[int, int], Schedule] | None
-    remat: Remat | None = "stage"
+    remat: Literal["stage"] | None = "stage"
     stages_per_device: int = 1
     checkpointed: bool = False
 

@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.gpt import GPT, next_token_loss
 from experiments.training.models import MLP, ResNet, classification, mean_square
+from layerwise_jax.examples import GPT, next_token_loss
 
 LEARNING_RATE = 1e-2
 

@@ -1,6 +1,4 @@
-"""A causal transformer in Flax Linen whose feed-forwards are mixtures of experts, one expert a
-token.
-"""
+"""Causal transformer in Flax Linen with mixtures of experts, one expert per token."""
 
 import math
 from typing import Any
@@ -9,21 +7,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.gpt import Attention
+from layerwise_jax.examples.gpt import Attention
 
 
 class Experts(nn.Module):
-    """A router and feed-forwards, of which each token takes one.
+    """Router and expert MLPs; every token goes to one expert.
 
-    Tokens are handed out within their own sequence, each expert taking `slack` times its fair share
-    of them and no more; a token that comes too late passes unchanged, as in the Switch Transformer
-    (Fedus et al. 2021). No sequence depends on another one, so that a batch may be split.
+    Routing is per sequence: an expert takes at most `slack` times its equal share of a sequence's
+    tokens, and tokens beyond that skip the experts, as in the Switch Transformer (Fedus et al.
+    2021). Sequences are independent, so the batch can be split into microbatches.
 
     Attributes:
-      experts: how many there are.
-      hidden: the hidden features of each.
-      slack: room for unevenness.
-      dtype: what is computed in.
+      experts: number of experts.
+      hidden: hidden features of an expert.
+      slack: capacity factor of an expert.
+      dtype: dtype of the computation; parameters are float32.
     """
 
     experts: int
@@ -33,7 +31,7 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """From and to float[batch, tokens, width]."""
+        """float[batch, tokens, width] to the same shape."""
         tokens, width = x.shape[-2:]
         room = math.ceil(self.slack * tokens / self.experts)
         initial = nn.initializers.lecun_normal(batch_axis=0)
@@ -52,7 +50,7 @@ class Experts(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then experts, each added to its own input."""
+    """Pre-norm block: attention and experts, each with a residual connection."""
 
     heads: int
     experts: int
@@ -61,7 +59,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """From and to float[batch, tokens, width]."""
+        """float[batch, tokens, width] to the same shape."""
         x = x + Attention(self.heads, self.dtype, name="attention")(
             nn.LayerNorm(dtype=self.dtype, name="norm_1")(x)
         )
@@ -70,15 +68,16 @@ class Block(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """A language model.
+    """Causal language model with experts in every block.
 
     Attributes:
-      vocabulary: tokens that there are.
-      width: features of a token; `heads` divides it.
-      depth: blocks.
-      heads: heads of attention.
-      experts, hidden: of every block.
-      dtype: what is computed in.
+      vocabulary: number of tokens.
+      width: features per token; a multiple of `heads`.
+      depth: number of blocks.
+      heads: attention heads.
+      experts: experts per block.
+      hidden: hidden features of an expert.
+      dtype: dtype of the computation; parameters are float32.
     """
 
     vocabulary: int
@@ -91,7 +90,7 @@ class MixtureOfExperts(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits float[batch, tokens, vocabulary] of the next token, for int[batch, tokens]."""
+        """int[batch, tokens] to next-token logits, float[batch, tokens, vocabulary]."""
         x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name="embed")(tokens)
         for index in range(self.depth):
             x = Block(self.heads, self.experts, self.hidden, self.dtype, name=f"block_{index}")(x)

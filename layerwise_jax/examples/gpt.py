@@ -1,6 +1,4 @@
-"""A causal transformer in Flax Linen: learned positions, pre-norm blocks, the embedding tied to the
-logits.
-"""
+"""Causal transformer in Flax Linen: learned positions, pre-norm blocks, tied embedding."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +10,14 @@ import optax
 
 
 class Attention(nn.Module):
-    """Causal self-attention; its projections have no biases."""
+    """Causal self-attention without biases."""
 
     heads: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """From and to float[batch, tokens, width]."""
+        """float[batch, tokens, width] to the same shape."""
         width = x.shape[-1]
         heads = (self.heads, width // self.heads)
 
@@ -35,14 +33,14 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward of four times the width, each added to its own input."""
+    """Pre-norm block: attention and an MLP, each with a residual connection."""
 
     heads: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """From and to float[batch, tokens, width]."""
+        """float[batch, tokens, width] to the same shape."""
         width = x.shape[-1]
         x = x + Attention(self.heads, self.dtype, name="attention")(
             nn.LayerNorm(dtype=self.dtype, name="norm_1")(x)
@@ -56,15 +54,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A language model.
+    """Causal language model whose embedding is also its output projection.
 
     Attributes:
-      vocabulary: tokens that there are.
-      width: features of a token; `heads` divides it.
-      depth: blocks.
-      heads: heads of attention.
-      context: the most tokens that a sequence may have.
-      dtype: what is computed in; parameters stay float32.
+      vocabulary: number of tokens.
+      width: features per token; a multiple of `heads`.
+      depth: number of blocks.
+      heads: attention heads.
+      context: maximum length of a sequence.
+      dtype: dtype of the computation; parameters are float32.
     """
 
     vocabulary: int
@@ -76,7 +74,7 @@ class GPT(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits float[batch, tokens, vocabulary] of the next token, for int[batch, tokens]."""
+        """int[batch, tokens] to next-token logits, float[batch, tokens, vocabulary]."""
         embed = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name="embed")
         positions = self.param(
             "positions", nn.initializers.normal(0.02), (self.context, self.width)
@@ -88,10 +86,10 @@ class GPT(nn.Module):
 
 
 def next_token_loss(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
-    """The mean cross-entropy (nats a token) of predicting each token from those before it.
+    """Mean cross-entropy of next-token prediction, in nats per token.
 
     Returns:
-      A function of (params, tokens), tokens being int[batch, context + 1].
+      Function of (params, tokens), tokens int[batch, context + 1], that returns a scalar.
     """
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:

@@ -1,6 +1,4 @@
-"""A residual network in Flax Linen, 50 layers deep unless told otherwise, its batch norm in
-evaluation.
-"""
+"""Residual network in Flax Linen, ResNet-50 by default; batch norm uses running averages."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,13 +10,14 @@ import jax.numpy as jnp
 
 
 class Bottleneck(nn.Module):
-    """Convolutions of 1, 3 and 1 with batch norm, added to their input; the last is four times as
-    wide.
+    """Residual block: convolutions of size 1, 3 and 1 with batch norm.
+
+    The last convolution has four times the channels of the others.
 
     Attributes:
       width: channels of the first two convolutions.
-      stride: of the one in the middle.
-      dtype: what is computed in.
+      stride: stride of the second convolution.
+      dtype: dtype of the computation; parameters are float32.
     """
 
     width: int
@@ -27,9 +26,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """float[batch, height, width, channels] to float[batch, height / stride, width / stride, 4
-        * self.width].
-        """
+        """float[batch, h, w, channels] to float[batch, h / stride, w / stride, 4 * self.width]."""
         convolve: Callable[..., Any] = partial(nn.Conv, use_bias=False, dtype=self.dtype)
         norm: Callable[..., Any] = partial(nn.BatchNorm, use_running_average=True, dtype=self.dtype)
         y = nn.relu(norm()(convolve(self.width, (1, 1))(x)))
@@ -41,13 +38,13 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """An image classifier.
+    """Image classifier.
 
     Attributes:
-      classes: classes that there are.
+      classes: number of classes.
       width: channels of the first convolution.
-      depths: blocks at each resolution; (3, 4, 6, 3) is ResNet-50.
-      dtype: what is computed in.
+      depths: blocks per resolution; (3, 4, 6, 3) is ResNet-50.
+      dtype: dtype of the computation; parameters are float32.
     """
 
     classes: int = 1000
@@ -57,7 +54,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits float[batch, classes] for float[batch, height, width, 3]."""
+        """float[batch, height, width, 3] to logits, float[batch, classes]."""
         x = nn.Conv(self.width, (7, 7), strides=2, use_bias=False, dtype=self.dtype, name="stem")(
             images
         )
