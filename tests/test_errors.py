@@ -262,7 +262,7 @@ def test_options_that_do_not_exist() -> None:
         lambda: stage(batch_statistics="per_batch"),
         "batch_statistics must be 'per_microbatch' or None, got 'per_batch'",
     )
-    refuses(lambda: stage(remat="full"), "remat must be 'stage' or None, got 'full'")
+    refuses(lambda: stage(remat="full"), "remat must be 'stage', 'cheap' or None, got 'full'")
 
 
 @pytest.mark.parametrize(
