@@ -1,41 +1,42 @@
-"""Which strategy to choose, and why, in sentences."""
+"""Advice in sentences: the fastest strategy, and the reason why others are slower."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from layerwise_jax._tables import plural
 from layerwise_jax.simulate.predictor import Prediction, StepWork
 
-# Predictions closer than this say that it does not matter which.
+# Ratio of step times below which two strategies count as equal.
 TIE = 1.03
 
 
 def is_layer_wise(row: Prediction) -> bool:
-    """Whether each of several stages has layers of its own, whole or in fewer parts than there are
-    stages.
-    """
+    """True for strategies named layer-wise: stages, each split over fewer devices than stages."""
     return "layer-wise" in row.strategy.name
 
 
 def shape_text(row: Prediction) -> str:
-    """The strategy with its mesh: `tensor x pipeline (stage 2, tensor 8)`."""
+    """Name and mesh of a strategy, as in `tensor x pipeline (stage 2, tensor 8)`."""
     sizes = ", ".join(f"{axis} {size}" for axis, size in row.strategy.mesh.items() if size > 1)
     return f"{row.strategy.name} ({sizes})" if sizes else row.strategy.name
 
 
 def advise(rows: Sequence[Prediction], best_latency: Prediction | None) -> str:
-    """What to choose among all rows, whether layer-wise is it, and what is best for an example
-    alone.
+    """Advice for all rows: the fastest strategy, layer-wise compared with the others, residency.
+
+    Args:
+      rows: predictions for the whole batch.
+      best_latency: the fastest prediction for a single example; None for training.
     """
     fitting = [row for row in rows if row.fits_memory]
     if not fitting:
         least = min(rows, key=lambda row: row.bytes_per_device)
         return (
             f"Nothing fits a device's memory of {least.memory_bytes:,.0f} bytes; "
-            f"{shape_text(least)} holds the least, "
-            f"{least.bytes_per_device:,.0f} bytes a device. Use more devices, a smaller batch, or "
-            "fewer bits."
+            f"{shape_text(least)} needs the least, {least.bytes_per_device:,.0f} bytes a device. "
+            "Use more devices, a smaller batch, or fewer bits."
         )
     fastest = min(fitting, key=lambda row: row.step_seconds)
     sentences = [_on_fastest(fastest), _on_layer_wise(fitting, fastest), _on_cache(fitting)]
@@ -55,7 +56,7 @@ def _on_fastest(fastest: Prediction) -> str:
 def _on_latency(best: Prediction) -> str:
     unit = "one sequence" if best.work.kind == "decode" else "one example"
     return (
-        f"For {unit} alone {shape_text(best)} takes least, "
+        f"For a batch of {unit}, {shape_text(best)} is fastest: "
         f"{time_text(best.inter_token_latency)} a step."
     )
 
@@ -69,32 +70,32 @@ def _on_layer_wise(fitting: Sequence[Prediction], fastest: Prediction) -> str:
     others = [row for row in fitting if not is_layer_wise(row)]
     if ours is None:
         return (
-            "Layer-wise is not possible here: it takes two devices, two layers and memory for them."
+            "Layer-wise is not possible here: it needs two devices, two layers and memory for them."
         )
     if not others:
-        return "Nothing but layer-wise fits the devices' memory."
+        return "Only layer-wise strategies fit the devices' memory."
     rival = min(others, key=lambda row: row.step_seconds)
     ratio = rival.step_seconds / ours.step_seconds
     if is_layer_wise(fastest):
         if ratio < TIE:
-            return f"{shape_text(rival).capitalize()} does as well, within {ratio - 1:.1%}."
+            return f"{shape_text(rival).capitalize()} is equally fast, within {ratio - 1:.1%}."
         return (
-            f"Layer-wise it is: {ratio:.2f}x as fast as {shape_text(rival)}; "
+            f"Layer-wise is the fastest here, {ratio:.2f}x as fast as {shape_text(rival)}: "
             f"{_reason(rival, ours)}."
         )
     if 1 / ratio < TIE:
-        return f"{shape_text(ours).capitalize()} does as well, within {1 / ratio - 1:.1%}."
+        return f"{shape_text(ours).capitalize()} is equally fast, within {1 / ratio - 1:.1%}."
     return (
-        f"Layer-wise is not it: {shape_text(rival)} is {1 / ratio:.2f}x as fast as "
-        f"{shape_text(ours)}; "
-        f"{_reason(ours, rival)}."
+        f"Layer-wise is not the fastest here: {shape_text(rival)} is {1 / ratio:.2f}x as fast as "
+        f"{shape_text(ours)}: {_reason(ours, rival)}."
     )
 
 
 def _reason(slower: Prediction, faster: Prediction) -> str:
-    """Why the one takes longer than the other: where it loses most."""
-    mine, theirs = _by_cause(slower), _by_cause(faster)
-    lost = {cause: mine[cause] - theirs[cause] for cause in mine}
+    """The cause in which the slower strategy loses the most time to the faster one."""
+    slow = _by_cause(slower)
+    fast = _by_cause(faster)
+    lost = {cause: slow[cause] - fast[cause] for cause in slow}
     cause = max(lost, key=lambda name: lost[name])
     return (
         f"the latter spends {time_text(lost[cause])} more of a step on {cause} "
@@ -103,7 +104,7 @@ def _reason(slower: Prediction, faster: Prediction) -> str:
 
 
 def _by_cause(row: Prediction) -> dict[str, float]:
-    """Seconds of a step; reading is one cause, wherever from, and idle ticks are another."""
+    """Seconds of a step by cause; reads of memory and cache are one cause, idle ticks another."""
     busy = asdict(row.seconds_by_part * (1 - row.bubble_share))
     return {
         "reading": busy.pop("memory") + busy.pop("cache"),
@@ -115,16 +116,21 @@ def _by_cause(row: Prediction) -> dict[str, float]:
 def _detail(cause: str, slower: Prediction) -> str:
     groups, stages = slower.num_groups, slower.strategy.stage
     if cause == "reading":
-        again = f"{groups} groups each read" if groups > 1 else "each device reads"
-        return f"{again} all of its weights, {slower.weight_bytes / 1e6:,.1f} MB a device"
+        again = f"each of {groups} groups reads" if groups > 1 else "each device reads"
+        return f"{again} all its weights, {slower.weight_bytes / 1e6:,.1f} MB a device"
     if cause == "arithmetic":
-        return "its devices have more of it each"
+        return "more of it on each device"
     if cause == "links":
-        return f"{slower.link_bytes / 1e6:,.1f} MB go over them"
+        return f"{slower.link_bytes / 1e6:,.1f} MB sent"
     if cause == "idle ticks":
-        return f"{slower.bubble_share:.1%} of all, with {groups} groups for {stages} stages"
-    ticks = f"{slower.num_ticks} ticks" if slower.num_ticks > 1 else "one tick"
-    return f"{ticks} with {slower.collectives} collectives, and every layer's launches in each"
+        return (
+            f"{slower.bubble_share:.1%} of all, with {groups} {plural(groups, 'group')} for "
+            f"{stages} {plural(stages, 'stage')}"
+        )
+    return (
+        f"{slower.num_ticks} {plural(slower.num_ticks, 'tick')} with {slower.collectives} "
+        f"{plural(slower.collectives, 'collective')}, and every layer's launches in each"
+    )
 
 
 def _on_cache(fitting: Sequence[Prediction]) -> str:
@@ -136,12 +142,12 @@ def _on_cache(fitting: Sequence[Prediction]) -> str:
 
 
 def rate_unit(work: StepWork) -> str:
-    """Tokens, or examples where it is not known how many tokens one has."""
+    """Unit of throughput: tokens/s, or examples/s if an example's tokens are unknown."""
     return "tokens/s" if work.kind == "decode" or work.tokens > 1 else "examples/s"
 
 
 def time_text(seconds: float) -> str:
-    """Seconds in the unit that leaves one to three digits before the point."""
+    """Seconds with a unit (s, ms or us) and three significant digits."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"

@@ -1,6 +1,4 @@
-"""How far real programs stay behind a device's figures, in a few constants, each with its
-source.
-"""
+"""Efficiency factors: achieved over nominal performance of a device, and constant overheads."""
 
 from __future__ import annotations
 
@@ -16,24 +14,22 @@ SHARES = ("weight_share", "state_share", "cache_share", "arithmetic_share")
 
 @dataclass(frozen=True)
 class Calibration:
-    """What compiled programs reach of a device's figures, and what they pay on top.
+    """Efficiency factors (`*_share`) and overheads (`*_seconds`) of compiled programs.
 
     Attributes:
-      weight_share: of the memory's bandwidth, where a product with few rows reads its weights.
-      state_share: of the memory's bandwidth, where attention reads its cache.
-      cache_share: of the cache's bandwidth, where a product reads weights that are resident.
-      arithmetic_share: of the device's rate, where a product has many rows.
-      kernels_per_layer: kernels that a layer is compiled to.
-      kernel_seconds: what a kernel takes besides reading and computing: its launch, its first and
-        its last wave.
-      row_seconds: what one more example takes in a layer besides bytes and arithmetic: softmax,
-        cache update.
-      tick_seconds: a turn of the compiled loop, with what is outside of the layers (embedding,
-        head, sampling).
-      all_reduce_seconds: an all-reduce of a few bytes.
-      source: where the figures are from.
-      permute_seconds: what stages take to exchange a few bytes, on top of a tick; None for the
-        device's `link_latency`.
+      weight_share: share of the memory's bandwidth in products with few rows.
+      state_share: share of the memory's bandwidth in attention that reads its cache.
+      cache_share: share of the cache's bandwidth in products with resident weights.
+      arithmetic_share: share of the device's arithmetic rate in products with many rows.
+      kernels_per_layer: kernels of a compiled layer.
+      kernel_seconds: overhead of a kernel: its launch, its first and its last wave.
+      row_seconds: overhead of an example in a layer: softmax, cache update.
+      tick_seconds: overhead of an iteration of the compiled loop, with embedding, head and
+        sampling.
+      all_reduce_seconds: time of an all-reduce of a few bytes.
+      source: origin of the figures.
+      permute_seconds: time of an exchange of a few bytes between stages, added to a tick; None for
+        the device's `link_latency`.
     """
 
     weight_share: float
@@ -52,29 +48,29 @@ class Calibration:
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
             if each.name in SHARES and not 0 < value <= 1:
-                raise ValueError(f"{each.name} is {value}; a share above 0 and up to 1 is wanted.")
+                raise ValueError(f"{each.name} must be above 0 and at most 1, got {value}.")
             if each.name != "source" and value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{each.name} is {value}; a number of at least 0 is wanted.")
+                raise ValueError(f"{each.name} must be finite and at least 0, got {value}.")
 
     def to_json(self) -> str:
-        """The constants as JSON text; `from_json` reads it back."""
+        """JSON text that `from_json` reads back."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
-        """A calibration from `to_json`.
+        """Parses the text of `to_json`.
 
         Raises:
-          ValueError: not JSON, or with fields missing, unknown or of the wrong type.
+          ValueError: not JSON, or fields missing, unknown or of a wrong type.
         """
         return _json.read(cls, text)
 
 
-# Stock XLA on an H200, hand-written programs. All but cache_share, arithmetic_share and
-# kernels_per_layer, which were held, is fitted (`simulate_fit`) to thirteen measurements: four
-# layers of d = 1024 and of d = 4096 on one device, two tensor ways and two stages, and one layer of
-# d = 4096 at four microbatches. It predicts them to within 11 %. cache_share: products of 8 MiB
-# take 1.0 to 1.7 us less where they are resident than where they stream.
+# Stock XLA on an H200, hand-written programs. cache_share, arithmetic_share and kernels_per_layer
+# were held; the rest is fitted (`fit_calibration`) to thirteen measurements: four layers of d =
+# 1024 and of d = 4096 on one device, two tensor ways and two stages, and one layer of d = 4096 at
+# four microbatches. It predicts them to within 11 %. cache_share: products of 8 MiB take 1.0 to
+# 1.7 us less with resident weights than with streamed ones.
 STOCK = Calibration(
     weight_share=0.72,
     state_share=0.92,

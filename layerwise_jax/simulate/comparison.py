@@ -1,6 +1,4 @@
-"""All strategies for one step side by side: predicted, measured where somebody did, and which to
-choose.
-"""
+"""Comparison of all strategies for one step: predictions, measurements beside them, advice."""
 
 from __future__ import annotations
 
@@ -36,16 +34,16 @@ COMPARISON_VERSION = 1
 
 @dataclass(frozen=True)
 class Comparison:
-    """What every strategy takes for one step.
+    """Predictions of one step under every strategy.
 
     Attributes:
       work: the step.
-      device: the device.
-      num_devices: how many of them.
-      calibration: how far programs are taken to stay behind the device's figures.
-      rows: a prediction for every strategy, the fastest first, those that fit no memory last.
-      alone: the same for one example alone, which is what its latency can be; none for training.
-      measured: for every row, the measurement that belongs to it, or None.
+      device: kind of device.
+      num_devices: number of devices.
+      calibration: efficiency factors of the predictions.
+      rows: one prediction for each strategy, the fastest first, those that exceed memory last.
+      alone: likewise for a batch of one example, the lowest latency; empty for training.
+      measured: for each row, its measurement or None.
     """
 
     work: StepWork
@@ -58,24 +56,22 @@ class Comparison:
 
     @property
     def best_throughput(self) -> Prediction:
-        """The most examples a second of what fits memory (of all, if nothing does)."""
+        """The row with the most examples a second that fits memory (of all, if none fits)."""
         return _first(self.rows)
 
     @property
     def best_latency(self) -> Prediction:
-        """The least seconds a step for one example alone. With the whole batch, fastest is best for
-        throughput too.
-        """
+        """The row with the shortest step for a single example; for training, of the whole batch."""
         return _first(self.alone or self.rows)
 
     @property
     def advice(self) -> str:
-        """What to choose, whether layer-wise is it, and why."""
+        """Sentences on the fastest strategy, layer-wise compared with others, and residency."""
         return advise(self.rows, self.best_latency if self.alone else None)
 
     @property
     def verdict(self) -> CapacityBound:
-        """The capacity law for these layers on these devices."""
+        """Capacity law of these layers on these devices."""
         costs = [
             LayerCost(layer.name, math.ceil(layer.weight_bytes), 0, 0) for layer in self.work.layers
         ]
@@ -85,16 +81,14 @@ class Comparison:
 
     @property
     def ideal_per_second(self) -> float:
-        """Tokens a second if weights and caches were read once a step and nothing else took
-        time.
-        """
+        """Tokens a second if a step took just one read of weights and caches from memory."""
         return ideal_per_second(self.work, self.device, self.num_devices)
 
     def row(self, name: str | None = None, **mesh: int) -> Prediction:
-        """The fastest row of a strategy's name, of a mesh (`stage=2, tensor=8`), or of both.
+        """The fastest row with a strategy's name, a mesh (`stage=2, tensor=8`), or both.
 
         Raises:
-          ValueError: there is none.
+          ValueError: no row matches.
         """
         found = [
             row
@@ -104,11 +98,14 @@ class Comparison:
         ]
         if not found:
             known = ", ".join(shape_text(row) for row in self.rows)
-            raise ValueError(f"No row is called {name!r} with the mesh {mesh}; there are {known}.")
+            raise ValueError(
+                f"name and mesh must be those of a row ({known}), got {name!r} with the mesh "
+                f"{mesh}."
+            )
         return found[0]
 
     def with_rows(self, *strategies: Strategy) -> Comparison:
-        """With rows for these strategies too, on however many devices."""
+        """A copy with rows for further strategies, on any number of devices."""
         more = [
             predict(self.work, strategy, self.device, self.calibration) for strategy in strategies
         ]
@@ -117,10 +114,10 @@ class Comparison:
         )
 
     def beside(self, records: Iterable[Mapping[str, Any]]) -> Comparison:
-        """With what was measured of the same step on the same mesh: see `simulate_records` for the
-        records.
+        """A copy with the measurements of the same step on the same meshes.
 
-        Of several measurements for a row the last counts.
+        Args:
+          records: measurements, see the module `records`. The last one of a row counts.
         """
         found = [each for each in measurements(records) if _is_same_work(each.work, self.work)]
         measured = [
@@ -138,7 +135,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """All figures as JSON text."""
-        rows = []
+        rows: list[dict[str, Any]] = []
         for row, measured in zip(self.rows, self.measured, strict=True):
             figures = row.to_dict()
             if measured:
@@ -165,17 +162,16 @@ class Comparison:
 def compare_work(
     work: StepWork, device: DeviceSpec, num_devices: int, calibration: Calibration = STOCK
 ) -> Comparison:
-    """Predict a step for every way of spreading it over `num_devices`, and for one device alone.
+    """Predicts a step for every (data, stage, tensor) mesh of `num_devices`, and for one device.
 
     Args:
       work: the step.
-      device: the device.
-      num_devices: how many of them, all linked alike.
-      calibration: how far programs stay behind the device's figures; `fit_calibration` makes one
-        from measurements.
+      device: kind of device.
+      num_devices: number of devices, with equal links between them.
+      calibration: efficiency factors; `fit_calibration` makes them from measurements.
 
     Raises:
-      ValueError: there is no device.
+      ValueError: num_devices is no int of at least 1.
     """
     num_devices = checked_int("num_devices", num_devices)
     rows = best_strategies(work, num_devices, device, calibration)
@@ -191,14 +187,12 @@ def compare_work(
 def compare_dense(
     device: DeviceSpec, num_devices: int, calibration: Calibration = STOCK, **model: Any
 ) -> Comparison:
-    """`compare_work` for token generation by a dense network, by default the 16-layer one: see
-    `dense_decode`.
-    """
+    """`compare_work` for token generation by a dense network; `model` is as in `dense_decode`."""
     return compare_work(dense_decode(**model), device, num_devices, calibration)
 
 
 def _rank(row: Prediction) -> tuple[bool, float, int]:
-    """What fits memory first, then the faster, of equals the one with fewer devices."""
+    """Sort key: rows that fit memory first, then by step time, then by number of devices."""
     return not row.fits_memory, row.step_seconds, row.strategy.num_devices
 
 
@@ -218,9 +212,7 @@ def _sorted(
 
 
 def _is_same_work(one: StepWork, other: StepWork) -> bool:
-    """Whether they have the same layers, by their bytes, for as many examples: names and dtypes of
-    a width aside.
-    """
+    """True for equal kind, batch, number of layers and bytes; names and dtypes may differ."""
     if (one.kind, one.batch, len(one.layers)) != (other.kind, other.batch, len(other.layers)):
         return False
     return math.isclose(one.read_bytes, other.read_bytes) and math.isclose(

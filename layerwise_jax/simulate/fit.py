@@ -1,5 +1,6 @@
-"""A calibration from measurements: least squares on logarithms, so that being twice too fast or too
-slow is as bad.
+"""Calibration from measurements: least squares on logarithms of step times.
+
+On logarithms, predictions of half and of twice the measured time are equally wrong.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from layerwise_jax.simulate.records import Measurement, measurements
 
 Floats = NDArray[np.float64]
 
-# What is fitted. Only the product of kernels_per_layer and kernel_seconds can be measured, so one
-# of them is held.
+# Fitted constants. Only the product of kernels_per_layer and kernel_seconds can be measured, so
+# kernels_per_layer is held.
 FITTED = (
     "weight_share",
     "state_share",
@@ -31,9 +32,9 @@ FITTED = (
     "all_reduce_seconds",
 )
 
-# Moving a constant by a factor of e counts as much as a prediction that is off by 10 %. It decides
-# where measurements say nothing (of all-reduces, if nothing ran on several devices), or something
-# of several constants together only.
+# Weight of the prior: a constant changed by a factor of e counts as much as a prediction that is
+# off by 10 %. The prior decides constants that the measurements do not determine, such as
+# all_reduce_seconds if nothing ran on several devices.
 PRIOR = 0.1
 STEP = 1e-4
 MOST_ITERATIONS = 100
@@ -45,25 +46,27 @@ SMALLEST = 1e-12
 def fit_calibration(
     records: Iterable[Mapping[str, Any]], device: DeviceSpec, start: Calibration = STOCK
 ) -> Calibration:
-    """The calibration under which predictions come nearest to what was measured.
+    """Fits the constants of a calibration to measurements.
 
     Args:
-      records: measurements, as `simulate_records` reads them; other kinds are left out.
-      device: what they were measured on.
-      start: where to begin, and what to keep to where the measurements say nothing.
+      records: measurements, see the module `records`; records of other kinds are ignored.
+      device: device of the measurements.
+      start: initial constants, kept where the measurements do not determine them.
 
     Raises:
-      ValueError: there is no measurement among the records.
+      ValueError: no record is a measurement.
     """
     found = measurements(records)
     if not found:
         raise ValueError(
-            "No record has a step's seconds (kinds 'decode' and 'stage'); there is nothing to fit."
+            "records must have at least one of the kinds 'decode' or 'stage' with "
+            "seconds_per_step, got none: there is nothing to fit."
         )
     if start.permute_seconds is None:
         start = replace(start, permute_seconds=device.link_latency)
     origin = np.log([max(getattr(start, name), SMALLEST) for name in FITTED])
-    point, damping = origin, 1e-3
+    point = origin  # [constants], logarithms
+    damping = 1e-3
     residuals = _residuals(point, origin, found, device, start)
     for _ in range(MOST_ITERATIONS):
         slope = _slope(point, residuals, origin, found, device, start)
@@ -82,7 +85,7 @@ def fit_calibration(
 
 
 def _damped_step(slope: Floats, residuals: Floats, damping: float) -> Floats:
-    """Levenberg and Marquardt's step, at most a factor of e in any constant."""
+    """Step of the Levenberg-Marquardt method, at most a factor of e in any constant."""
     square = slope.T @ slope
     step = np.linalg.solve(square + damping * np.diag(np.diag(square)), -slope.T @ residuals)
     return np.clip(step, -LARGEST_STEP, LARGEST_STEP)
@@ -95,6 +98,7 @@ def _residuals(
     device: DeviceSpec,
     start: Calibration,
 ) -> Floats:
+    """[measurements + constants], log errors of the predictions, then those of the prior."""
     calibration = _calibration(point, start, start.source)
     errors = [
         np.log(predict(each.work, each.strategy, device, calibration).step_seconds / each.seconds)
@@ -104,9 +108,7 @@ def _residuals(
 
 
 def _slope(point: Floats, residuals: Floats, *rest: Any) -> Floats:
-    """The residuals' derivatives, a column for each constant; shares step down, since 1 is their
-    end.
-    """
+    """[residuals, constants], derivatives by backward differences, since shares end at 1."""
     columns = [
         (_residuals(point - STEP * unit, *rest) - residuals) / -STEP for unit in np.eye(len(point))
     ]

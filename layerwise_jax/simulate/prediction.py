@@ -1,4 +1,4 @@
-"""What is predicted for a step under one strategy."""
+"""Prediction of one step under one strategy."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from layerwise_jax.simulate.work import StepWork
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one step takes under one strategy. Bytes on a device are the fullest device's.
+    """Predicted time and memory of one step. Bytes of a device are those of the fullest one.
 
     Attributes:
-      work: what is to be done.
-      strategy: how it is spread.
-      device: the device's name.
-      step_seconds: from one step to the next: in decoding one token for every sequence.
-      seconds_by_part: the step by what its slowest stage spends it on; idle ticks count as what
+      work: the step.
+      strategy: its mesh and groups.
+      device: name of the device.
+      step_seconds: seconds from one step to the next; in decoding, one token of every sequence.
+      seconds_by_part: seconds of the slowest stage by bottleneck; idle ticks count as the part that
         they wait for.
-      lower_bound_seconds: weights and caches read as often as this strategy reads them, or
-        arithmetic if that takes longer, and nothing else.
-      num_ticks: turns of the loop in a step, in each direction.
-      weight_bytes: on a device; in training with the gradients' accumulators.
-      state_bytes: on a device, caches of all its groups.
-      activation_bytes: on a device.
-      memory_bytes: what a device can hold.
-      link_bytes: sent over all links together in a step.
-      collectives: in a step, on a device.
-      is_resident: whether all stages read their weights from the cache.
+      lower_bound_seconds: the longer of arithmetic and of the strategy's reads of weights and
+        caches, without any overhead.
+      num_ticks: iterations of the loop in a step, in each direction.
+      weight_bytes: bytes of weights on a device; in training with gradient accumulators.
+      state_bytes: bytes of the caches of all groups on a device.
+      activation_bytes: bytes of activations on a device.
+      memory_bytes: memory of a device.
+      link_bytes: bytes sent over all links together in a step.
+      collectives: collectives of a device in a step.
+      is_resident: True if all stages read their weights from the cache.
     """
 
     work: StepWork
@@ -58,23 +58,20 @@ class Prediction:
 
     @property
     def lower_bound_per_second(self) -> float:
-        """Tokens a second that no program of this shape exceeds; in decoding, what memory traffic
-        alone allows.
+        """Upper bound on the tokens a second of the strategy, from `lower_bound_seconds`.
 
-        In training, none that recomputes as the strategy does.
+        In training it includes the recomputation of the forward pass.
         """
         return self.work.batch * self.work.tokens / self.lower_bound_seconds
 
     @property
     def inter_token_latency(self) -> float:
-        """Seconds between two tokens of one sequence; where nothing is decoded, from the batch to
-        its results.
-        """
+        """Seconds between two tokens of one sequence; for other work, seconds of a step."""
         return self.step_seconds
 
     @property
     def seconds_per_token(self) -> float:
-        """1 / tokens a second, which is no latency."""
+        """1 / tokens a second, a throughput rather than a latency."""
         return 1 / self.tokens_per_second
 
     @property
@@ -84,7 +81,7 @@ class Prediction:
 
     @property
     def bubble_share(self) -> float:
-        """The share of its ticks in which a stage has no group."""
+        """Share of the ticks in which a stage has no group."""
         return 1 - self.num_groups / self.num_ticks
 
     @property
@@ -97,13 +94,11 @@ class Prediction:
 
     @property
     def bound_by(self) -> str:
-        """What most of the step is spent on: "memory", "cache", "arithmetic", "links" or
-        "latency".
-        """
+        """The largest part of the step: "memory", "cache", "arithmetic", "links" or "latency"."""
         return self.seconds_by_part.largest
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures, without the work, as JSON takes them."""
+        """The figures without the work, ready for JSON."""
         names = (
             "step_seconds",
             "tokens_per_second",

@@ -1,22 +1,21 @@
-"""What a step takes under every strategy: seconds, bytes, and what bounds it, from plain numbers.
+"""Predictor: seconds, bytes and bottleneck of a step under a strategy, from plain numbers.
 
     work = dense_decode()                                          # the 16-layer dense model
     prediction = predict(work, Strategy("layer-wise", stage=16), H100)
     prediction.tokens_per_second, prediction.bound_by
 
-Behind it, in the order in which they are used:
+The modules of this folder in the order of use:
 
-    simulate_work         what a step has to do
-    simulate_calibration  how far real programs stay behind the device's figures
-    simulate_strategy     how a step is spread over devices
-    simulate_stage        one stage and one group of examples
-    simulate_training     forward and backward by a schedule
-    simulate_prediction   what comes out
-    simulate_records      measurements
-    simulate_fit          a calibration from measurements
+    work         bytes and FLOPs of a step
+    calibration  efficiency factors
+    strategy     meshes of devices
+    stage        one stage and one group of examples
+    training     forward and backward by a schedule
+    prediction   the result
+    records      measurements
+    fit          a calibration from measurements
 
-All links are taken to be alike, as within one host. What the optimiser does after a training step
-is left out.
+All links are equal, as within one host. The optimizer's update is not included.
 """
 
 from __future__ import annotations
@@ -58,18 +57,17 @@ __all__ = [
 def predict(
     work: StepWork, strategy: Strategy, device: DeviceSpec, calibration: Calibration = STOCK
 ) -> Prediction:
-    """What a step takes.
+    """Predicts time and memory of a step under a strategy.
 
-    Decoding is a ring: a step has as many ticks as there are groups, or stages if those are more. A
-    forward pass has M + k - 1 ticks for M groups and k stages. Training runs 1F1B in step. In a
-    tick every stage does one group, the slowest sets the pace, and its messages follow; weights are
-    read once a tick.
+    Decoding is a ring whose steps have max(groups, stages) ticks. A forward pass has M + k - 1
+    ticks for M groups and k stages. Training runs 1F1B in lockstep. In a tick every stage processes
+    one group and reads its weights once; the slowest stage and then its messages set the pace.
 
     Args:
-      work: what is to be done.
-      strategy: how it is spread.
-      device: one of the devices, all alike.
-      calibration: how far programs stay behind the device's figures.
+      work: the step.
+      strategy: mesh and groups.
+      device: kind of device.
+      calibration: efficiency factors.
 
     Raises:
       ValueError: there are more stages than layers.
@@ -80,10 +78,8 @@ def predict(
 def best_strategies(
     work: StepWork, num_devices: int, device: DeviceSpec, calibration: Calibration = STOCK
 ) -> list[Prediction]:
-    """A prediction for every shape of `num_devices`, and for one device: each with its best number
-    of groups.
-    """
-    found = []
+    """A prediction for one device and for each mesh of `num_devices`, with its best group count."""
+    found: list[Prediction] = []
     for data, stage, tensor in shapes(work, num_devices):
         candidates = [
             predict(work, strategy_of(data, stage, tensor, groups=m), device, calibration)
@@ -94,8 +90,8 @@ def best_strategies(
 
 
 def ideal_per_second(work: StepWork, device: DeviceSpec, num_devices: int) -> float:
-    """Tokens a second if all devices together read weights and caches from memory once a step, and
-    nothing else.
+    """Tokens a second if all devices together read weights and caches once a step, without any
+    other time.
     """
     num_bytes = work.read_bytes + work.state_bytes
     return work.batch * work.tokens * num_devices * device.memory_bandwidth / num_bytes
@@ -152,7 +148,7 @@ class _Simulation:
 
     @cached_property
     def step_parts(self) -> Parts:
-        """The slowest stage's pass with its messages, as often as there are ticks."""
+        """Time of all ticks: the slowest stage's pass and the messages, for each tick."""
         by_stage = [each.parts(self.calibration) for each in self.passes]
         pace = max(by_stage, key=lambda parts: parts.seconds)
         if self.work.kind != "training":
@@ -162,7 +158,7 @@ class _Simulation:
 
     @property
     def tick_parts(self) -> Parts:
-        """What a tick takes besides its stage."""
+        """Overhead of a tick: the loop's iteration and the largest message."""
         turn = Parts(latency=self.calibration.tick_seconds)
         if self.strategy.stage == 1:
             return turn
@@ -179,7 +175,7 @@ class _Simulation:
 
     @property
     def gradient_parts(self) -> Parts:
-        """Summing the gradients of replicas."""
+        """Time of the all-reduce of gradients over replicas."""
         if self.strategy.data == 1:
             return Parts()
         latency = self.calibration.all_reduce_seconds
@@ -187,13 +183,13 @@ class _Simulation:
 
     @property
     def gradient_bytes(self) -> float:
-        """Bytes of gradients that the device with most weights sends."""
+        """Bytes of gradients that the device with the most weights sends."""
         return ring_all_reduce_bytes(
             max(self.accumulators(each) for each in self.passes), self.strategy.data
         )
 
     def accumulators(self, stage: StagePass) -> float:
-        """Bytes of the gradients that a device adds up."""
+        """Bytes of a device's gradient accumulators; 0 without training."""
         return (
             accumulator_bytes(stage.weight_bytes, self.work.weight_item_bytes)
             if self.work.kind == "training"
@@ -202,8 +198,9 @@ class _Simulation:
 
     @property
     def activation_bytes(self) -> float:
-        """On the device with most: a layer's; in training a stage's, for its vjp, and what waits
-        for its backward.
+        """Bytes on the fullest device: one layer's activations.
+
+        In training, those of the whole stage for its backward, plus the stash.
         """
         if self.work.kind != "training":
             return max(each.activation_bytes for each in self.passes)
@@ -212,7 +209,7 @@ class _Simulation:
 
     @property
     def directions(self) -> int:
-        """How often a message goes: in training there are gradients too."""
+        """Messages of a group over a boundary: activations, and gradients in training."""
         return 2 if self.work.kind == "training" else 1
 
     @property
@@ -228,21 +225,19 @@ class _Simulation:
 
     @property
     def collectives(self) -> int:
-        """One permute a tick, the all-reduces of a stage in each, and one for gradients."""
+        """A step's collectives: a permute and all-reduces each tick, and one for gradients."""
         a_tick = (self.strategy.stage > 1) + max(each.all_reduces for each in self.passes)
         gradients = self.work.kind == "training" and self.strategy.data > 1
         return self.directions * self.num_ticks * a_tick + gradients
 
 
 def _boundaries(work: StepWork, strategy: Strategy, device: DeviceSpec) -> Sequence[int]:
-    """Where the stages are cut: evenly if all layers are alike, else so that the slowest is as fast
-    as can be.
-    """
+    """Boundaries of the stages: even for equal layers, else with the smallest bottleneck."""
     count, stages = len(work.layers), strategy.stage
     if stages > count:
         raise ValueError(
-            f"{stages} stages want as many layers; there are {count}. Use fewer stages and more "
-            "replicas."
+            f"stage must be at most the number of layers, {count}, got {stages}. Use fewer stages "
+            "and more replicas."
         )
     if work.is_uniform or stages in (1, count):
         return [count * s // stages for s in range(stages + 1)]

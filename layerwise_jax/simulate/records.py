@@ -1,10 +1,9 @@
-"""Measurements as experiments write them, beside what is predicted for them.
+"""Measurements in the form that experiments write, and predictions for them.
 
-A record is a mapping with, at least: `kind` ("decode": whole steps; "stage": passes of some layers
+A record is a mapping with at least: `kind` ("decode": whole steps; "stage": passes of some layers
 on one device), `strategy`, `mesh` (sizes of data, stage, tensor), `model` (layers, heads, mlp,
-dtype), `batch`, `context`, and `seconds_per_step`. A `groups` says how many groups of sequences
-were in flight, a `head_dim` in the model how wide a head is if not 128. Records of other kinds are
-left out of everything here.
+dtype), `batch`, `context`, and `seconds_per_step`. Optional are `groups`, the groups of sequences
+in flight, and `head_dim` in the model, 128 by default. Records of other kinds are ignored.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ HEAD_DIM = 128
 
 @dataclass(frozen=True)
 class Measurement:
-    """A measured step: of what work, under which strategy, and its seconds."""
+    """Measured seconds of a step under a strategy."""
 
     work: StepWork
     strategy: Strategy
@@ -34,12 +33,12 @@ class Measurement:
         return self.work.batch * self.work.tokens / self.seconds
 
     def error(self, prediction: Prediction) -> float:
-        """Predicted over measured tokens a second, less 1."""
+        """Predicted / measured tokens a second - 1."""
         return self.seconds / prediction.step_seconds - 1
 
 
 def work_of(record: Mapping[str, Any]) -> StepWork:
-    """What was run."""
+    """The step of a record."""
     model = record["model"]
     return dense_decode(
         layers=model["layers"],
@@ -53,14 +52,14 @@ def work_of(record: Mapping[str, Any]) -> StepWork:
 
 
 def strategy_of_record(record: Mapping[str, Any]) -> Strategy:
-    """How it was spread; "one device" for a stage by itself."""
+    """The strategy of a record; "one device" for the kind "stage"."""
     if record["kind"] == "stage":
         return Strategy("one device")
     return Strategy(record["strategy"], **record["mesh"], groups=record.get("groups"))
 
 
 def measurements(records: Iterable[Mapping[str, Any]]) -> list[Measurement]:
-    """Those of the records that say how long a step took."""
+    """The measurements among the records: those with `seconds_per_step` of a known kind."""
     return [
         Measurement(work_of(record), strategy_of_record(record), record["seconds_per_step"])
         for record in records
@@ -71,7 +70,7 @@ def measurements(records: Iterable[Mapping[str, Any]]) -> list[Measurement]:
 def predict_record(
     record: Mapping[str, Any], device: DeviceSpec, calibration: Calibration = STOCK
 ) -> Prediction | None:
-    """What is predicted for a record's step; None for a kind that nothing is predicted for."""
+    """The prediction for a record's step; None for records of other kinds."""
     if record["kind"] not in PREDICTED_KINDS:
         return None
     return predict(work_of(record), strategy_of_record(record), device, calibration)

@@ -1,6 +1,4 @@
-"""What one stage takes for one group of examples, by what it waits for, and the traffic that no
-program avoids.
-"""
+"""Time of one stage for one group of examples, broken down by bottleneck, and its lower bound."""
 
 from __future__ import annotations
 
@@ -14,14 +12,14 @@ from layerwise_jax.simulate.work import LayerWork
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds, by what they are spent on; they add up, since kernels run one after the other.
+    """Seconds by bottleneck. They add up, since kernels run one after the other.
 
     Attributes:
-      memory: reading weights, activations and cache from memory.
-      cache: reading what is resident.
-      arithmetic: computing, where that takes longer than reading.
-      links: bytes between devices.
-      latency: launches, turns of the loop, and the links' latencies.
+      memory: reads of weights, activations and key-value caches from memory.
+      cache: reads of resident weights.
+      arithmetic: products in which arithmetic takes longer than reads.
+      links: bytes sent between devices.
+      latency: launches, loop iterations, and latencies of links.
     """
 
     memory: float = 0.0
@@ -36,7 +34,7 @@ class Parts:
 
     @property
     def largest(self) -> str:
-        """The name of the part that takes longest."""
+        """Name of the largest part."""
         return max((each.name for each in fields(self)), key=lambda name: getattr(self, name))
 
     def __add__(self, other: Parts) -> Parts:
@@ -50,14 +48,14 @@ class Parts:
 
 @dataclass(frozen=True)
 class StagePass:
-    """One stage working on one group.
+    """One pass of one stage over one group of examples.
 
     Attributes:
-      layers: its layers.
-      examples: of the group.
-      ways: tensor ways that each layer is split.
-      device: the device.
-      dtype: of the products.
+      layers: layers of the stage.
+      examples: examples of the group.
+      ways: tensor ways: devices over which each layer is split.
+      device: kind of device.
+      dtype: dtype of the products.
     """
 
     layers: Sequence[LayerWork]
@@ -68,50 +66,50 @@ class StagePass:
 
     @property
     def weight_bytes(self) -> float:
-        """On one device."""
+        """Bytes of weights on one device."""
         return sum(layer.weight_bytes for layer in self.layers) / self.ways
 
     @property
     def read_bytes(self) -> float:
-        """Of the weights on one device, what the pass reads."""
+        """Bytes of weights on one device that the pass reads."""
         return sum(layer.read_bytes for layer in self.layers) / self.ways
 
     @property
     def state_bytes(self) -> float:
-        """On one device, of one group."""
+        """Bytes of the group's key-value caches on one device."""
         return self.examples * sum(layer.state_bytes for layer in self.layers) / self.ways
 
     @property
     def activation_bytes(self) -> float:
-        """On one device: of the layer with most; workspace is used again by the next."""
+        """Bytes on one device of the largest layer's activations; layers share workspace."""
         return self.examples * max(layer.activation_bytes for layer in self.layers) / self.ways
 
     @property
     def all_activation_bytes(self) -> float:
-        """On one device: of all its layers, as a backward needs them."""
+        """Bytes on one device of all layers' activations, which a backward needs."""
         return self.examples * sum(layer.activation_bytes for layer in self.layers) / self.ways
 
     @property
     def summed_bytes(self) -> float:
-        """That all-reduces of the pass add up, on every tensor way."""
+        """Bytes that the pass's all-reduces sum, on each tensor way."""
         return self.examples * sum(layer.all_reduces * layer.send_bytes for layer in self.layers)
 
     @property
     def all_reduces(self) -> int:
-        """Of the pass."""
+        """Number of all-reduces of the pass."""
         return sum(layer.all_reduces for layer in self.layers) if self.ways > 1 else 0
 
     @property
     def could_be_resident(self) -> bool:
-        """Whether weights and activations fit the usable cache."""
+        """True if weights and activations fit the usable cache."""
         return self.read_bytes + self.activation_bytes <= self.device.usable_l2_bytes
 
     @property
     def is_resident(self) -> bool:
-        """Whether the weights are still in the cache when they are next used.
+        """True if the weights are still in the cache at the next pass.
 
-        A key-value cache is streamed through the same L2 in between, and nothing pins the weights:
-        so all of it has to fit.
+        The key-value cache streams through the same L2 and nothing pins the weights, so weights,
+        activations and key-value cache must all fit.
         """
         return (
             self.read_bytes + self.activation_bytes + self.state_bytes
@@ -119,8 +117,9 @@ class StagePass:
         )
 
     def floor_seconds(self) -> float:
-        """The longer of computing at the device's rate and of reading weights and caches once,
-        weights resident if they could be.
+        """Lower bound on the pass: the longer of arithmetic and of one read of weights and caches.
+
+        Weights are read from the cache if they could be resident.
         """
         device = self.device
         bandwidth = device.l2_bandwidth if self.could_be_resident else device.memory_bandwidth
@@ -129,16 +128,15 @@ class StagePass:
         return max(reading, flops / device.rate(self.dtype))
 
     def parts(self, calibration: Calibration) -> Parts:
-        """Seconds of the pass, without what it sends to other stages."""
-        total, resident = Parts(), self.is_resident
+        """Seconds of the pass without its messages to other stages."""
+        total = Parts()
+        resident = self.is_resident
         for layer in self.layers:
             total += self._products(layer, calibration, resident) + self._rest(layer, calibration)
         return total
 
     def _products(self, layer: LayerWork, calibration: Calibration, resident: bool) -> Parts:
-        """The roofline of a layer's products: the longer of computing and of reading weights and
-        activations.
-        """
+        """Roofline of a layer's products: the longer of arithmetic and of reads."""
         device = self.device
         bandwidth = device.memory_bandwidth * calibration.weight_share
         if resident:
@@ -152,7 +150,7 @@ class StagePass:
         return Parts(cache=reading) if resident else Parts(memory=reading)
 
     def _rest(self, layer: LayerWork, calibration: Calibration) -> Parts:
-        """A layer's own cache, its launches, and the sums over tensor ways."""
+        """Reads of a layer's key-value cache, its launches, and its all-reduces."""
         state = self.examples * layer.state_bytes / self.ways
         kernels = calibration.kernels_per_layer if layer.kernels is None else layer.kernels
         launches = kernels * calibration.kernel_seconds
@@ -170,10 +168,9 @@ class StagePass:
 
 
 def ring_all_reduce_bytes(num_bytes: float, ways: int) -> float:
-    """Bytes that each of `ways` devices sends to add up `num_bytes`: 2 (w - 1) / w of them, which
-    no algorithm beats.
+    """Bytes that each of `ways` devices sends in an all-reduce of `num_bytes`: 2 (w - 1) / w.
 
-    Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009. What a one-shot algorithm
-    saves is latency, which `Calibration.all_reduce_seconds` has as measured.
+    That is the optimum (Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009). A
+    one-shot algorithm saves latency only, which `Calibration.all_reduce_seconds` measures.
     """
     return 2 * (ways - 1) / ways * num_bytes

@@ -1,4 +1,4 @@
-"""The ways to spread a step over devices: replicas, tensor ways, stages, and their products."""
+"""Strategies: meshes of replicas, stages and tensor ways over which a step is spread."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from layerwise_jax.simulate.work import StepWork
 
 @dataclass(frozen=True)
 class Strategy:
-    """A mesh of data x stage x tensor devices, and what goes through it at a time.
+    """A mesh of data x stage x tensor devices, and the groups in flight.
 
     Attributes:
-      name: what it is called: "one device", "replicas", "tensor", "tensor x pipeline",
-        "layer-wise", "layer-wise + tensor", or one of these behind "replicas x ".
-      data: replicas, between which the batch is split.
-      stage: stages of a replica, between which its layers are split.
-      tensor: ways that each layer is split.
-      groups: groups of examples (microbatches) of a replica that go through the stages one behind
-        the other; None for as many as there are stages.
+      name: "one device", "replicas", "tensor", "tensor x pipeline", "layer-wise",
+        "layer-wise + tensor", or one of these after "replicas x ".
+      data: replicas, which split the batch.
+      stage: stages of a replica, which split the layers.
+      tensor: tensor ways, which split each layer.
+      groups: groups of examples (microbatches) of a replica that pass the stages one after another;
+        None for the number of stages.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Strategy:
         for each in fields(self)[1:]:
             value = getattr(self, each.name)
             if value is not None and value < 1:
-                raise ValueError(f"{each.name} of '{self.name}' is {value}; at least 1 is wanted.")
+                raise ValueError(f"{each.name} of '{self.name}' must be at least 1, got {value}.")
 
     @property
     def num_devices(self) -> int:
@@ -39,15 +39,15 @@ class Strategy:
 
     @property
     def mesh(self) -> dict[str, int]:
-        """Axes and sizes."""
+        """Axis -> size."""
         return {"data": self.data, "stage": self.stage, "tensor": self.tensor}
 
     def replica_batch(self, batch: int) -> int:
-        """Examples of the replica that has the most."""
+        """Examples of the largest replica."""
         return -(-batch // self.data)
 
     def num_groups(self, batch: int) -> int:
-        """Groups of a replica: no more than it has examples."""
+        """Groups of a replica, at most its number of examples."""
         return min(self.groups or self.stage, self.replica_batch(batch))
 
     def group_size(self, batch: int) -> int:
@@ -56,10 +56,10 @@ class Strategy:
 
 
 def strategy_of(data: int, stage: int, tensor: int, groups: int | None = None) -> Strategy:
-    """A strategy by its shape, named.
+    """The named strategy of a mesh.
 
-    Stages that are split further have two names: with more stages than tensor ways they are
-    layer-wise, else a pipeline of tensor-parallel groups.
+    Stages of several tensor ways are "layer-wise + tensor" if there are more stages than tensor
+    ways, else "tensor x pipeline".
     """
     inner = {
         (False, False): "one device",
@@ -72,10 +72,10 @@ def strategy_of(data: int, stage: int, tensor: int, groups: int | None = None) -
 
 
 def shapes(work: StepWork, num_devices: int) -> list[tuple[int, int, int]]:
-    """Every (data, stage, tensor) of `num_devices` that the work allows, and one device alone.
+    """All (data, stage, tensor) of `num_devices` that the work allows, and (1, 1, 1).
 
-    No stage is without a layer, tensor ways divide what a layer can be split into, no replica is
-    without an example.
+    Every stage has a layer, tensor ways divide the work's `tensor_ways`, every replica has an
+    example.
     """
     found = [(1, 1, 1)]
     for stage in _divisors(num_devices):
@@ -88,10 +88,10 @@ def shapes(work: StepWork, num_devices: int) -> list[tuple[int, int, int]]:
 
 
 def group_counts(work: StepWork, data: int, stage: int) -> list[int]:
-    """Numbers of groups worth trying.
+    """Candidate numbers of groups.
 
-    In decoding, fewer groups than stages leave a stage idle, and more read all weights again.
-    Elsewhere more groups shrink the bubble; beyond eight for each stage that gains a few percent.
+    In decoding, fewer groups than stages leave a stage idle, and more read all weights again. For
+    other work, more groups shrink the bubble; more than eight a stage gain a few percent.
     """
     share = -(-work.batch // data)
     if work.kind == "decode" or stage == 1:

@@ -1,6 +1,4 @@
-"""Forward and backward of stages by a schedule: what a training step takes, and what it keeps
-meanwhile.
-"""
+"""Time and stash of a training step: forward and backward of the stages by a schedule."""
 
 from __future__ import annotations
 
@@ -10,20 +8,19 @@ from layerwise_jax.schedule.generators import one_f_one_b
 from layerwise_jax.schedule.timing import simulate_schedule
 from layerwise_jax.simulate.stage import Parts
 
-# Backward has two products for each of forward's, and runs forward again from what arrived
+# Passes of a backward: two products for each of the forward's, and the recomputed forward
 # (remat="stage").
 BACKWARD_PASSES = 3
 ACCUMULATOR_BYTES = 4
 
 
 def training_parts(stages: Sequence[Parts], tick: Parts, num_microbatches: int) -> Parts:
-    """Seconds of a step of 1F1B, all stages in step, split in the proportions of the slowest stage
-    and its messages.
+    """Seconds of a 1F1B step in lockstep, in the proportions of the slowest stage and its messages.
 
     Args:
-      stages: a forward pass of each stage for one microbatch.
-      tick: what a tick takes on top.
-      num_microbatches: microbatches.
+      stages: forward pass of each stage for one microbatch.
+      tick: overhead of a tick.
+      num_microbatches: microbatches of a step.
     """
     slowest = max(stages, key=lambda parts: parts.seconds)
     if len(stages) == 1:
@@ -41,14 +38,11 @@ def training_parts(stages: Sequence[Parts], tick: Parts, num_microbatches: int) 
 
 
 def training_stash(received: Sequence[float], num_microbatches: int) -> float:
-    """Bytes that a device keeps of the microbatches in flight: what arrived at a stage, until its
-    backward.
-
-    Under 1F1B stage s of k has k - s microbatches in flight, or all of them if there are fewer.
+    """Bytes of the fullest device's stash under 1F1B: arrived activations kept for the backward.
 
     Args:
-      received: bytes of one microbatch that cross each boundary after a stage; 0 after the last.
-      num_microbatches: microbatches.
+      received: bytes of one microbatch that cross the boundary after each stage; 0 after the last.
+      num_microbatches: microbatches of a step.
     """
     k = len(received)
     arriving = [0.0, *received[:-1]]
@@ -56,7 +50,5 @@ def training_stash(received: Sequence[float], num_microbatches: int) -> float:
 
 
 def accumulator_bytes(weight_bytes: float, item_bytes: int) -> float:
-    """Bytes of the sums of gradients of weights of `item_bytes` each: they are kept in float32 or
-    wider.
-    """
+    """Bytes of gradient accumulators, which are float32 or as wide as the weights."""
     return weight_bytes / item_bytes * max(ACCUMULATOR_BYTES, item_bytes)

@@ -1,4 +1,4 @@
-"""What a step of a model has to do, in plain numbers, whatever it runs on."""
+"""Work of a step: bytes and FLOPs of each layer, independent of devices."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from layerwise_jax._arguments import checked_choice
+
 WorkKind = Literal["decode", "forward", "training"]
 WORK_KINDS = ("decode", "forward", "training")
 
-# A layer split over tensor ways adds up its parts twice, after attention and after its MLP
-# (Megatron-LM).
+# All-reduces of a layer split over tensor ways: after attention and after its MLP (Megatron-LM).
 ALL_REDUCES_PER_LAYER = 2
+# Bytes of one entry, by the beginning of its dtype's name.
 ITEM_BYTES = {
     "float64": 8,
     "float32": 4,
@@ -20,27 +22,34 @@ ITEM_BYTES = {
     "bfloat16": 2,
     "float8": 1,
     "int8": 1,
+    "complex128": 16,
+    "complex64": 8,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "uint64": 8,
+    "uint32": 4,
+    "uint16": 2,
+    "uint8": 1,
+    "bool": 1,
 }
-ITEM_BYTES |= {"complex128": 16, "complex64": 8, "int64": 8, "int32": 4, "int16": 2}
-ITEM_BYTES |= {"uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1}
 
 
 @dataclass(frozen=True)
 class LayerWork:
-    """What one layer does. An example is a sequence in decoding, where it gets one token a step.
+    """Work of one layer. In decoding, an example is a sequence and gets one token a step.
 
     Attributes:
-      name: the layer.
+      name: name of the layer.
       weight_bytes: bytes of its weights.
       flops: floating-point operations of one example.
-      send_bytes: bytes of one example's output: what is sent to the next layer, and what an
+      send_bytes: bytes of one example's output, which is sent to the next layer and which an
         all-reduce sums.
-      activation_bytes: bytes of one example that it writes on the way, its output and workspace.
-      state_bytes: bytes of one example's cache, held all the time and read once a step.
-      lookup_bytes: of its weights, those that no pass reads as a whole, but some rows at a time (an
-        embedding table).
-      kernels: kernels that it is compiled to; None for as many as the calibration says.
-      all_reduces: sums over tensor ways, if it is split.
+      activation_bytes: bytes of one example's output and workspace.
+      state_bytes: bytes of one example's key-value cache, read once a step.
+      lookup_bytes: bytes of weights of which a pass reads just some rows (embedding tables).
+      kernels: kernels of the compiled layer; None for the calibration's number.
+      all_reduces: all-reduces if the layer is split over tensor ways.
     """
 
     name: str
@@ -58,30 +67,30 @@ class LayerWork:
             value = getattr(self, field.name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(
-                    f"{field.name} of layer '{self.name}' is {value}; a number of at least 0 is "
-                    "wanted."
+                    f"{field.name} of layer '{self.name}' must be finite and at least 0, got "
+                    f"{value}."
                 )
 
     @property
     def read_bytes(self) -> float:
-        """Of its weights, what every pass reads."""
+        """Bytes of weights that every pass reads."""
         return max(self.weight_bytes - self.lookup_bytes, 0.0)
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """A step of a model.
+    """Work of one step of a model.
 
     Attributes:
-      layers: its layers, in order.
-      batch: examples.
-      kind: "decode" is one token for each sequence, "forward" one pass, "training" forward and
-        backward.
-      dtype: of the operands of its matrix products.
+      layers: layers in order.
+      batch: examples of a step.
+      kind: "decode" for one token of each sequence, "forward" for one pass, "training" for forward
+        and backward.
+      dtype: dtype of the operands of matrix products.
       tokens: tokens of an example in a step.
-      tensor_ways: the most devices that a layer can be split over (its number of heads); None for
-        no limit.
-      weight_dtype: what weights are kept in; None for `dtype`.
+      tensor_ways: a multiple of every number of tensor ways (the number of heads); None for no
+        limit.
+      weight_dtype: dtype of the weights; None for `dtype`.
     """
 
     layers: tuple[LayerWork, ...]
@@ -95,12 +104,10 @@ class StepWork:
     def __post_init__(self) -> None:
         if not self.layers or self.batch < 1 or self.tokens < 1:
             raise ValueError(
-                f"{len(self.layers)} layers, a batch of {self.batch}, {self.tokens} tokens an "
-                "example; "
-                "at least one of each is wanted."
+                "layers, batch and tokens must be at least 1, got "
+                f"{len(self.layers)} layers, a batch of {self.batch} and {self.tokens} tokens."
             )
-        if self.kind not in WORK_KINDS:
-            raise ValueError(f"kind is {self.kind!r}; one of {', '.join(WORK_KINDS)} is wanted.")
+        checked_choice("kind", self.kind, WORK_KINDS)
 
     @property
     def weight_item_bytes(self) -> int:
@@ -109,17 +116,17 @@ class StepWork:
 
     @property
     def read_bytes(self) -> float:
-        """Of the weights of all layers, what is read at least once a step."""
+        """Bytes of all layers' weights that are read at least once a step."""
         return sum(layer.read_bytes for layer in self.layers)
 
     @property
     def state_bytes(self) -> float:
-        """Of all layers and examples."""
+        """Bytes of the key-value caches of all layers and examples."""
         return self.batch * sum(layer.state_bytes for layer in self.layers)
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all layers do the same."""
+        """True if all layers have the same figures."""
         first = self.layers[0]
         figures = [field.name for field in fields(first)[1:]]
         return all(
@@ -138,19 +145,19 @@ def dense_decode(
     context: int = 10_000,
     dtype: str = "float16",
 ) -> StepWork:
-    """One token for each of `batch` sequences that are `context` tokens long; by default the
-    16-layer dense model.
+    """Decode step of a dense transformer, by default the 16-layer one.
 
-    A layer has four square matrices for attention and two for its MLP, 4 d d + 2 d mlp weights for
-    d = heads x head_dim, and a cache of 2 d numbers a token.
+    It makes one token for each of `batch` sequences of `context` tokens. A layer has four square
+    matrices for attention and two for its MLP, 4 d d + 2 d mlp weights for d = heads x head_dim,
+    and a cache of 2 d numbers a token.
     """
     d, item = heads * head_dim, item_bytes(dtype)
     weights = 4 * d * d + 2 * d * mlp
     layer = LayerWork(
         name="block",
         weight_bytes=weights * item,
-        # Two operations a weight; two for each number of the cache, by which queries and scores are
-        # multiplied.
+        # Two operations for each weight, and two for each number of the cache, which is multiplied
+        # by queries or scores.
         flops=2 * weights + 4 * d * context,
         send_bytes=d * item,
         activation_bytes=(5 * d + mlp) * item,
@@ -168,8 +175,9 @@ def dense_prefill(
     context: int = 10_000,
     dtype: str = "float16",
 ) -> StepWork:
-    """The same model reading prompts of `context` tokens, attention being causal: half of all pairs
-    of tokens.
+    """Prefill of the model of `dense_decode`: prompts of `context` tokens with causal attention.
+
+    Causal attention computes half of all pairs of tokens.
     """
     d, item = heads * head_dim, item_bytes(dtype)
     weights = 4 * d * d + 2 * d * mlp
@@ -184,12 +192,12 @@ def dense_prefill(
 
 
 def item_bytes(dtype: str) -> int:
-    """Bytes of one number.
+    """Bytes of one entry of a dtype.
 
     Raises:
-      ValueError: no such dtype is known here.
+      ValueError: an unknown dtype.
     """
     found = [size for name, size in ITEM_BYTES.items() if dtype.startswith(name)]
     if not found:
-        raise ValueError(f"dtype is {dtype!r}; one of {', '.join(ITEM_BYTES)} is wanted.")
+        raise ValueError(f"dtype must begin with one of {', '.join(ITEM_BYTES)}, got {dtype!r}.")
     return found[0]

@@ -62,7 +62,7 @@ def test_no_devices_are_refused():
 def test_advice_says_when_layer_wise_is_not_it():
     found = compare_dense(H200, 2, **SMALL)
     assert found.best_throughput.strategy.name == "replicas"
-    assert "Layer-wise is not it: replicas (data 2) is 1." in found.advice
+    assert "Layer-wise is not the fastest here: replicas (data 2) is 1." in found.advice
     assert "more of a step on latency (2 ticks with 2 collectives" in found.advice
 
 
@@ -70,7 +70,7 @@ def test_advice_says_when_layer_wise_is_it():
     # Weights of 103 GB fit no device, and at these lengths tensor ways send more than they compute.
     found = compare_work(dense_prefill(layers=256, batch=512), H100, 8)
     assert found.best_throughput.strategy.name.endswith("layer-wise")
-    assert "Layer-wise it is: " in found.advice
+    assert "Layer-wise is the fastest here, " in found.advice
     assert "on links (" in found.advice
 
 

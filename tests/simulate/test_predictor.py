@@ -210,7 +210,7 @@ def test_a_calibration_refuses_what_cannot_be(change):
 def test_refusals_say_what_is_wanted():
     with pytest.raises(ValueError, match="more replicas"):
         predict(dense_decode(layers=4), Strategy("layer-wise", stage=8), H100)
-    with pytest.raises(ValueError, match="stage of 'layer-wise' is 0"):
+    with pytest.raises(ValueError, match="stage of 'layer-wise' must be at least 1"):
         Strategy("layer-wise", stage=0)
     with pytest.raises(ValueError, match="batch of 0"):
         dense_decode(batch=0)
