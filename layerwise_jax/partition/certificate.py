@@ -24,7 +24,7 @@ class Blocker:
 
     Attributes:
       layer: the layer that would move; None if there is only one stage.
-      constraint: "load", "memory", "constraint" or "single layer"; None likewise.
+      constraint: "load", "memory", "constraint" or "single layer"; None too.
       sentence: the reason in words.
     """
 

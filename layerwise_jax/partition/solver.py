@@ -176,7 +176,7 @@ def solve_measured(
       weight_bytes: (n,) lower bound on the bytes of a layer; runs that it refuses are not measured.
         If weight_bytes or transient_bytes exceed the measured bytes, the result still fits but may
         not be the best.
-      transient_bytes: (n,) likewise.
+      transient_bytes: (n,) as weight_bytes.
       cut_seconds: as in `solve`.
       max_measurements: largest number of measurements; None for no limit.
       options: as in `solve`; `capacity` is one number.

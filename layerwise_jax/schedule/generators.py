@@ -194,7 +194,7 @@ def _lay_out(streams: Sequence[Sequence[Stream]]) -> Schedule:
 def _next_cell(waiting: Iterable[list[Action]], done: set[Action], num_stages: int) -> Cell:
     """Pops the next action of each reversed stream if its operands are done.
 
-    A backward may read the forward of its own cell.
+    A backward may read the forward of the same cell.
     """
     cell: list[Action] = []
     for stream in waiting:

@@ -96,7 +96,7 @@ def simulate_schedule(
     Args:
       schedule: any schedule that `check` accepts.
       forward_seconds: seconds of a forward of one microbatch, one number or one for each stage.
-      backward_seconds: seconds of input and weight gradient together, likewise.
+      backward_seconds: seconds of input and weight gradient together, in the same form.
       weight_gradient_seconds: seconds of W if the backward is split; None for half of
         `backward_seconds`.
       link_seconds: seconds of a message between two devices in either direction, one number or one

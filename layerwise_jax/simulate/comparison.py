@@ -42,7 +42,7 @@ class Comparison:
       num_devices: number of devices.
       calibration: efficiency factors of the predictions.
       rows: one prediction for each strategy, the fastest first, those that exceed memory last.
-      alone: likewise for a batch of one example, the lowest latency; empty for training.
+      alone: the same for a batch of one example, the lowest latency; empty for training.
       measured: for each row, its measurement or None.
     """
 

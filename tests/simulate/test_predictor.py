@@ -214,7 +214,7 @@ def test_refusals_say_what_is_wanted():
         Strategy("layer-wise", stage=0)
     with pytest.raises(ValueError, match="batch of 0"):
         dense_decode(batch=0)
-    with pytest.raises(ValueError, match="flops of layer 'a' is"):
+    with pytest.raises(ValueError, match="flops of layer 'a' must be"):
         LayerWork("a", 1, -1, 1)
     with pytest.raises(ValueError, match="'float7'"):
         dense_decode(dtype="float7")
