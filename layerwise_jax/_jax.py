@@ -26,6 +26,7 @@ __all__ = [
     "Tracer",
     "Var",
     "bind",
+    "inline_ptx_kernel",
     "is_key",
     "key_implementation",
     "key_paths",
@@ -158,3 +159,51 @@ def linear_primitive(
     batching.primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
     return primitive
+
+
+def inline_ptx_kernel(
+    ptx: str, outputs: Sequence[jax.ShapeDtypeStruct], *, num_blocks: int, block_threads: int
+) -> Callable[..., list[Any]]:
+    """A GPU kernel of inline PTX, made by Pallas's Mosaic backend: no build step.
+
+    Args:
+      ptx: its text. `$0`, `$1`, ... are pointers to the inputs but the last, to the outputs, and to
+        the last input.
+      outputs: types of the outputs.
+      num_blocks: blocks of the grid, `%ctaid.x`.
+      block_threads: threads of a block, `%tid.x`; a multiple of 128, a warpgroup.
+
+    Returns:
+      A function of the inputs. Its keyword `unread` takes arrays that the kernel is to run after.
+    """
+    # Imported here: the backend is experimental, and only rings on GPUs use it.
+    from jax.experimental.mosaic.gpu import utils
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def call(*inputs: Any, unread: Sequence[Any] = ()) -> list[Any]:
+        def body(*refs: Any) -> None:
+            read, written = refs[: len(inputs)], refs[len(inputs) + len(unread) :]
+            pointed = (*read[:-1], *written, read[-1])
+
+            @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(pointed))
+            def run(_: Any, *memory: Any) -> None:
+                pointers = [utils.memref_ptr(each) for each in memory]
+                # Threads leave the polls at different times and meet at a barrier: convergent.
+                utils.inline_ptx(ptx, *pointers, has_side_effects=True, convergent=True)
+
+            run(*pointed)
+
+        kernel = plgpu.kernel(
+            body,
+            out_type=tuple(outputs),
+            grid=(num_blocks,),
+            grid_names=("block",),
+            num_threads=block_threads // 128,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(
+                lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            ),
+        )
+        return list(kernel(*inputs, *unread))
+
+    return call

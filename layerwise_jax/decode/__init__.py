@@ -5,6 +5,17 @@ from layerwise_jax.decode.generation import Generation
 from layerwise_jax.decode.ring import DecodeRing
 from layerwise_jax.decode.sampling import Sampler
 from layerwise_jax.decode.state import rotated
+from layerwise_jax.decode.transport import PeerStore, Permute, TransportError
 from layerwise_jax.decode.values import RingState
 
-__all__ = ["decode_ring", "DecodeRing", "Generation", "RingState", "Sampler", "rotated"]
+__all__ = [
+    "decode_ring",
+    "DecodeRing",
+    "Generation",
+    "PeerStore",
+    "Permute",
+    "RingState",
+    "Sampler",
+    "TransportError",
+    "rotated",
+]

@@ -28,6 +28,7 @@ from layerwise_jax.decode.ring import DecodeRing
 from layerwise_jax.decode.sampling import Sampler
 from layerwise_jax.decode.sharding import InnerSharding
 from layerwise_jax.decode.step import StepFunction, own_bytes, stage_step, trace_step
+from layerwise_jax.decode.transport import Transport, choose_transport
 from layerwise_jax.measure.layers import measured_by_shape
 from layerwise_jax.mesh import DATA, STAGE, check_mesh, stage_mesh
 from layerwise_jax.partition.solver import partition_layers
@@ -58,6 +59,7 @@ def decode_ring(
     cache_specs: Any = None,
     prefill_fn: StepFunction | None = None,
     prefill_length: int | None = None,
+    transport: str | Transport = "auto",
 ) -> DecodeRing:
     """Make a step of token generation run as a ring of stages.
 
@@ -97,18 +99,16 @@ def decode_ring(
       prefill_length: tokens that it reads: a shorter prompt is padded with zeros on the right, what
         a longer one has beyond is read a token a step. Where sequences share a part of the cache (a
         counter), only groups are read at once of which all prompts are at least so long.
+      transport: how stages pass messages: "permute", one `ppermute` an array; "peer_store", stores
+        into the next device's memory by a kernel of the loop, for CUDA devices of one process;
+        "auto", peer stores where the devices are there and reach each other, otherwise permute; or
+        `PeerStore(wait_seconds=...)`. Tokens are the same.
 
     Raises:
       ValueError, CutError, BatchError: what came, what was wanted, and what to do.
     """
-    _check(
-        mesh,
-        sampler,
-        cache,
-        num_groups=num_groups,
-        num_stages=num_stages,
-        prefill_length=prefill_length,
-    )
+    _check_counts(num_groups=num_groups, num_stages=num_stages, prefill_length=prefill_length)
+    _check(mesh, sampler, cache)
     group_size = checked_int("group_size", group_size)
     pad_token = checked_int("pad_token", pad_token, least=0)
     stop_tokens = checked_ints("stop_tokens", stop_tokens)
@@ -130,7 +130,8 @@ def decode_ring(
     step = replace(step, keeps_rows=step.keeps_rows and is_by_rows)
     selecting = own_bytes(step.loop) <= MOST_SELECTED_BYTES if selects is None else selects
     specs = sharding.of_slots(step.loop.placement)
-    loop = RingLoop(step, num_groups, selecting, specs, stop_tokens, pad_token)
+    transport = choose_transport(transport, mesh)
+    loop = RingLoop(step, num_groups, selecting, specs, stop_tokens, pad_token, transport)
     sampler = sampler or Sampler()
     if prefill_fn is None or prefill_length is None:
         prefill = None
@@ -159,10 +160,13 @@ def _prefill(
     return prefill
 
 
-def _check(mesh: Mesh | None, sampler: Sampler | None, cache: Any, **numbers: int | None) -> None:
+def _check_counts(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None:
             checked_int(name, number)
+
+
+def _check(mesh: Mesh | None, sampler: Sampler | None, cache: Any) -> None:
     if sampler is not None and not isinstance(sampler, Sampler):
         raise ValueError(
             f"sampler is {sampler!r}; None for the likeliest token, or lw.Sampler(temperature, "

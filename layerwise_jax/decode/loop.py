@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -29,8 +29,8 @@ from jax.sharding import PartitionSpec
 
 from layerwise_jax.decode.message import Message
 from layerwise_jax.decode.step import StepProgram
+from layerwise_jax.decode.transport import Transport
 from layerwise_jax.decode.values import Carry, Prompts, RingState, Slots
-from layerwise_jax.mesh import STAGE
 from layerwise_jax.run.buffers import do_if
 from layerwise_jax.run.segment import StageSegment, segment_after_body, segment_before_body
 from layerwise_jax.run.stage import LocalStage, MicrobatchContext, StageResults
@@ -64,6 +64,8 @@ class RingLoop:
       specs: for slots that are sharded over other axes of the mesh than `stage`, how.
       stop_tokens: tokens that end a sequence.
       pad_token: what an ended sequence goes on with.
+      transport: how a tick's message is passed on.
+      rounds_per_iteration: rounds that one iteration of the compiled loop has written out.
     """
 
     step: StepProgram
@@ -72,6 +74,8 @@ class RingLoop:
     specs: Mapping[int, PartitionSpec]
     stop_tokens: tuple[int, ...]
     pad_token: int
+    transport: Transport
+    rounds_per_iteration: int = 1
 
     @property
     def loop(self) -> StagedProgram:
@@ -82,8 +86,18 @@ class RingLoop:
         """Ticks of a round, and places of a stage."""
         return max(self.loop.num_stages, self.num_groups)
 
+    @cached_property
+    def message(self) -> Message:
+        """The arrays that a tick sends."""
+        return Message.of(self.loop, self.transport.tokens_ride)
+
     def run(
-        self, weights: Sequence[Any], places: RingState, forced: Any, prompts: Prompts | None = None
+        self,
+        weights: Sequence[Any],
+        places: RingState,
+        forced: Any,
+        prompts: Prompts | None = None,
+        operand: Any = None,
     ) -> tuple[RingState, Any]:
         """Rounds of the ring: every group gets as many tokens as there are rounds.
 
@@ -93,14 +107,15 @@ class RingLoop:
           forced: int32[rounds + 1, length, sequences], by the tick in which a token arrives at the
             first stage: what stands there in a prompt, or -1.
           prompts: this device's, in a round in which these are read in place of the next token.
+          operand: this device's part of the transport's operand.
 
         Returns:
           The places afterwards. Tokens int32[rounds + 1, length, sequences] in the order of their
           arrival at the first stage, meaningless on the others, and where nothing arrived.
         """
         device = LocalStage(self.loop, [], jnp.int32(0), gates=False)
-        carry = Carry(places, [fill(wire_aval(x), 0.0) for x in self._message.avals])
-        ring = _Round(self, device, list(weights), prompts)
+        carry = Carry(places, [fill(wire_aval(x), 0.0) for x in self.message.avals])
+        ring = _Round(self, device, list(weights), prompts, operand)
         arrived = []
         for phase, rounds in (
             ("fill", forced[:1]),
@@ -108,24 +123,27 @@ class RingLoop:
             ("drain", forced[-1:]),
         ):
             if rounds.shape[0]:
-                carry, tokens = lax.scan(partial(ring.run, phase), carry, rounds)
+                unroll = min(self.rounds_per_iteration, len(rounds))
+                carry, tokens = lax.scan(partial(ring.run, phase), carry, rounds, unroll=unroll)
                 arrived.append(tokens)
         return carry.places, jnp.concatenate(arrived)
-
-    @property
-    def _message(self) -> Message:
-        return Message.of(self.loop)
 
 
 class _Round:
     """The ticks of a round on one device."""
 
     def __init__(
-        self, ring: RingLoop, device: LocalStage, weights: list[Any], prompts: Prompts | None
+        self,
+        ring: RingLoop,
+        device: LocalStage,
+        weights: list[Any],
+        prompts: Prompts | None,
+        operand: Any,
     ):
         self.ring, self.device, self.weights, self.prompts = ring, device, weights, prompts
         self.loop, self.length = ring.loop, ring.length
-        self.message = Message.of(ring.loop)
+        self.message = ring.message
+        self.operand = operand
 
     def run(self, phase: str, carry: Carry, forced: Any) -> tuple[Carry, Any]:
         """One round: the carry, and the tokens that arrived."""
@@ -187,10 +205,10 @@ class _Round:
         places = places._replace(
             caches=_with(places.caches, j, caches), positions=_with(places.positions, j, positions)
         )
-        sent = [
-            lax.ppermute(x, STAGE, pairs) for x, pairs in zip(made, self.message.pairs, strict=True)
-        ]
-        return Carry(places, sent)
+        arrived = self.ring.transport.exchange(
+            made, self.message.pairs, self.operand, carry.arrived
+        )
+        return Carry(places, arrived)
 
     def _is_active(self, phase: str, j: int) -> Any:
         """Whether this device has a group in this tick; None if all have one."""

@@ -43,14 +43,13 @@ class Message:
     pairs: tuple[tuple[tuple[int, int], ...], ...]
 
     @classmethod
-    def of(cls, loop: StagedProgram) -> Message:
-        """The message of a ring's stages."""
+    def of(cls, loop: StagedProgram, tokens_ride: bool = True) -> Message:
+        """The message of a ring's stages; tokens have an array of their own unless they ride."""
         avals = tuple(lane.aval for lane in loop.wiring.lanes)
         num_sequences = loop.output_aval(0).shape[0]
         ring = tuple((s, (s + 1) % loop.num_stages) for s in range(loop.num_stages))
-        carrier = next(
-            (j for j, aval in enumerate(avals) if _carries(wire_aval(aval), num_sequences)), None
-        )
+        fits = [j for j, aval in enumerate(avals) if _carries(wire_aval(aval), num_sequences)]
+        carrier = fits[0] if fits and tokens_ride else None
         pairs = [tuple(lane.pairs(loop.num_stages)) for lane in loop.wiring.lanes]
         if carrier is None:
             pairs.append(((loop.num_stages - 1, 0),))

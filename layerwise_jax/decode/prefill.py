@@ -20,6 +20,7 @@ from layerwise_jax._arguments import checked_int32
 from layerwise_jax.decode.loop import RingLoop
 from layerwise_jax.decode.state import rotated
 from layerwise_jax.decode.step import StepProgram, assemble, cut_step
+from layerwise_jax.decode.transport import Permute
 from layerwise_jax.decode.values import Prompts
 from layerwise_jax.stage.align import Alignment, align_stages
 from layerwise_jax.stage.cut import CutError, Stage
@@ -71,7 +72,9 @@ class Prefill:
             )
         step = _stage_prefill(layers, cache, ring.step, axes)
         # A stage's own operations are branched to: a pass is long, and a branch is not.
-        return cls(replace(ring, step=step, selects=False), length)
+        # Its messages are long and few, so bandwidth counts, not latency: collectives.
+        loop = replace(ring, step=step, selects=False, transport=Permute(), rounds_per_iteration=1)
+        return cls(loop, length)
 
     def prompts(self, mesh: Mesh, tokens: Any, lengths: Any, num_sequences: int) -> Prompts:
         """Prompts as the devices hold them: see `DecodeRing.prefill`.

@@ -32,6 +32,7 @@ from layerwise_jax.decode.state import (
     start_places,
 )
 from layerwise_jax.decode.step import KEYS
+from layerwise_jax.decode.transport import Channel
 from layerwise_jax.decode.values import RingState
 from layerwise_jax.plan import Plan
 from layerwise_jax.stage.placement import Staged
@@ -191,8 +192,13 @@ class DecodeRing:
             "forced", forced, (steps, self.num_groups, self.group_size), least=-1
         )
         inputs = (weights_of(self.ring, staged), places, by_arrival(self.ring, wanted, -1), None)
-        places, arrived = self.compiled(staged, places, steps)(*inputs)
+        places, arrived = self._channel.run(self.compiled(staged, places, steps), *inputs)
         return places, self._tokens(arrived)
+
+    @cached_property
+    def _channel(self) -> Channel:
+        """The transport's resources on this ring's devices."""
+        return self.ring.transport.open(self.mesh, self.ring.message.avals)
 
     def _tokens(self, arrived: jax.Array) -> np.ndarray:
         """Tokens [step, group, sequence], which the first stage has."""
@@ -204,7 +210,7 @@ class DecodeRing:
             forced = jax.ShapeDtypeStruct((steps + 1, self.ring.length, self.group_size), jnp.int32)
             program = ring_program(self.ring, self.mesh)
             self._compiled[steps] = program.lower(
-                weights_of(self.ring, staged), places, forced, None
+                weights_of(self.ring, staged), places, forced, None, self._channel.operand_type
             ).compile()
         return self._compiled[steps]
 
@@ -238,7 +244,7 @@ class DecodeRing:
         shape = (1, self.num_groups, self.group_size)
         forced = checked_int32("following", np.broadcast_to(following, shape), shape, least=-1)
         inputs = (weights_of(self.ring, staged), places, by_arrival(self.ring, forced, -1), held)
-        places, arrived = self.compiled_prefill(staged, places)(*inputs)
+        places, arrived = self.compiled_prefill(staged, places)(*inputs, None)
         return places, self._tokens(arrived)[0]
 
     def compiled_prefill(self, staged: Staged, places: RingState) -> Any:
@@ -251,7 +257,7 @@ class DecodeRing:
             prompts = self.reader.prompts(self.mesh, nothing, nothing[..., 0], self.group_size)
             program = ring_program(self.reader.ring, self.mesh, prompts)
             self._compiled["prefill"] = program.lower(
-                weights_of(self.ring, staged), places, forced, prompts
+                weights_of(self.ring, staged), places, forced, prompts, None
             ).compile()
         return self._compiled["prefill"]
 

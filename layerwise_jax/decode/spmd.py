@@ -32,8 +32,8 @@ def weights_of(ring: RingLoop, staged: Staged) -> list[Any]:
 
 
 def ring_program(ring: RingLoop, mesh: Mesh, prompts: Prompts | None = None) -> Any:
-    """(weights, places, forced, prompts) to (places, tokens by arrival), jitted; the places are
-    donated.
+    """(weights, places, forced, prompts, operand) to (places, tokens by arrival), jitted; the
+    places are donated. The operand is that of the transport's channel.
 
     Args:
       ring: the loop.
@@ -55,6 +55,7 @@ def ring_program(ring: RingLoop, mesh: Mesh, prompts: Prompts | None = None) -> 
             places,
             PartitionSpec(),
             jax.tree.map(lambda _: by_stage, prompts),
+            ring.transport.operand_spec(mesh),
         ),
         out_specs=(places, by_stage),
         check_vma=False,
@@ -63,7 +64,12 @@ def ring_program(ring: RingLoop, mesh: Mesh, prompts: Prompts | None = None) -> 
 
 
 def _on_device(
-    ring: RingLoop, weights: list[Any], places: RingState, forced: Any, prompts: Prompts | None
+    ring: RingLoop,
+    weights: list[Any],
+    places: RingState,
+    forced: Any,
+    prompts: Prompts | None,
+    operand: Any,
 ) -> tuple[RingState, Any]:
     rows, state = iter(weights), set(ring.loop.state_slots)
     slots = [
@@ -71,5 +77,5 @@ def _on_device(
         for j in range(len(ring.loop.placement.slots))
     ]
     local, read = jax.tree.map(lambda x: lax.squeeze(x, (0,)), (places, prompts))
-    after, tokens = ring.run(slots, local, forced, read)
+    after, tokens = ring.run(slots, local, forced, read, operand)
     return jax.tree.map(lambda x: lax.expand_dims(x, (0,)), after), tokens[None]
