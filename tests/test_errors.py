@@ -101,7 +101,7 @@ def test_boundaries_that_are_none(
         lambda: lw.build_pipeline(layers, boundaries, mesh, 1),
         str(boundaries),
         "4 layers",
-        "end at 4",
+        "from 0 to 4",
     )
 
 
@@ -134,12 +134,12 @@ def test_fewer_devices_than_stages() -> None:
 @pytest.mark.parametrize(
     ("params", "words"),
     [
-        (tuple(PARAMS), ["another tree", "came:   PyTreeDef((", "wanted: PyTreeDef(["]),
-        (PARAMS[:3], ["another tree"]),
-        ([*PARAMS[:3], PARAMS[3][:2]], ["[3]", "float32[2, 4]", "traced as float32[4, 4]"]),
+        (tuple(PARAMS), ["must have the traced tree", "PyTreeDef([", "got\n  PyTreeDef(("]),
+        (PARAMS[:3], ["must have the traced tree"]),
+        ([*PARAMS[:3], PARAMS[3][:2]], ["[3]", "got float32[2, 4]", "must be float32[4, 4]"]),
         (
             [PARAMS[0].astype(HALF), *PARAMS[1:]],
-            ["[0]", "bfloat16[4, 4]", "traced as float32[4, 4]", "Convert it"],
+            ["[0]", "got bfloat16[4, 4]", "must be float32[4, 4]", "Convert it"],
         ),
         ([1.0, *PARAMS[1:]], ["[0]", "float32[]"]),
     ],
@@ -154,9 +154,9 @@ def test_parameters_that_were_not_traced(
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        ((X[:6],), ["Input 0", "float32[6, 4]", "float32[8, 4]", "2 microbatches of 4"]),
-        ((X.astype(HALF),), ["bfloat16[8, 4]", "built for float32[8, 4]"]),
-        ((X, X), ["PyTreeDef((*, *))", "traced as PyTreeDef((*,))"]),
+        ((X[:6],), ["input 0", "got float32[6, 4]", "float32[8, 4]", "2 microbatches of 4"]),
+        ((X.astype(HALF),), ["got bfloat16[8, 4]", "must be float32[8, 4]"]),
+        ((X, X), ["got PyTreeDef((*, *))", "traced tree PyTreeDef((*,))"]),
         ((), ["PyTreeDef(())"]),
     ],
     ids=["batch", "dtype", "more", "none"],
@@ -169,10 +169,10 @@ def test_inputs_that_were_not_traced(pipeline: lw.Pipeline, inputs: Any, words: 
 
 def test_parameters_that_were_not_placed_here(pipeline: lw.Pipeline) -> None:
     for call in (lambda staged: pipeline(staged, X), pipeline.gather):
-        refuses(lambda call=call: call(PARAMS), "came list", "pipeline.place(params)")
+        refuses(lambda call=call: call(PARAMS), "got list", "pipeline.place(params)")
         refuses(
             lambda call=call: call(stage(num_stages=1).place(PARAMS)),
-            "came ['0', '1', '2', '3']",
+            "got ['0', '1', '2', '3']",
             "place(params)",
         )
     staged = pipeline.place(PARAMS)
@@ -268,7 +268,7 @@ def test_options_that_do_not_exist() -> None:
 @pytest.mark.parametrize(
     ("axes", "words"),
     [
-        (1, ["in_axes has 1", "Transpose"]),
+        (1, ["in_axes", "got 1", "Transpose"]),
         ((0, 0), ["(0, 0)", "PyTreeDef((*,))"]),
         ({"x": 0}, ["{'x': 0}"]),
     ],
@@ -333,7 +333,7 @@ def test_a_refused_call_loses_nothing(pipeline: lw.Pipeline) -> None:
     """Not even donated arguments: the refusal comes before they are taken."""
     step = jax.jit(lambda staged, x: (pipeline(staged, x), staged), donate_argnums=0)
     staged = pipeline.place(PARAMS)
-    refuses(lambda: step(staged, X[:6]), "Input 0")
+    refuses(lambda: step(staged, X[:6]), "input 0")
     refuses(lambda: step(PARAMS, X), "pipeline.place(params)")
     y, staged = step(staged, X)
     np.testing.assert_allclose(y, fn(PARAMS, X), rtol=1e-6)

@@ -5,7 +5,7 @@ compiled.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -106,7 +106,7 @@ class DecodeRing:
         leaves = self.sharding.check(params)
         return {
             slot.name: placement.fill(
-                slot, leaves, self.mesh, self.ring.specs.get(j, PartitionSpec())
+                replace(slot, spec=self.ring.specs.get(j, PartitionSpec())), leaves, self.mesh
             )
             for j, slot in enumerate(placement.slots)
             if j not in state

@@ -8,6 +8,7 @@ stages.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from layerwise_jax.decode.loop import RingLoop
 from layerwise_jax.decode.values import RingState
 from layerwise_jax.mesh import STAGE
-from layerwise_jax.stage.placement import whole_shape
 
 
 def group_of(ring: RingLoop, place: int, stage: int) -> int | None:
@@ -110,17 +110,13 @@ def first_cache(ring: RingLoop, mesh: Mesh, leaves: Mapping[int, Any]) -> dict[i
 
 def _fill(ring: RingLoop, mesh: Mesh, j: int, rows: Sequence[Any]) -> jax.Array:
     """One slot, given its rows; zeros where there is nothing, or a type alone."""
-    placement, slot, spec = (
-        ring.loop.placement,
-        ring.loop.placement.slots[j],
-        ring.specs.get(j, PartitionSpec()),
-    )
+    placement = ring.loop.placement
+    slot = replace(placement.slots[j], spec=ring.specs.get(j, PartitionSpec()))
     concrete = [None if isinstance(row, jax.ShapeDtypeStruct) else row for row in rows]
     if all(row is None for row in concrete):
-        shape = (len(slot.weights), *whole_shape(slot.aval.shape, spec, mesh))
-        sharding = NamedSharding(mesh, PartitionSpec(STAGE, *spec))
-        return jax.jit(lambda: jnp.zeros(shape, slot.aval.dtype), out_shardings=sharding)()
-    return placement.fill_rows(slot, concrete, mesh, spec)
+        aval = slot.placed_aval(mesh)
+        return jax.jit(lambda: jnp.zeros(aval.shape, aval.dtype), out_shardings=aval.sharding)()
+    return placement.fill_shards(slot, concrete, mesh)
 
 
 def gather_cache(ring: RingLoop, places: RingState, group: int) -> dict[int, np.ndarray]:

@@ -232,7 +232,9 @@ def assemble(
     cache: Mapping[int, Weight],
     body_slots: tuple[int, ...] | None = None,
 ) -> StepProgram:
-    """The stages wired; `body_slots` as in `Loop`."""
+    """The stages wired; `body_slots` where the placement was made for another program."""
+    if body_slots is not None:
+        placement = replace(placement, body_slots=(body_slots,))
     shown = [
         replace(stage, outputs={p: x for p, x in stage.outputs.items() if p == 0})
         for stage in stages
@@ -248,7 +250,6 @@ def assemble(
         num_microbatches=1,
         in_axes=(None,) * 3,
         state=dict(cache),
-        body_slots=body_slots,
     )
     body, own = _split_state(loop, renewed(layers, cache))
     avals = [
@@ -293,7 +294,7 @@ def _split_state(
 def own_bytes(loop: StagedProgram) -> int:
     """Bytes of the weights that stages use outside of the common body."""
     avals = loop.program.avals
-    body = set(range(loop.num_chunks * loop.num_body_weights))
+    body = {j for slots in loop.placement.body_slots for j in slots}
     held = {x for stage in loop.stages for x in stage.weights}
     slots = [loop.placement.slot_of(s) for s in range(loop.num_stages)]
     return sum(

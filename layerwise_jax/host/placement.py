@@ -136,7 +136,8 @@ def place_columns(
     slots = tuple(
         Slot(name, avals[weight], (weight,)) for name, (_, weight) in zip(names, rows, strict=True)
     )
-    return HostPlacement(slots, 1, signature, tuple(column for column, _ in rows), meshes)
+    columns = tuple(column for column, _ in rows)
+    return HostPlacement(slots, 1, signature, column_of=columns, meshes=meshes)
 
 
 def check_not_traced(staged: HostStaged, inputs: Sequence[Any]) -> None:

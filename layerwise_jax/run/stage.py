@@ -118,10 +118,7 @@ class LocalStage:
     @property
     def body_slots(self) -> Sequence[int]:
         """The slots of the common body's weights."""
-        if self.loop.body_slots is not None:
-            return self.loop.body_slots
-        first = self.chunk * self.loop.num_body_weights
-        return range(first, first + self.loop.num_body_weights)
+        return self.loop.placement.body_slots[self.chunk]
 
     def switch(self, branches: Sequence[Callable], *operands: Any) -> Any:
         """What the branch of this device's stage returns, given one for each stage of the chunk."""

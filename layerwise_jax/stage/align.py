@@ -1,13 +1,13 @@
-"""Find the layers that all stages have in common, so that they stand once in the compiled loop.
+"""Alignment of stages: the computation that all stages have in common, so that it is compiled once.
 
 Every stage is split into three parts, run in this order:
 
-    before   the layers only this stage has (an embedding, surplus blocks); under a branch on the
-    stage index body     the same computation in every stage; no branch after    on the last stage
-    only: what follows its body (a head, a loss); under the same branch, a tick later
+    before   ops that only this stage has (an embedding, surplus blocks); branch on the stage index
+    body     the same computation in every stage; no branch
+    after    last stage only: ops behind its body (a head, a loss); same branch, one tick later
 
-With equal stages `before` and `after` are empty and the loop has no branch at all. With nothing in
-common the body is empty and the stages stand side by side under the branch.
+With equal stages `before` and `after` are empty and the loop has no branch. With nothing in common
+the body is empty and every stage is one case of the branch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from layerwise_jax.trace.program import Op, Operand, Program, Value
 
 @dataclass(frozen=True, eq=False)
 class StageParts:
-    """One stage as (before, body, after); `shape` is the body's."""
+    """One stage as (before, body, after); `shape` is the body's canonical form."""
 
     before: tuple[Op, ...]
     body: tuple[Op, ...]
@@ -39,14 +39,14 @@ class StageParts:
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """All stages, split alike.
+    """All stages split alike, with one body for all of them.
 
     Attributes:
       parts: the parts of every stage.
-      num_layers: how many layers the body holds.
-      body: the operations that stand for every stage's body: the first stage's, with the literals
-        that differ between stages replaced by values.
-      varying: for each such value, its number and what it is in every stage.
+      num_layers: layers in the body.
+      body: the ops of the common body: those of stage 0, with the literals that differ between
+        stages replaced by values.
+      varying: each such value and its table, one entry per stage: array [stages, ...].
     """
 
     parts: tuple[StageParts, ...]
@@ -62,13 +62,18 @@ def align_stages(
     *,
     with_body: bool = True,
 ) -> Alignment:
-    """Split the stages so that the common body holds as many layers as possible, or none if not
-    `with_body`.
+    """Split the stages so that the common body has as many layers as possible.
+
+    Args:
+      layers: the traced layers.
+      boundaries: first layer of every stage, then the number of layers.
+      stages: the stages between those boundaries.
+      with_body: False gives an empty body; every op is then in `before`.
     """
     aligner = _Aligner(layers, boundaries, stages)
-    most = (
-        min(stop - start for start, stop in aligner.ranges) if with_body and len(stages) > 1 else 0
-    )
+    # The body cannot be longer than the shortest stage.
+    fewest_layers = min(stop - start for start, stop in aligner.ranges)
+    most = fewest_layers if with_body and len(stages) > 1 else 0
     for count in range(most, 0, -1):
         parts = aligner.split(count)
         if parts is not None:
@@ -77,43 +82,47 @@ def align_stages(
 
 
 class _Aligner:
-    """Tries bodies out. Ranges of layers and of anchored operations both count from the program's
-    start.
+    """Search for a common body, by number of layers.
+
+    Ranges of layers and of pinned ops both count from the start of the program.
     """
 
     def __init__(self, layers: LayerSequence, boundaries: Sequence[int], stages: Sequence[Stage]):
-        self.program, self.stages = layers.program, stages
+        self.program = layers.program
+        self.stages = stages
         self.ranges = list(pairwise(boundaries))
-        self.anchors = [i for layer in layers.layers for i in layer.anchors]
+        self.pinned = [i for layer in layers.layers for i in layer.anchors]
+        # ends[i]: pinned ops before layer i
         self.ends = np.cumsum([0, *(len(layer.anchors) for layer in layers.layers)]).tolist()
         self.free = free_producers(self.program, pinned_ops(self.program))
         self.fingerprints: dict[int, Any] = {}
+        # equal keys = equal computations up to names of values
         self.keys = [
-            self._shape(self._ops(*self._anchors(i, i + 1))).key for i in range(len(layers))
+            self._shape(self._ops(*self._pinned_range(i, i + 1))).key for i in range(len(layers))
         ]
 
     def split(self, count: int) -> list[StageParts] | None:
-        """The stages with bodies of `count` layers each, if those are equal."""
+        """The stages with bodies of `count` layers each, or None if those bodies differ."""
         *firsts, (start, stop) = self.ranges
+        # In all stages but the last, the body is at the end: nothing follows it.
         bodies = [(b - count, b) for _, b in firsts]
         if len({tuple(self.keys[a:b]) for a, b in bodies}) > 1:
             return None
-        (body_start, body_stop), anchors_of_firsts = (
-            bodies[0],
-            [self._anchors(a, b) for a, b in bodies],
-        )
-        final_start, final_stop = self._anchors(body_stop - 1, body_stop)
+        body_start, body_stop = bodies[0]
+        pinned_of_firsts = [self._pinned_range(a, b) for a, b in bodies]
+        final_start, final_stop = self._pinned_range(body_stop - 1, body_stop)
+        # In the last stage, the body may start at any layer.
         for last in range(start, stop - count + 1):
             *before, final = range(last, last + count)
             if [self.keys[i] for i in before] != self.keys[body_start : body_stop - 1]:
                 continue
-            # What comes after the last block, such as a norm, may stand in its layer: that is left
-            # to the last stage.
+            # The last layer may hold more than a block, such as a final norm: as many pinned ops
+            # as a block has are the body's, the surplus belongs to `after`.
             end = min(self.ends[final] + final_stop - final_start, self.ends[final + 1])
-            anchors = [*anchors_of_firsts, (self.ends[last], end)]
-            shapes = [self._shape(self._ops(a, b)) for a, b in anchors]
+            pinned = [*pinned_of_firsts, (self.ends[last], end)]
+            shapes = [self._shape(self._ops(a, b)) for a, b in pinned]
             if len({shape.key for shape in shapes}) == 1:
-                return [self._parts(s, body, shapes[s]) for s, body in enumerate(anchors)]
+                return [self._parts(s, body, shapes[s]) for s, body in enumerate(pinned)]
         return None
 
     def split_without_body(self) -> list[StageParts]:
@@ -121,27 +130,27 @@ class _Aligner:
         return [StageParts(stage.ops, (), (), empty) for stage in self.stages]
 
     def _parts(self, s: int, body: tuple[int, int], shape: CanonicalOps) -> StageParts:
-        start, stop = self._anchors(*self.ranges[s])
+        start, stop = self._pinned_range(*self.ranges[s])
         made = {x for op in self.stages[s].ops for x in op.results}
+        # outputs that free ops make, e.g. a decay term of the weights
         outputs = [
             x for x in self.stages[s].outputs.values() if isinstance(x, int) and x in self.free
         ]
         assert all(x in made for x in outputs)
-        before = self._ops(start, body[0], () if body[1] < stop else outputs)
-        after = self._ops(body[1], stop, outputs) if body[1] < stop else ()
+        has_after = body[1] < stop
+        before = self._ops(start, body[0], () if has_after else outputs)
+        after = self._ops(body[1], stop, outputs) if has_after else ()
         return StageParts(before, self._ops(*body), after, shape)
 
-    def _anchors(self, start: int, stop: int) -> tuple[int, int]:
-        """The anchored operations of layers start to stop."""
+    def _pinned_range(self, start: int, stop: int) -> tuple[int, int]:
+        """The range of pinned ops of layers start to stop."""
         return self.ends[start], self.ends[stop]
 
     def _ops(self, start: int, stop: int, outputs: Sequence[Operand] = ()) -> tuple[Op, ...]:
-        """Anchored operations start to stop, with the unanchored ones that they (or `outputs`)
-        need.
-        """
-        anchors = self.anchors[start:stop]
-        reads = [x for i in anchors for x in self.program.ops[i].values]
-        positions = {*anchors, *free_ops_behind(self.program, [*reads, *outputs], self.free)}
+        """Pinned ops start to stop, with the free ops that they (or `outputs`) read."""
+        pinned = self.pinned[start:stop]
+        reads = [x for i in pinned for x in self.program.ops[i].values]
+        positions = {*pinned, *free_ops_behind(self.program, [*reads, *outputs], self.free)}
         return tuple(self.program.ops[i] for i in sorted(positions))
 
     def _shape(self, ops: Sequence[Op]) -> CanonicalOps:
@@ -149,17 +158,20 @@ class _Aligner:
 
 
 def _alignment(program: Program, parts: Sequence[StageParts], count: int) -> Alignment:
-    """Replace the literals that differ between the bodies by values that every stage looks up."""
-    literals = [part.shape.literals for part in parts]
+    """Replace the literals that differ between the bodies by values that each stage looks up."""
+    literals = [part.shape.literals for part in parts]  # [stages][literals of the body]
     differing = [
         j
         for j, same in enumerate(zip(*literals, strict=True))
-        if len({_plain(x) for x in same}) > 1
+        if len({_literal_bytes(x) for x in same}) > 1
     ]
+    # New values get numbers behind those of the program.
     varying = {j: len(program.avals) + n for n, j in enumerate(differing)}
     tables = tuple(
-        (value, np.stack([np.asarray(row[j]) for row in literals])) for j, value in varying.items()
+        (value, np.stack([np.asarray(of_stage[j]) for of_stage in literals]))
+        for j, value in varying.items()
     )
+    # Literals of `shape` are in the order in which the ops read them.
     counter = iter(range(len(literals[0])))
 
     def replaced(operand: Operand) -> Operand:
@@ -171,6 +183,6 @@ def _alignment(program: Program, parts: Sequence[StageParts], count: int) -> Ali
     return Alignment(tuple(parts), count, body, tables)
 
 
-def _plain(value: Any) -> bytes:
+def _literal_bytes(value: Any) -> bytes:
     """A literal as bytes, so that NaN equals itself and -0.0 differs from 0.0."""
     return np.asarray(value).tobytes()

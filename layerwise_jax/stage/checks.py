@@ -1,4 +1,4 @@
-"""What cannot be staged, found before anything runs, and said in words."""
+"""Validation: rejects functions that cannot be staged, with actionable errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from layerwise_jax.trace.program import Program, Weight
 
 
 def check_stageable(program: Program, axes: Collection[str] = ()) -> None:
-    """Refuse operations that a loop over microbatches on other devices would run differently.
+    """Refuse operations that would run differently in a loop over microbatches.
 
     Args:
       program: the program.
@@ -25,17 +25,16 @@ def check_stageable(program: Program, axes: Collection[str] = ()) -> None:
     """
     for op in program.ops:
         effects = effects_but_axes(op.eqn, axes)
+        # Reads and writes of a mutable reference are effects too; cut_stages keeps it in one stage.
         if effects and not any(isinstance(aval, AbstractRef) for aval in _avals(program, op)):
             raise CutError(
                 f"{op.name} at {source_line(op.eqn)} has an effect; in a pipeline it would run "
-                "once a tick and device, "
-                "idle ticks included. Remove it from the function that is staged."
+                "once a tick and device, idle ticks included. Remove it from the staged function."
             )
         if op.name == "sharding_constraint" or op.name in ("jit", "pjit"):
             raise CutError(
-                f"{op.name} at {source_line(op.eqn)} places its value on devices of its own; a "
-                "stage's values live on "
-                "the stage's device. Remove the sharding from the function that is staged."
+                f"{op.name} at {source_line(op.eqn)} names devices for its value; the values of a "
+                "stage live on the stage's device. Remove the sharding from the staged function."
             )
 
 
@@ -46,25 +45,26 @@ def _avals(program: Program, op: Any) -> list[Any]:
 def find_state(
     layers: LayerSequence, pick: Callable[[Any], Any] | None, replicas: int
 ) -> dict[int, Weight]:
-    """The outputs that are new values of weights.
+    """State of the function: output position -> the weight whose new value that output is.
 
     Args:
       layers: the traced function.
-      pick: chooses from the function's outputs a tree whose paths are paths of the parameters.
+      pick: takes a tree of the function's outputs from it; its paths are paths of the parameters.
       replicas: replicas of the pipeline.
 
     Raises:
-      ValueError: what was picked is not part of the parameters, or replicas would each have a state
-        of their own.
+      ValueError: a picked output is not a parameter, or differs from it in type; or there are
+        several replicas, each of which would update its copy differently.
     """
     if pick is None:
         return {}
     if replicas > 1:
         raise ValueError(
-            f"State with {replicas} replicas on the axis 'data': each would update its own copy. "
-            "Use a mesh without that axis."
+            f"state= must be None with {replicas} replicas on the axis 'data', since each would "
+            "update its own copy. Use a mesh without that axis."
         )
     signature = layers.signature
+    # `pick` runs on output positions instead of arrays.
     positions = jax.tree.unflatten(
         signature.outputs_tree, list(range(len(signature.outputs_avals)))
     )
@@ -73,39 +73,43 @@ def find_state(
     weights = {
         weight.leaf: weight for weight in layers.program.weights.values() if weight.start is None
     }
-    found = {}
+    found: dict[int, Weight] = {}
     for path, position in picked:
         name = jax.tree_util.keystr(path)
         if name not in leaves:
             raise ValueError(
-                f"state= picked {name}, which is no parameter; it must keep the paths of the "
-                "parameters."
+                f"state= must pick outputs by the paths of parameters, got {name}, which is no "
+                "parameter. Return new values under the parameters' own paths."
             )
         leaf = leaves[name]
         if leaf not in weights:
             raise ValueError(
                 f"The state {name} is stacked over the layers of a scan, which live on several "
-                "stages. "
-                "Unroll the layers, or keep that state out of the scan."
+                "stages. Unroll the layers, or keep that state out of the scan."
             )
-        wanted, came = signature.params_avals[leaf], signature.outputs_avals[position]
-        if (wanted.shape, wanted.dtype) != (came.shape, came.dtype):
-            raise ValueError(f"The new state {name} is {came}, the parameter is {wanted}.")
+        expected = signature.params_avals[leaf]
+        given = signature.outputs_avals[position]
+        if (expected.shape, expected.dtype) != (given.shape, given.dtype):
+            raise ValueError(
+                f"The new state {name} must be {expected}, as the parameter is, got {given}. "
+                "Return it in the parameter's shape and dtype."
+            )
+        # An output that is a literal never changes: no state to update.
         if not isinstance(layers.program.outputs[position], Literal):
             found[position] = weights[leaf]
     return found
 
 
 def find_frozen(layers: LayerSequence, trainable: Any) -> frozenset[Weight]:
-    """The weights that are not to be trained.
+    """The frozen weights: those that `value_and_grad` does not differentiate.
 
     Args:
       layers: the traced function.
-      trainable: a tree of booleans, the parameters' or a prefix of it, or a function from their
-        types to one, or None.
+      trainable: a tree of booleans with the structure of the parameters or a prefix of it; or a
+        function from the parameters' types to such a tree; or None, all trainable.
 
     Raises:
-      ValueError: it is no such tree.
+      ValueError: the tree does not match the parameters, or a leaf is not a boolean.
     """
     if trainable is None:
         return frozenset()
@@ -113,30 +117,35 @@ def find_frozen(layers: LayerSequence, trainable: Any) -> frozenset[Weight]:
     params = jax.tree.unflatten(signature.params_tree, list(signature.params_avals))
     mask = trainable(params) if callable(trainable) else trainable
     try:
+        # A flag of a prefix holds for all leaves below it.
         flags = jax.tree.leaves(
             jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), mask, params)
         )
     except ValueError as error:
-        raise ValueError(f"trainable= has another tree than the parameters: {error}") from error
+        raise ValueError(
+            f"trainable must be a tree with the parameters' structure or a prefix of it, got "
+            f"another: {error}"
+        ) from error
     wrong = [flag for flag in flags if not isinstance(flag, bool)]
     if wrong:
         raise ValueError(
-            f"trainable= has {wrong[0]!r} among its leaves; True or False is wanted for every "
-            "parameter."
+            f"trainable must have True or False for every parameter, got {wrong[0]!r}. Give "
+            "booleans, such as jax.tree.map(lambda x: x.ndim > 1, params)."
         )
     return frozenset(weight for weight in layers.program.weights.values() if not flags[weight.leaf])
 
 
 def check_draws(program: Program, state: Mapping[int, Weight]) -> None:
-    """Refuse random numbers that are drawn for the whole batch with a key that each microbatch
-    changes.
+    """Refuse random draws with a key that every microbatch changes.
 
-    A microbatch takes its rows of what is drawn for the whole batch, so all must draw the same.
+    Draws are made for the full batch, and each microbatch slices out its rows; so all microbatches
+    must draw with one key.
 
     Raises:
       CutError: naming the draw.
     """
     changing = set(state.values())
+    # values that depend on state, found in the order of the trace
     from_state = {value for value, weight in program.weights.items() if weight in changing}
     for op in program.ops:
         if from_state.isdisjoint(op.values):
@@ -145,14 +154,17 @@ def check_draws(program: Program, state: Mapping[int, Weight]) -> None:
         if op.full_rows is not None:
             raise CutError(
                 f"{op.name} at {source_line(op.eqn)} draws numbers for every example from state "
-                "that each microbatch "
-                "changes; they would be those of no batch. Leave that state out of state=, or use "
-                "one microbatch."
+                "that each microbatch changes; no unstaged batch draws those numbers. Leave that "
+                "state out of state=, or use one microbatch."
             )
 
 
 def check_state(loop_state: dict[int, Weight], stages: Any) -> None:
-    """Refuse state that more than one stage reads, or that another stage updates than reads.
+    """Refuse state that is not read and updated on one and the same stage.
+
+    Args:
+      loop_state: output position -> weight, as `find_state` returns it.
+      stages: the stages.
 
     Raises:
       CutError: naming the stages.
@@ -163,6 +175,6 @@ def check_state(loop_state: dict[int, Weight], stages: Any) -> None:
         if readers and readers != [maker]:
             raise CutError(
                 f"The state of leaf {weight.leaf} is read on stages {readers} and updated on "
-                f"stage {maker}; "
-                "it can only live on one. Choose boundaries that keep its layer together."
+                f"stage {maker}; it can only live on one. Choose boundaries that keep its layer "
+                "together."
             )

@@ -1,4 +1,4 @@
-"""The inputs of a staged function: which are split into microbatches, and what may come in."""
+"""Inputs of a staged function: batch axes of their leaves, and checks of the full batch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from layerwise_jax.trace.layers import Signature
 
 
 def input_axes(inputs: Any, in_axes: Any) -> tuple[int | None, ...]:
-    """The batch axis (0 or None) of every leaf of `inputs` (arrays, or shapes and dtypes).
+    """The batch axis of every leaf of `inputs`: 0, or None for a leaf that is not split.
+
+    Args:
+      inputs: a tree of arrays, or of shapes and dtypes.
+      in_axes: 0 or None for all inputs, or a tree of them that is a prefix of `inputs`.
 
     Raises:
-      ValueError: an axis other than 0 or None, or axes for other inputs than there are.
+      ValueError: an axis other than 0 or None, or a tree that is no prefix of the inputs.
     """
 
     def is_axis(x: Any) -> bool:
@@ -29,36 +33,36 @@ def input_axes(inputs: Any, in_axes: Any) -> tuple[int | None, ...]:
         jax.tree.map(take, prefix, inputs, is_leaf=is_axis)
     except ValueError:
         raise ValueError(
-            f"in_axes is {in_axes!r}, which does not match inputs of the tree "
-            f"{jax.tree.structure(inputs)}. "
+            f"in_axes must match the inputs' tree {jax.tree.structure(inputs)}, got {in_axes!r}. "
             "Give 0 or None for all inputs, or a tuple with one of them for each."
         ) from None
     if wrong := [axis for axis in axes if axis not in (0, None)]:
         raise ValueError(
-            f"in_axes has {wrong[0]!r}; inputs are split along axis 0 or not at all (None). "
-            "Transpose first."
+            f"in_axes must hold 0 (split along axis 0) or None (not split), got {wrong[0]!r}. "
+            "Transpose the input first."
         )
     avals = [jax.typeof(x) if not hasattr(x, "dtype") else x for x in jax.tree.leaves(inputs)]
+    # A scalar has no axis to split.
     return tuple(axis if aval.shape else None for aval, axis in zip(avals, axes, strict=True))
 
 
 def batch_size(inputs: tuple[Any, ...], in_axes: Any) -> int:
-    """The length of the leading axis of the inputs that are split.
+    """The batch size: examples along axis 0 of the inputs that are split.
 
     Raises:
-      ValueError: none is split, or they differ.
+      ValueError: no input is split, or their leading axes differ.
     """
     sizes = sorted({leaf.shape[0] for leaf, axis in _with_axes(inputs, in_axes) if axis == 0})
     if len(sizes) != 1:
         raise ValueError(
-            f"The inputs that are split have leading axes of {sizes}; one batch size is wanted. "
-            "Name inputs that every microbatch gets whole with None in in_axes."
+            f"inputs that are split must have one batch size, got leading axes of {sizes}. Give "
+            "None in in_axes for inputs that every microbatch reads whole."
         )
     return sizes[0]
 
 
 def first_rows(inputs: tuple[Any, ...], in_axes: Any, rows: int) -> tuple[Any, ...]:
-    """The shapes of one microbatch of `rows` examples."""
+    """Shapes and dtypes of the inputs of one microbatch of `rows` examples."""
     leaves = [
         jax.ShapeDtypeStruct((rows, *leaf.shape[1:]) if axis == 0 else leaf.shape, leaf.dtype)
         for leaf, axis in _with_axes(inputs, in_axes)
@@ -69,8 +73,13 @@ def first_rows(inputs: tuple[Any, ...], in_axes: Any, rows: int) -> tuple[Any, .
 def check_inputs(
     inputs: tuple[Any, ...], signature: Signature, axes: tuple[int | None, ...], parts: int
 ) -> list[Any]:
-    """The leaves of the full batch, if they are what a pipeline of `parts` microbatches was built
-    for.
+    """Check the inputs of a full batch and return their leaves.
+
+    Args:
+      inputs: the inputs, at the full batch.
+      signature: types of the inputs of one microbatch.
+      axes: the batch axis of every leaf, as `input_axes` returns it.
+      parts: microbatches of all replicas; the batch has `parts` times a microbatch's rows.
 
     Raises:
       ValueError: another tree, shape or dtype; the message names the input.
@@ -78,19 +87,18 @@ def check_inputs(
     leaves, tree = jax.tree.flatten(inputs)
     if tree != signature.inputs_tree:
         raise ValueError(
-            f"The inputs came as {tree}, but were traced as {signature.inputs_tree}. "
-            "Pass what the function takes besides its parameters."
+            f"inputs must have the traced tree {signature.inputs_tree}, got {tree}. Pass all "
+            "arguments of the function but its parameters."
         )
     for j, (leaf, aval, axis) in enumerate(zip(leaves, signature.inputs_avals, axes, strict=True)):
-        wanted = aval.shape if axis is None else (aval.shape[0] * parts, *aval.shape[1:])
-        came = jax.typeof(leaf)
-        if came.shape != wanted or came.dtype != aval.dtype:
+        # aval is that of one microbatch: [rows, ...]; the batch is [parts * rows, ...]
+        shape = aval.shape if axis is None else (aval.shape[0] * parts, *aval.shape[1:])
+        given = jax.typeof(leaf)
+        if given.shape != shape or given.dtype != aval.dtype:
             split = "" if axis is None else f" ({parts} microbatches of {aval.shape[0]})"
             raise ValueError(
-                f"Input {j} came as {came.dtype}{list(came.shape)}, but the pipeline was built "
-                f"for {aval.dtype}"
-                f"{list(wanted)}{split}. Pass that shape and dtype, or build a pipeline for this "
-                "one."
+                f"input {j} must be {aval.dtype}{list(shape)}{split}, got {given.dtype}"
+                f"{list(given.shape)}. Pass that shape and dtype, or build a pipeline for this one."
             )
     return leaves
 

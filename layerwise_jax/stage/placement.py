@@ -1,10 +1,9 @@
-"""Where weights live: slots on devices, and the parameters put there and gathered.
+"""Placement of weights: slots sharded over the devices of a replica, filled and gathered.
 
-All devices run one program, so their weights are held in slots: a slot is one array of shape
-(devices, *weight shape), sharded over the devices of a replica, whose d-th row is a weight of
-device d in its own shape. Weights that stand at the same place of the common body share a slot;
-other weights share a slot where shape and dtype agree; a device that has nothing to put into a slot
-leaves zeros there, and that padding is counted.
+All devices run one program, so weights are held in slots. A slot is one array of shape
+[devices, *weight shape], sharded over the devices of a replica; shard d is a weight of device d in
+its own shape. Weights at the same place of the common body share a slot; other weights share one
+where shape and dtype agree. A device without a weight for a slot holds zeros: padding bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ from layerwise_jax.trace.layers import Signature
 from layerwise_jax.trace.program import Weight, nbytes
 
 UNSHARDED = PartitionSpec()
+
+# Placed parameters: one array [devices, *weight shape] per slot, by the slot's name.
 Staged = dict[str, Any]
 
 
@@ -33,59 +34,92 @@ class Slot:
     """One array over all devices of a replica.
 
     Attributes:
-      name: the path of its weights in the parameter tree: see `slot_names`.
-      aval: shape and dtype of one device's row.
-      weights: the weight in every device's row, or None where the row is padding.
+      name: the paths of its weights in the parameter tree: see `slot_names`.
+      aval: shape and dtype of one device's shard.
+      weights: the weight in every device's shard, or None where the shard is padding.
+      spec: sharding of a weight over mesh axes other than `stage`; `aval` is the type of a shard.
     """
 
     name: str
     aval: Any
     weights: tuple[Weight | None, ...]
+    spec: PartitionSpec = UNSHARDED
 
     @property
     def padding_bytes(self) -> int:
         return nbytes(self.aval) * self.weights.count(None)
 
+    @property
+    def placed_spec(self) -> PartitionSpec:
+        """Sharding of the whole slot, the axis of devices first."""
+        return PartitionSpec(STAGE, *self.spec)
+
+    def placed_aval(self, mesh: Mesh) -> jax.ShapeDtypeStruct:
+        """Type of the whole slot: [devices, *weight shape], with its sharding on `mesh`."""
+        shape = (len(self.weights), *unsharded_shape(self.aval.shape, self.spec, mesh))
+        sharding = NamedSharding(mesh, self.placed_spec)
+        return jax.ShapeDtypeStruct(shape, self.aval.dtype, sharding=sharding)
+
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Every weight's slot and device.
+    """The slot and the devices of every weight.
 
     Attributes:
       slots: all slots.
-      num_devices: rows of every slot.
+      num_devices: devices of a replica, and shards of every slot.
       signature: trees and types of the parameters.
+      body_slots: for every chunk (see `StagedProgram.num_chunks`), the slots of the common body's
+        weights, in the order in which the body takes them.
     """
 
     slots: tuple[Slot, ...]
     num_devices: int
     signature: Signature
+    body_slots: tuple[tuple[int, ...], ...] = ()
 
     def copies(self) -> dict[Weight, list[tuple[int, int]]]:
-        """The (slot, row) places of every weight; a tied weight has several."""
+        """The (slot, device) places of every weight; a tied weight has several."""
         places: dict[Weight, list[tuple[int, int]]] = {}
         for j, slot in enumerate(self.slots):
-            for row, weight in enumerate(slot.weights):
+            for device, weight in enumerate(slot.weights):
                 if weight is not None:
-                    places.setdefault(weight, []).append((j, row))
+                    places.setdefault(weight, []).append((j, device))
         return places
 
     @property
     def padding_bytes(self) -> int:
-        """Bytes that all devices of a replica together hold in vain."""
+        """Padding bytes of all devices of a replica together."""
         return sum(slot.padding_bytes for slot in self.slots)
+
+    def device_of(self, stage: int) -> int:
+        """The device of a stage: stages are assigned round-robin."""
+        return stage % self.num_devices
 
     def slot_of(self, stage: int) -> dict[Weight, int]:
         """A slot of every weight on the device of a stage."""
-        rows = ((j, slot.weights[stage % self.num_devices]) for j, slot in enumerate(self.slots))
-        return {weight: j for j, weight in rows if weight is not None}
+        device = self.device_of(stage)
+        held = ((j, slot.weights[device]) for j, slot in enumerate(self.slots))
+        return {weight: j for j, weight in held if weight is not None}
+
+    def specs(self) -> dict[str, PartitionSpec]:
+        """The sharding of every slot, by name: a tree of specs for `Staged`."""
+        return {slot.name: slot.placed_spec for slot in self.slots}
+
+    def in_order(self, staged: Staged) -> list[Any]:
+        """The arrays of placed parameters, in the order of the slots."""
+        return [staged[slot.name] for slot in self.slots]
+
+    def named(self, arrays: Sequence[Any]) -> Staged:
+        """The inverse of `in_order`."""
+        return {slot.name: x for slot, x in zip(self.slots, arrays, strict=True)}
 
     def place(self, params: Any, mesh: Mesh) -> Staged:
-        """The parameters as slots, each row on its own device only (one in each replica).
+        """Put every weight on its own devices only, once in each replica.
 
         Args:
-          params: the tree that was traced: JAX or numpy arrays, or `jax.ShapeDtypeStruct` for an
-            abstract result.
+          params: the traced tree: JAX or numpy arrays, or `jax.ShapeDtypeStruct` for an abstract
+            result.
           mesh: the mesh, with an axis `stage`.
 
         Raises:
@@ -97,39 +131,38 @@ class Placement:
     def gather(self, staged: Staged) -> Any:
         """The exact inverse of `place`: the user's tree, from the first copy of every weight.
 
-        Gradients are gathered as well, `float0` for those of integers.
+        Gradients can be gathered too, `float0` for those of integers.
         """
         self.check_staged(staged, jax.dtypes.float0)
-        parts: dict[int, list[tuple[int, Any]]] = {}
+        parts: dict[int, list[tuple[int, Any]]] = {}  # leaf -> (first index, slice of the leaf)
         for weight, ((j, device), *_) in self.copies().items():
-            row = _row(staged[self.slots[j].name], device)
-            parts.setdefault(weight.leaf, []).append((weight.start or 0, row))
-        leaves = [_together(rows) for _, rows in sorted(parts.items())]
+            shard = read_shard(staged[self.slots[j].name], device)
+            parts.setdefault(weight.leaf, []).append((weight.start or 0, shard))
+        leaves = [_together(slices) for _, slices in sorted(parts.items())]
         return jax.tree.unflatten(self.signature.params_tree, leaves)
 
     def check(self, params: Any) -> list[Any]:
-        """The leaves of `params`, if tree, shapes and dtypes are those that were traced."""
+        """Check tree, shapes and dtypes of `params` against the traced ones; return the leaves.
+
+        Raises:
+          ValueError: they differ; the message names the parameter.
+        """
         leaves, tree = jax.tree.flatten(params)
         if tree != self.signature.params_tree:
             raise ValueError(
-                f"The parameters have another tree than the traced ones.\n  came:   {tree}\n"
-                f"  wanted: {self.signature.params_tree}\nTrace the model again, or pass the tree "
-                "it was traced with."
+                f"params must have the traced tree\n  {self.signature.params_tree},\ngot\n  {tree}."
+                "\nTrace the model again, or pass the tree it was traced with."
             )
         avals = list(zip(leaves, self.signature.params_avals, strict=True))
         for name, (leaf, aval) in zip(self.signature.params_names, avals, strict=True):
-            # JAX takes arrays of numpy's for what they are to it: float64 for float32, unless that
-            # was asked for.
-            came = (
-                jax.typeof(leaf)
-                if isinstance(leaf, np.ndarray) or not hasattr(leaf, "dtype")
-                else leaf
-            )
-            if tuple(came.shape) != aval.shape or came.dtype != aval.dtype:
+            # numpy arrays count as what JAX makes of them: float64 as float32 without enable_x64
+            is_converted = isinstance(leaf, np.ndarray) or not hasattr(leaf, "dtype")
+            given = jax.typeof(leaf) if is_converted else leaf
+            if tuple(given.shape) != aval.shape or given.dtype != aval.dtype:
                 raise ValueError(
-                    f"Parameter {name} came as {came.dtype}{list(came.shape)}, but was traced as "
-                    f"{aval.dtype}"
-                    f"{list(aval.shape)}. Convert it, or trace the model with these parameters."
+                    f"parameter {name} must be {aval.dtype}{list(aval.shape)} as traced, got "
+                    f"{given.dtype}{list(given.shape)}. Convert it, or trace the model with these "
+                    "parameters."
                 )
         return [
             leaf if getattr(leaf, "dtype", None) == aval.dtype else jnp.asarray(leaf)
@@ -137,108 +170,114 @@ class Placement:
         ]
 
     def check_staged(self, staged: Any, *dtypes: Any) -> None:
-        """Refuse what `place` has not made; slots may have one of `dtypes` instead of their own."""
+        """Refuse a tree that `place` of this placement did not make.
+
+        Args:
+          staged: the tree.
+          *dtypes: dtypes that a slot may have instead of its own.
+
+        Raises:
+          ValueError: other slots, or another shape or dtype of a slot.
+        """
         names = {slot.name for slot in self.slots}
         if not isinstance(staged, dict) or set(staged) != names:
-            came = sorted(staged) if isinstance(staged, dict) else type(staged).__name__
+            given = sorted(staged) if isinstance(staged, dict) else type(staged).__name__
             raise ValueError(
-                f"These are not this pipeline's placed parameters: came {came}, wanted the slots "
-                f"{sorted(names)}. "
-                "Call pipeline.place(params) first."
+                "staged must be this pipeline's placed parameters, with the slots "
+                f"{sorted(names)}, got {given}. Call pipeline.place(params) first."
             )
         for slot in self.slots:
-            came, wanted = staged[slot.name], (self.num_devices, *slot.aval.shape)
-            if tuple(came.shape) != wanted or came.dtype not in (slot.aval.dtype, *dtypes):
+            given, shape = staged[slot.name], (self.num_devices, *slot.aval.shape)
+            if tuple(given.shape) != shape or given.dtype not in (slot.aval.dtype, *dtypes):
                 raise ValueError(
-                    f"Slot {slot.name} came as {came.dtype}{list(came.shape)}, wanted "
-                    f"{slot.aval.dtype}{list(wanted)}. "
-                    "Call pipeline.place(params) of this pipeline."
+                    f"slot {slot.name} must be {slot.aval.dtype}{list(shape)}, got {given.dtype}"
+                    f"{list(given.shape)}. Call pipeline.place(params) of this pipeline."
                 )
 
-    def fill(
-        self,
-        slot: Slot,
-        leaves: Sequence[Any] | Mapping[int, Any],
-        mesh: Mesh,
-        spec: PartitionSpec = UNSHARDED,
-    ) -> Any:
-        """One slot, given all leaves of the parameters: see `fill_rows`."""
+    def fill(self, slot: Slot, leaves: Sequence[Any] | Mapping[int, Any], mesh: Mesh) -> Any:
+        """One slot, given all leaves of the parameters: see `fill_shards`."""
         held = [None if weight is None else leaves[weight.leaf] for weight in slot.weights]
         if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in held):
             held = [
-                leaf if weight is None else weight.of(leaf)
+                leaf if weight is None else weight.of(leaf)  # a slice, if stacked over layers
                 for weight, leaf in zip(slot.weights, held, strict=True)
             ]
-        return self.fill_rows(slot, held, mesh, spec)
+        return self.fill_shards(slot, held, mesh)
 
-    def fill_rows(
-        self, slot: Slot, rows: Sequence[Any], mesh: Mesh, spec: PartitionSpec = UNSHARDED
-    ) -> Any:
-        """One slot, given its rows, None where it holds nothing; abstract if any of them is.
+    def fill_shards(self, slot: Slot, weights: Sequence[Any], mesh: Mesh) -> Any:
+        """One slot, given the weight of every device, whole, or None for padding.
 
-        `spec` is how a row is sharded over other axes of the mesh than `stage`; the slot's type is
-        that of a shard.
+        The slot is abstract if any weight is a `jax.ShapeDtypeStruct`.
         """
-        sharding = NamedSharding(mesh, PartitionSpec(STAGE, *spec))
-        shape = (self.num_devices, *whole_shape(slot.aval.shape, spec, mesh))
-        if any(isinstance(row, jax.ShapeDtypeStruct) for row in rows):
-            return jax.ShapeDtypeStruct(shape, slot.aval.dtype, sharding=sharding)
-        empty = np.zeros(shape[1:], slot.aval.dtype) if spec else _zeros(slot.aval)
-        rows = [empty if row is None else row for row in rows]
-        if any(isinstance(row, Tracer) for row in rows):
-            return jax.lax.with_sharding_constraint(jnp.stack(rows), sharding)
-        shards = [
-            jax.device_put(_part(rows[index[0].start or 0], index[1:])[None], device)
-            for device, index in sharding.addressable_devices_indices_map(shape).items()
+        aval = slot.placed_aval(mesh)
+        if any(isinstance(weight, jax.ShapeDtypeStruct) for weight in weights):
+            return aval
+        padding = np.zeros(aval.shape[1:], aval.dtype) if slot.spec else _zeros(slot.aval)
+        weights = [padding if weight is None else weight for weight in weights]
+        if any(isinstance(weight, Tracer) for weight in weights):
+            return jax.lax.with_sharding_constraint(jnp.stack(weights), aval.sharding)
+        shards = [  # [1, *shard shape] for every device that this process has
+            jax.device_put(_part(weights[index[0].start or 0], index[1:])[None], device)
+            for device, index in aval.sharding.addressable_devices_indices_map(aval.shape).items()
             if index is not None
         ]
-        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+        return jax.make_array_from_single_device_arrays(aval.shape, aval.sharding, shards)
 
 
-def whole_shape(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> tuple[int, ...]:
-    """The shape of an array, given that of its shards."""
+def read_shard(array: Any, device: int) -> Any:
+    """The weight of one device from a slot [devices, *weight shape].
+
+    Args:
+      array: the slot, as an array or traced.
+      device: the device's index along the first axis.
+
+    Returns:
+      [*weight shape], copied from the shard that holds it if the array is concrete and the shard
+      holds all of the weight; else indexed by JAX, which gathers what other devices hold.
+    """
+    if isinstance(array, Tracer) or not getattr(array, "is_fully_addressable", False):
+        return array[device]
+    if is_key(array):
+        return wrap_key(read_shard(jax.random.key_data(array), device), array)
+    for shard in array.addressable_shards:
+        held = range(*shard.index[0].indices(array.shape[0]))
+        if device in held and shard.data.shape[1:] == array.shape[1:]:
+            return jnp.asarray(np.asarray(shard.data)[device - held.start])
+    return array[device]  # the weight is sharded inside its stage
+
+
+def unsharded_shape(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> tuple[int, ...]:
+    """The shape of an array, given the shape of its shards by `spec` on `mesh`."""
     ways = [math.prod(mesh.shape[name] for name in _names(entry)) for entry in spec]
-    return tuple(
-        size * way
-        for size, way in zip(shape, [*ways, *[1] * (len(shape) - len(ways))], strict=True)
-    )
+    ways += [1] * (len(shape) - len(ways))
+    return tuple(size * way for size, way in zip(shape, ways, strict=True))
 
 
 def _names(entry: Any) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+    """The mesh axes of one entry of a spec."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _part(array: Any, index: Sequence[slice]) -> Any:
-    """A shard of an array; the array itself where that is all of it."""
+    """A shard of an array; the array itself, uncopied, where that is all of it."""
     return array if all(i == slice(None) for i in index) else array[tuple(index)]
 
 
 def _together(parts: Sequence[tuple[int, Any]]) -> Any:
-    """A leaf from its (first row, rows), or from itself alone."""
+    """A leaf from its (first index, slice) parts, which may be one."""
     (_, first), *others = sorted(parts, key=lambda part: part[0])
     if not others:
         return first
     # JAX does not concatenate float0, which numpy holds.
     concatenate = np.concatenate if first.dtype == jax.dtypes.float0 else jnp.concatenate
-    return concatenate([first, *(rows for _, rows in others)])
+    return concatenate([first, *(part for _, part in others)])
 
 
 def _zeros(aval: Any) -> Any:
+    """Padding of a type; random keys of zeros as key data."""
     if is_key(aval):
         data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
         return wrap_key(np.zeros(data.shape, data.dtype), aval)
     return np.zeros(aval.shape, aval.dtype)
-
-
-def _row(array: Any, device: int) -> Any:
-    """One device's row, read where it lives if the array is concrete."""
-    if isinstance(array, Tracer) or not getattr(array, "is_fully_addressable", False):
-        return array[device]
-    if is_key(array):
-        data = _row(jax.random.key_data(array), device)
-        return wrap_key(data, array)
-    for shard in array.addressable_shards:
-        rows = range(*shard.index[0].indices(array.shape[0]))
-        if device in rows:
-            return jnp.asarray(np.asarray(shard.data)[device - rows.start])
-    raise AssertionError("a fully addressable array lacks a row")

@@ -1,8 +1,9 @@
-"""Which weight goes into which slot. Stage s lives on device s % devices."""
+"""Assignment of weights to slots. Stages are assigned to devices round-robin."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from layerwise_jax.stage.align import Alignment
@@ -12,8 +13,13 @@ from layerwise_jax.stage.slot_names import slot_names
 from layerwise_jax.trace.layers import Signature
 from layerwise_jax.trace.program import Program, Value, Weight
 
-# A slot being filled: its type, and the weight in every row.
-SlotShards = tuple[Any, list[Weight | None]]
+
+@dataclass(frozen=True, eq=False)
+class _OpenSlot:
+    """A slot being filled: type of a shard, and the weight of every device so far."""
+
+    aval: Any
+    weights: list[Weight | None]
 
 
 def assign_slots(
@@ -28,95 +34,99 @@ def assign_slots(
 ) -> Placement:
     """Give every weight of every stage a slot.
 
-    Outside of the common body, weights share a slot with their own kind only; state, which changes
-    with each microbatch, is a kind of its own.
+    Outside of the common body, only weights of one kind share a slot. State, which changes with
+    each microbatch, is a kind.
 
     Args:
       program: the program.
-      stages: its stages; stage s lives on device s % num_devices.
-      alignment: which weights stand at the same place of the stages' common body.
+      stages: its stages; stage s is on device s % num_devices.
+      alignment: the weights at each place of the stages' common body.
       signature: trees and types of the parameters.
       num_devices: devices of a replica.
-      state: for outputs that are new values of weights, which weight.
-      kinds: the kinds of weights; those that are not in it are of one kind.
+      state: output position -> the weight whose new value that output is.
+      kinds: the kind of each weight; weights that are not in it form one more kind.
     """
     kind_of = dict(kinds or {})
     kind_of.update({weight: ("state", kind_of.get(weight)) for weight in state.values()})
-    rows = _body_rows(program, alignment, num_devices)
-    common = len(rows)
-    for (value, weight), users in _odd_weights(program, stages, rows, num_devices, state).items():
+    slots, body_slots = _slots_of_body(program, alignment, num_devices)
+    num_common = len(slots)
+    outside = _weights_outside_body(program, stages, slots, num_devices, state)
+    for (value, weight), devices in outside.items():
         shareable = [
             j
-            for j in range(common, len(rows))
-            if _kinds(rows[j][1], kind_of) == {kind_of.get(weight)}
+            for j in range(num_common, len(slots))
+            if _kinds(slots[j], kind_of) == {kind_of.get(weight)}
         ]
-        slot = _free_slot(rows, shareable, program.avals[value], users, num_devices)
-        for device in users:
-            rows[slot][1][device] = weight
-    names = slot_names([weights for _, weights in rows], signature.params_paths)
-    slots = tuple(
-        Slot(name, aval, tuple(weights)) for name, (aval, weights) in zip(names, rows, strict=True)
+        j = _free_slot(slots, shareable, program.avals[value], devices, num_devices)
+        for device in devices:
+            slots[j].weights[device] = weight
+    names = slot_names([slot.weights for slot in slots], signature.params_paths)
+    named = tuple(
+        Slot(name, slot.aval, tuple(slot.weights)) for name, slot in zip(names, slots, strict=True)
     )
-    return Placement(slots, num_devices, signature)
+    return Placement(named, num_devices, signature, body_slots)
 
 
-def _body_rows(program: Program, alignment: Alignment, num_devices: int) -> list[SlotShards]:
-    """Slots of the common body, those of the first stage of every device first."""
-    weights = [part.shape.weights for part in alignment.parts]
-    return [
-        (program.avals[values[0]], [program.weights[value] for value in values])
-        for first in range(0, len(weights), num_devices)
-        for values in zip(*weights[first : first + num_devices], strict=True)
-    ]
+def _slots_of_body(
+    program: Program, alignment: Alignment, num_devices: int
+) -> tuple[list[_OpenSlot], tuple[tuple[int, ...], ...]]:
+    """Slots of the common body, and their indices for every chunk."""
+    of_stage = [part.shape.weights for part in alignment.parts]  # [stages][weights of the body]
+    slots: list[_OpenSlot] = []
+    body_slots = []
+    for first in range(0, len(of_stage), num_devices):  # the first stage of every chunk
+        start = len(slots)
+        # values at one place of the body, one a device
+        for values in zip(*of_stage[first : first + num_devices], strict=True):
+            weights: list[Weight | None] = [program.weights[value] for value in values]
+            slots.append(_OpenSlot(program.avals[values[0]], weights))
+        body_slots.append(tuple(range(start, len(slots))))
+    return slots, tuple(body_slots)
 
 
-def _kinds(weights: Sequence[Weight | None], kind_of: Mapping[Weight, Hashable]) -> set[Hashable]:
-    return {kind_of.get(weight) for weight in weights if weight is not None}
+def _kinds(slot: _OpenSlot, kind_of: Mapping[Weight, Hashable]) -> set[Hashable]:
+    return {kind_of.get(weight) for weight in slot.weights if weight is not None}
 
 
-def _odd_weights(
+def _weights_outside_body(
     program: Program,
     stages: Sequence[Stage],
-    rows: Sequence[SlotShards],
+    slots: Sequence[_OpenSlot],
     num_devices: int,
     state: Mapping[int, Weight],
 ) -> dict[tuple[Value, Weight], list[int]]:
-    """The devices that use each weight outside the common body; a weight that nothing uses lives on
-    device 0.
+    """The devices that need each weight and do not hold it in a slot of the body.
+
+    An unused weight lives on device 0. Weights of many devices come first: they fit fewer slots.
     """
-    placed = [{weights[device] for _, weights in rows} for device in range(num_devices)]
-    renewed = [{state[p] for p in stage.outputs if p in state} for stage in stages]
-    used = {value for stage in stages for value in stage.weights}
-    odd: dict[tuple[Value, Weight], list[int]] = {}
+    held = [{slot.weights[device] for slot in slots} for device in range(num_devices)]
+    updated = [{state[p] for p in stage.outputs if p in state} for stage in stages]
+    read = {value for stage in stages for value in stage.weights}
+    outside: dict[tuple[Value, Weight], list[int]] = {}
     for value, weight in program.weights.items():
-        readers = [
-            s for s, stage in enumerate(stages) if value in stage.weights or weight in renewed[s]
-        ]
-        users = [
-            device
-            for device in sorted({s % num_devices for s in readers})
-            if weight not in placed[device]
-        ]
-        if users or value not in used:
-            odd[value, weight] = users or [0]
-    return dict(sorted(odd.items(), key=lambda item: -len(item[1])))
+        users = {
+            s % num_devices
+            for s, stage in enumerate(stages)
+            if value in stage.weights or weight in updated[s]
+        }
+        devices = [device for device in sorted(users) if weight not in held[device]]
+        if devices or value not in read:
+            outside[value, weight] = devices or [0]
+    return dict(sorted(outside.items(), key=lambda item: -len(item[1])))
 
 
 def _free_slot(
-    rows: list[SlotShards],
+    slots: list[_OpenSlot],
     shareable: Sequence[int],
     aval: Any,
-    users: Sequence[int],
+    devices: Sequence[int],
     num_devices: int,
 ) -> int:
-    """The first of the slots that may be shared that has this type and room on these devices, or a
-    new one.
-    """
+    """The first shareable slot of this type that is empty on these devices, or a new slot."""
     for j in shareable:
-        other, weights = rows[j]
-        if (other.shape, other.dtype) == (aval.shape, aval.dtype) and all(
-            weights[d] is None for d in users
-        ):
+        slot = slots[j]
+        is_same_type = (slot.aval.shape, slot.aval.dtype) == (aval.shape, aval.dtype)
+        if is_same_type and all(slot.weights[device] is None for device in devices):
             return j
-    rows.append((aval, [None] * num_devices))
-    return len(rows) - 1
+    slots.append(_OpenSlot(aval, [None] * num_devices))
+    return len(slots) - 1

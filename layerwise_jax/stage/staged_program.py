@@ -1,4 +1,4 @@
-"""What a pipeline's tick loops are made of: the program cut, aligned, wired and placed."""
+"""The staged program: a function cut, aligned, wired and placed, as the tick loops take it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,17 @@ from layerwise_jax.trace.program import Program, Weight
 
 @dataclass(frozen=True, eq=False)
 class StagedProgram:
-    """What the tick loops are made of.
+    """A function in stages: input of the tick loops.
 
     Attributes:
       program: the flat program of one microbatch.
       stages, alignment, wiring, placement: the program cut, split, wired and placed.
-      num_devices: devices that a replica's stages go round; stage s lives on device s %
-        num_devices.
+      num_devices: pipeline devices per replica; stages are assigned round-robin.
       num_microbatches: microbatches on each replica.
-      in_axes: for every input leaf, 0 if microbatches split it, None if each gets it whole.
-      state: for outputs that are new values of weights, which weight.
+      in_axes: for every input leaf, 0 if microbatches split it, None if each reads it whole.
+      state: output position -> the weight whose new value that output is.
       frozen: the weights that are not trained.
-      bubble_fill: what bubbles compute on; 0, or NaN to prove that nothing leaks out of them.
-      body_slots: the slots of the common body's weights where the placement was made for another
-        program; else they stand first, those of the first chunk before those of the second.
+      bubble_fill: fill value for bubble inputs: 0, or NaN to prove that nothing leaks from bubbles.
     """
 
     program: Program
@@ -46,7 +43,6 @@ class StagedProgram:
     state: Mapping[int, Weight]
     frozen: frozenset[Weight] = frozenset()
     bubble_fill: float = 0.0
-    body_slots: tuple[int, ...] | None = None
 
     @property
     def num_stages(self) -> int:
@@ -54,15 +50,14 @@ class StagedProgram:
 
     @property
     def num_chunks(self) -> int:
-        """Stages that a device has. The stages 0..num_devices-1 are chunk 0, the next ones chunk
-        1.
-        """
+        """Stages per device: stages 0..num_devices-1 are chunk 0, the next ones chunk 1."""
         return self.num_stages // self.num_devices
 
     @property
     def num_ticks(self) -> int:
-        """Ticks of the forward loop: num_chunks rounds of every microbatch, and the filling of the
-        pipeline.
+        """Ticks of the forward loop.
+
+        With one stage a device: num_microbatches + num_stages - 1, one more if outputs lag.
         """
         if self.num_chunks > 1:
             return forward_only(self.num_devices, self.num_microbatches, self.num_chunks).num_ticks
@@ -70,12 +65,12 @@ class StagedProgram:
 
     @property
     def has_body(self) -> bool:
-        """Whether stages have a body in common of which anything is used."""
+        """True if the stages have a common body and a result of it is used."""
         return bool(self.wiring.body_results)
 
     @property
     def num_body_weights(self) -> int:
-        """The common body has as many weights."""
+        """Weights of the common body."""
         return len(self.alignment.parts[0].shape.weights)
 
     @cached_property
@@ -87,9 +82,7 @@ class StagedProgram:
         )
 
     def has_gradient(self, slot: int) -> bool:
-        """Whether any weight of a slot is trained: state, integers and what is frozen have no
-        gradient.
-        """
+        """True if a weight of the slot is trained: floating-point, neither state nor frozen."""
         held = self.placement.slots[slot]
         trained = any(weight is not None and weight not in self.frozen for weight in held.weights)
         return (

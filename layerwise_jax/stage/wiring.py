@@ -1,9 +1,8 @@
-"""Where every value that a stage reads comes from, and where what it makes goes: the loop's wiring,
-in plain numbers.
+"""Wiring of the loop: the source of every value that a stage reads, and the lanes between stages.
 
-Values cross boundaries in lanes. A lane is one array of fixed shape that every tick moves from some
-stages to the next, between just the pairs of stages that need it. A lane carries either the same
-result of every sender's body, or whatever the sender's branch puts in.
+Values cross boundaries in lanes. A lane is one array of fixed shape; every tick moves it from some
+stages to their successors, by a ppermute over just the pairs of stages that need it. A lane carries
+either the same result of every sender's body, or a result of the sender's branch.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class FromBranch:
 
 @dataclass(frozen=True)
 class FromLane:
-    """What came over a lane; on the first stage something else."""
+    """The value received over a lane; on stage 0, which receives nothing, `first`."""
 
     lane: int
     first: FromInput | FromBranch
@@ -62,12 +61,12 @@ Source = FromInput | FromConstant | FromLane | FromBody | FromBranch
 
 @dataclass(frozen=True)
 class Lane:
-    """What moves from stage s to stage s + 1.
+    """An array that moves from stage s to stage s + 1.
 
     Attributes:
-      aval: shape and dtype of what it carries.
-      values: for every sender s in 0..k-2, the value, or None where the lane is idle.
-      source: the result of the body, or of the branch, that it carries.
+      aval: shape and dtype of the array.
+      values: for every sender s in 0..k-2, the value it sends, or None where the lane is idle.
+      source: the result of the body, or of the branch, that every sender sends.
     """
 
     aval: Any
@@ -76,21 +75,23 @@ class Lane:
 
     @property
     def has_gradient(self) -> bool:
-        """Whether a gradient comes back for what it carries."""
+        """True if a cotangent returns over the lane in the backward pass."""
         return jnp.issubdtype(self.aval.dtype, jnp.inexact)
 
     def pairs(self, num_devices: int) -> list[tuple[int, int]]:
-        """(sender, receiver) pairs of devices for a `ppermute`; stage s lives on device s %
-        num_devices.
-        """
+        """(sender, receiver) pairs of devices for a `ppermute`; stages are assigned round-robin."""
         senders = [s for s, value in enumerate(self.values) if value is not None]
         return sorted({(s % num_devices, (s + 1) % num_devices) for s in senders})
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where an output of the program appears: on which stage, from what, and how many ticks
-    late.
+    """Source of one output of the program.
+
+    Attributes:
+      stage: the stage that makes it.
+      source: the result of that stage's body or branch.
+      lag: ticks behind the stage's body: 1 for a result of the last stage's `after`, else 0.
     """
 
     stage: int
@@ -103,13 +104,12 @@ class Wiring:
     """The loop's wiring.
 
     Attributes:
-      lanes: what crosses boundaries.
+      lanes: the lanes over which values cross boundaries.
       body_reads: the source of every value that the body reads.
       kept: the values that the last stage's `after` reads a tick later, and their sources.
-      outputs: every output of the program.
+      outputs: the source of every output of the program.
       branch_results: for every result that the branches return: its type, and each stage's value
-        (None: zeros).
-      needs_branch: whether there is a branch at all.
+        (None: that stage returns zeros).
     """
 
     lanes: tuple[Lane, ...]
@@ -120,7 +120,7 @@ class Wiring:
 
     @property
     def body_results(self) -> tuple[int, ...]:
-        """Which results of the body anything uses."""
+        """Indices of the body's results that a lane, `after` or an output uses."""
         sources = [
             *(lane.source for lane in self.lanes),
             *(s for _, s in self.kept),
@@ -130,28 +130,33 @@ class Wiring:
 
     @property
     def needs_branch(self) -> bool:
+        """True if a stage has ops outside of the common body."""
         return bool(self.branch_results)
 
     @property
     def lag(self) -> int:
-        """Ticks by which the last output comes after its microbatch has left the last stage's
-        body.
-        """
+        """Ticks between the last stage's body and the last output of a microbatch: 0 or 1."""
         return max((output.lag for output in self.outputs), default=0)
 
 
 def wire(program: Program, stages: Sequence[Stage], alignment: Alignment) -> Wiring:
-    """Decide lanes and sources for stages split as `alignment` says."""
+    """Decide lanes and sources for stages that are split by `alignment`."""
     return _Wirer(program, stages, alignment).wire()
 
 
 class _Wirer:
+    """Lanes and branch results so far; both only grow, and are referred to by index."""
+
     def __init__(self, program: Program, stages: Sequence[Stage], alignment: Alignment):
-        self.program, self.stages, self.parts = program, stages, alignment.parts
+        self.program = program
+        self.stages = stages
+        self.parts = alignment.parts
+        # value -> index among the body's results, by stage
         self.body_results = [
             {x: j for j, x in enumerate(part.shape.made)} for part in alignment.parts
         ]
         self.branch_results: list[tuple[Any, list[Operand | None]]] = []
+        # (type, value by sender, result of the body or None for a result of the branch)
         self.lanes: list[tuple[Any, list[Value | None], int | None]] = []
         self.inputs = {value: j for j, value in enumerate(program.inputs)}
 
@@ -169,12 +174,15 @@ class _Wirer:
         return Wiring(lanes, reads, kept, outputs, results)
 
     def _lane(self, aval: Any, values: list[Value | None], result: int | None) -> Lane:
+        # The last stage sends nothing: None behind the senders' values.
         source = self._branch_result(aval, [*values, None]) if result is None else FromBody(result)
         return Lane(aval, tuple(values), source)
 
     def _fill_lanes(self, s: int, stage: Stage) -> None:
+        """Give every value that stage s sends a lane, the first that fits or a new one."""
         for x in stage.sends:
-            aval, result = self.program.avals[x], self.body_results[s].get(x)
+            aval = self.program.avals[x]
+            result = self.body_results[s].get(x)
             lane = next((lane for lane in self.lanes if self._fits(lane, s, x, result)), None)
             if lane is None:
                 idle: list[Value | None] = [None] * (len(self.stages) - 1)
@@ -185,21 +193,25 @@ class _Wirer:
     def _fits(
         self, lane: tuple[Any, list[Value | None], int | None], s: int, x: Value, result: int | None
     ) -> bool:
+        """True if the lane has x's type and source, and is idle from stage s."""
         aval, values, carried = lane
-        same = (aval.shape, aval.dtype) == (
-            self.program.avals[x].shape,
-            self.program.avals[x].dtype,
-        )
+        other = self.program.avals[x]
+        same = (aval.shape, aval.dtype) == (other.shape, other.dtype)
         return same and carried == result and values[s] is None
 
     def _body_read(self, values: Sequence[Value]) -> Source:
-        """The source of one value that all bodies read, given each stage's value."""
+        """The source of one value that all bodies read, given each stage's value.
+
+        The same input or constant on all stages is read directly. Values that one lane brings to
+        all stages but stage 0 are read from it. Anything else is a result of the branch.
+        """
         first, *rest = values
         if all(x in self.inputs for x in values) and len(set(values)) == 1:
             return FromInput(self.inputs[first])
         if all(x in self.program.constants for x in values) and self._same_constants(values):
             return FromConstant(first)
         lanes = {self._lane_into(s, x) for s, x in enumerate(rest, start=1)}
+        # None: they arrive over several lanes, or one of them does not arrive
         lane = lanes.pop() if len(lanes) == 1 else None
         if lane is None:
             return self._branch_result(self.program.avals[first], list(values))
@@ -217,9 +229,11 @@ class _Wirer:
         )
 
     def _lane_into(self, s: int, x: Value) -> int | None:
+        """The lane over which x arrives at stage s, or None."""
         return next((j for j, (_, values, _) in enumerate(self.lanes) if values[s - 1] == x), None)
 
     def _reads_of_after(self) -> list[Value]:
+        """The values of a microbatch that the last stage's `after` reads."""
         after: tuple[Op, ...] = self.parts[-1].after
         made = {x for op in after for x in op.results}
         known = {*made, *self.program.weights, *self.program.constants, *self.program.inputs}
@@ -232,6 +246,7 @@ class _Wirer:
         return self._branch_result(self.program.avals[x], [None] * last + [x])
 
     def _output(self, position: int) -> Output:
+        """The source of an output: its stage's body, `before` (lag 0) or `after` (lag 1)."""
         s = next(s for s, stage in enumerate(self.stages) if position in stage.outputs)
         operand = self.stages[s].outputs[position]
         if not isinstance(operand, Literal) and operand in self.body_results[s]:

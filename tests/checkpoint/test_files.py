@@ -196,7 +196,7 @@ def test_another_model(saved: tuple[Path, Pipeline]) -> None:
         (1, {}, "has step 1 already"),
         (0, {}, "has step 1 already"),
         (2, {"keep": 0}, "keep must be .*got 0"),
-        (2, {"staged": {}}, "not this pipeline's placed parameters"),
+        (2, {"staged": {}}, "must be this pipeline's placed parameters"),
         (2, {"optimizer_state": ("adam",)}, "optimizer_state has 'adam' at 0"),
         (
             2,

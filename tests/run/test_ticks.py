@@ -181,7 +181,7 @@ def test_frozen_weights_have_no_gradient(stage_mesh: Callable) -> None:
                 assert_trees_close(got, expected, TOLERANCE)
             else:
                 assert got.dtype == jax.dtypes.float0 or not np.any(got)
-    with pytest.raises(ValueError, match="trainable= has another tree"):
+    with pytest.raises(ValueError, match="trainable must be a tree"):
         build_pipeline(layers, (0, 4, 8), stage_mesh(2), 4, reduce="mean", trainable=[True])
     with pytest.raises(ValueError, match="1 among its leaves; True or False"):
         build_pipeline(

@@ -57,7 +57,7 @@ def test_parameters_placed_in_another_order(
 ) -> None:
     staged = straight.place(PARAMS)
     for call in (interleaved.gather, lambda staged: interleaved.value_and_grad(staged, X)):
-        with pytest.raises(ValueError, match="not this pipeline's placed parameters"):
+        with pytest.raises(ValueError, match="must be this pipeline's placed parameters"):
             call(staged)
 
 
