@@ -36,12 +36,13 @@ from experiments.dense16.runs import Run, circumstances, write_json
 from experiments.dense16.scaling import Scaling, measure_scaling
 from experiments.dense16.sixteen import compile_absent, emulate, shapes
 from experiments.dense16.strategies import MAKERS
+from experiments.dense16.transport import measure_rounds, measure_transport
 from layerwise_jax.cost import H100, H200
 from layerwise_jax.xla import can_compile_for_absent_gpus
 
 PAPER = PRESETS["paper"]
 PARTS = ("predict", "compile", "emulate")
-ALL, SCALING = "all", "scaling"
+ALL, SCALING, TRANSPORT, ROUNDS = "all", "scaling", "transport", "rounds"
 # Room for all the steps of a program.
 SMALL_CONTEXT = 256
 
@@ -62,7 +63,8 @@ ONLY = flags.DEFINE_multi_enum("parts", list(PARTS), PARTS, "what to do where no
 MEASURE = flags.DEFINE_list(
     "measure",
     [],
-    f"what to measure on GPUs: {ALL}, {SCALING}, or of {', '.join(MEASURED_PARTS['gpu'])}",
+    f"what to measure on GPUs: {ALL}, {SCALING}, {TRANSPORT}, {ROUNDS}, or of "
+    f"{', '.join(MEASURED_PARTS['gpu'])}",
 )
 STRATEGIES = flags.DEFINE_multi_enum(
     "strategies", list(MAKERS), list(MAKERS), "what is measured in scaling"
@@ -87,7 +89,7 @@ PAGE_PATH = flags.DEFINE_string("page", str(PAGE), "the page whose tables are fi
 
 def main(argv: list[str]) -> None:
     refuse_words(argv)
-    unknown = set(MEASURE.value) - {ALL, SCALING, *MEASURED_PARTS["gpu"]}
+    unknown = set(MEASURE.value) - {ALL, SCALING, TRANSPORT, ROUNDS, *MEASURED_PARTS["gpu"]}
     if unknown:
         raise app.UsageError(f"--measure knows nothing of {sorted(unknown)}")
     console, folder = (
@@ -177,7 +179,7 @@ def measure(console: Console, folder: Path) -> None:
         if ALL in MEASURE.value
         else MEASURE.value
     )
-    parts = tuple(part for part in asked if part != SCALING)
+    parts = tuple(part for part in asked if part not in (SCALING, TRANSPORT, ROUNDS))
     with progress(console) as done:
         for name, start in jobs(parts, count, done).items():
             path = folder / f"{NAME.value or f'{kind}x{count}'}{name}.json"
@@ -192,9 +194,13 @@ def jobs(
     """What is to be run, by the ending of its file's name: (path) to the document."""
     scale = "toy" if REHEARSE.value else "gpu"
     found: dict[str, Callable[[Path], dict[str, Any]]] = {}
+    settings = Settings(scale, parts, SECONDS.value, REPEATS.value, count, THREADS.value)
     if parts:
-        settings = Settings(scale, parts, SECONDS.value, REPEATS.value, count, THREADS.value)
         found[""] = lambda path: run(settings, path, done)
+    if ROUNDS in MEASURE.value:
+        found["_rounds"] = lambda path: measure_rounds(settings, path, done)
+    if TRANSPORT in MEASURE.value:
+        found["_transport"] = lambda path: measure_transport(settings, path, done)
     if SCALING in MEASURE.value:
         scaling = Scaling(
             scaling_models(scale),

@@ -79,7 +79,7 @@ def _decode_job(scale: Scale, part: Part, case: DecodeCase, devices: Sequence[An
     model = case.model
     runs = _decode_runs(case, devices)
     stages = runs["layer-wise"].strategy.shape["stage"] if "layer-wise" in runs else 0
-    alone = _stages_alone(scale, model, stages, case.counts[1], devices) if stages else {}
+    alone = stages_alone(scale, model, stages, case.counts[1], devices) if stages else {}
 
     def records(programs: Programs, timings: Timings) -> Iterator[Record]:
         first = runs["one device"].tokens
@@ -92,14 +92,14 @@ def _decode_job(scale: Scale, part: Part, case: DecodeCase, devices: Sequence[An
                     about
                     | speed_of(model, timings[name].seconds)
                     | {"steps": case.counts[1]}
-                    | _tokens(each, first)
+                    | tokens_of(each, first)
                 )
         if "layer-wise" in timings and STAGE in timings:
             mesh = {"data": 1, "stage": stages, "tensor": 1}
             about = record_of(
                 "overhead", part, model, "layer-wise", mesh, programs[STAGE], timings[STAGE]
             )
-            yield about | _overhead(timings["layer-wise"].seconds / stages, timings)
+            yield about | overhead_of(timings["layer-wise"].seconds / stages, timings)
 
     return Job(str(case), (runs, alone), records)
 
@@ -118,7 +118,7 @@ def _decode_runs(case: DecodeCase, devices: Sequence[Any]) -> dict[str, DecodeRu
     }
 
 
-def _stages_alone(
+def stages_alone(
     scale: Scale, model: Dense, stages: int, ticks: int, devices: Sequence[Any]
 ) -> dict[str, StageRun]:
     """The layer-wise stage in a loop on one device, without and with what first and last stage do
@@ -145,7 +145,7 @@ def speed_of(model: Dense, step: float) -> Record:
     }
 
 
-def _tokens(run: DecodeRun, first: Any) -> Record:
+def tokens_of(run: DecodeRun, first: Any) -> Record:
     """The tokens' digest, and how many are those of one device: of the first step, and of all."""
     found: Record = {"tokens_digest": digest(run.tokens)}
     if first is not None and run.tokens is not None:
@@ -154,7 +154,7 @@ def _tokens(run: DecodeRun, first: Any) -> Record:
     return found
 
 
-def _overhead(tick: float, timings: Timings) -> Record:
+def overhead_of(tick: float, timings: Timings) -> Record:
     """What a tick of the ring takes besides its stage, and besides the slower device's stage with
     its ends.
     """

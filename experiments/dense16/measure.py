@@ -6,7 +6,7 @@ What fails, or what time is too short for, stands in the file with its reason; t
 import gc
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,10 @@ class Session:
         """One part. The programs of some jobs are compiled first, several at a time, then these
         jobs are timed.
         """
-        jobs = jobs_of(part, self.settings.scale, self.devices)
+        self.measure_jobs(part, jobs_of(part, self.settings.scale, self.devices))
+
+    def measure_jobs(self, part: str, jobs: list[Job]) -> None:
+        """The same for jobs of any making."""
         for first in range(0, len(jobs), JOBS_AT_A_TIME):
             if self.is_late():
                 self.fail(
@@ -76,7 +79,7 @@ class Session:
                 return
             self._measure(part, jobs[first : first + JOBS_AT_A_TIME])
 
-    def _measure(self, part: Part, jobs: list[Job]) -> None:
+    def _measure(self, part: str, jobs: list[Job]) -> None:
         programs = self._compile(part, jobs)
         for i, job in enumerate(jobs):
             if self.is_late():
@@ -93,7 +96,7 @@ class Session:
             # what failed may be held by its own traceback, and the next case needs the memory
             gc.collect()
 
-    def _compile(self, part: Part, jobs: list[Job]) -> dict[tuple[int, str], Program]:
+    def _compile(self, part: str, jobs: list[Job]) -> dict[tuple[int, str], Program]:
         runs = {(i, name): run for i, job in enumerate(jobs) for name, run in job.runs.items()}
         if runs:
             self.progress(f"{part}: compiling {len(runs)} programs")
@@ -103,7 +106,19 @@ class Session:
 
         return compile_all(runs, failed, self.settings.threads)
 
-    def _timed(self, part: Part, job: Job, compiled: dict[str, Program]) -> dict[str, Timing]:
+    def guarded(
+        self, part: str, what: str, act: Callable[[], Iterator[dict[str, Any]]]
+    ) -> Iterator[dict[str, Any]]:
+        """What `act` yields, unless the time is up; if it fails, that is put into the document."""
+        if self.is_late():
+            self.fail(part, what, TimeoutError("not begun: the time was up"))
+            return
+        try:
+            yield from act()
+        except Exception as error:
+            self.fail(part, what, error)
+
+    def _timed(self, part: str, job: Job, compiled: dict[str, Program]) -> dict[str, Timing]:
         """What was compiled, timed; what fails is put into the document."""
         found = {}
         for group in job.groups:
@@ -118,7 +133,7 @@ class Session:
     def is_late(self) -> bool:
         return time.perf_counter() - self.started > self.settings.seconds
 
-    def fail(self, part: Part, what: str, error: Exception) -> None:
+    def fail(self, part: str, what: str, error: Exception) -> None:
         """Put a failure into the document."""
         reason = f"{type(error).__name__}: {error}"[:2000]
         self.document["failures"].append({"part": part, "what": what, "error": reason})

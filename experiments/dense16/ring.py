@@ -7,6 +7,7 @@ weights lie is all that differs.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -26,8 +27,18 @@ class Ring(Strategy):
     are stages.
     """
 
-    def __init__(self, name: str, model: Dense, devices: Sequence[Any], shape: dict[str, int]):
+    def __init__(
+        self,
+        name: str,
+        model: Dense,
+        devices: Sequence[Any],
+        shape: dict[str, int],
+        transport: Any = "auto",
+        rounds: int = 1,
+    ):
         super().__init__(name, model, devices, shape, [STAGE, TENSOR])
+        self.transport = transport
+        self.rounds = rounds
         stages = self.shape[STAGE]
         if model.batch % stages or model.layers % stages:
             raise ValueError(
@@ -40,7 +51,7 @@ class Ring(Strategy):
     def ring(self) -> Any:
         """The ring, traced."""
         model, axis = self.model, TENSOR if self.shape[TENSOR] > 1 else None
-        return lw.decode_ring(
+        ring = lw.decode_ring(
             lambda params, cache, tokens, positions: model.step(
                 params, cache, tokens, positions, axis
             ),
@@ -50,7 +61,10 @@ class Ring(Strategy):
             mesh=self.mesh,
             param_specs=model.param_specs(),
             cache_specs=CACHE_SPEC,
+            transport=self.transport,
         )
+        ring.ring = replace(ring.ring, rounds_per_iteration=self.rounds)
+        return ring
 
     def place(self, params: Any) -> Any:
         return self.ring.place(params)

@@ -20,13 +20,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from layerwise_jax._jax import inline_ptx_kernel
 from layerwise_jax.decode.transport.interface import Pairs
 from layerwise_jax.decode.transport.mailbox import TABLE_WORDS, Mailboxes, exclusive
-from layerwise_jax.decode.transport.ptx import MailboxLayout, exchange_ptx
+from layerwise_jax.decode.transport.ptx import BLOCK_THREADS, MailboxLayout, exchange_ptx
 from layerwise_jax.decode.transport.words import from_words, to_words, wire_bytes
 from layerwise_jax.mesh import STAGE
 from layerwise_jax.xla.cuda_driver import CudaDriver
 
 # Longer than any device may lag behind: loading kernels, recording graphs.
 WAIT_SECONDS = 20.0
+# Mosaic counts threads in warpgroups; CUDA allows so many a block.
+WARPGROUP = 128
+MAX_THREADS = 1024
 
 MailboxMaker = Callable[[np.ndarray, MailboxLayout], Mailboxes]
 
@@ -37,13 +40,20 @@ class PeerStore:
 
     Attributes:
       wait_seconds: the longest wait for a message; a `TransportError` follows.
+      block_threads: CUDA threads of a block of the kernel.
     """
 
     wait_seconds: float = WAIT_SECONDS
+    block_threads: int = BLOCK_THREADS
 
     def __post_init__(self) -> None:
         if not self.wait_seconds > 0:
             raise ValueError(f"wait_seconds must be more than 0, got {self.wait_seconds!r}.")
+        if self.block_threads not in range(WARPGROUP, MAX_THREADS + 1, WARPGROUP):
+            raise ValueError(
+                f"block_threads must be a multiple of {WARPGROUP} up to {MAX_THREADS}, got "
+                f"{self.block_threads!r}."
+            )
 
     @property
     def tokens_ride(self) -> bool:
@@ -55,7 +65,7 @@ class PeerStore:
     def exchange(
         self, arrays: Sequence[Any], pairs: Sequence[Pairs], operand: Any, arrived: Sequence[Any]
     ) -> list[Any]:
-        layout = _layout(arrays, lax.axis_size(STAGE))
+        layout = self._layout(arrays, lax.axis_size(STAGE))
         sent = [to_words(x) for x in arrays if x.size]
         after = min(arrived, key=lambda x: x.size)
         taken = iter(self.move(sent, layout, operand.reshape(-1), after))
@@ -76,7 +86,11 @@ class PeerStore:
         return kernel(*sent, table, unread=(after,))
 
     def open(self, mesh: Mesh, avals: Sequence[Any]) -> PeerChannel:
-        return PeerChannel(self, mesh, _layout(avals, mesh.shape[STAGE]))
+        return PeerChannel(self, mesh, self._layout(avals, mesh.shape[STAGE]))
+
+    def _layout(self, arrays: Sequence[Any], num_stages: int) -> MailboxLayout:
+        sizes = [wire_bytes(x) for x in arrays]
+        return MailboxLayout.of(sizes, num_stages, self.block_threads)
 
 
 @dataclass(eq=False)
@@ -129,7 +143,3 @@ class PeerChannel:
     @property
     def _sharding(self) -> NamedSharding:
         return NamedSharding(self.mesh, self.transport.operand_spec(self.mesh))
-
-
-def _layout(arrays: Sequence[Any], num_stages: int) -> MailboxLayout:
-    return MailboxLayout.of([wire_bytes(x) for x in arrays], num_stages)

@@ -51,9 +51,12 @@ class MailboxLayout:
     block_threads: int = BLOCK_THREADS
 
     @classmethod
-    def of(cls, sizes: Sequence[int], num_stages: int) -> MailboxLayout:
+    def of(
+        cls, sizes: Sequence[int], num_stages: int, block_threads: int = BLOCK_THREADS
+    ) -> MailboxLayout:
         """The layout for arrays of these sizes in bytes."""
-        return cls(tuple(-(-size // PIECE_BYTES) for size in sizes if size), num_stages)
+        pieces = tuple(-(-size // PIECE_BYTES) for size in sizes if size)
+        return cls(pieces, num_stages, block_threads)
 
     @property
     def offsets(self) -> tuple[int, ...]:
