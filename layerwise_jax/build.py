@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from layerwise_jax._arguments import checked_int
-from layerwise_jax.batch.analysis import BatchAnalysis, analyze_batching
+from layerwise_jax.batch.analysis import analyze_batching
 from layerwise_jax.measure.layers import measured_by_shape
 from layerwise_jax.mesh import STAGE, check_mesh
 from layerwise_jax.options import PipelineOptions
@@ -16,20 +16,21 @@ from layerwise_jax.pipeline import Pipeline
 from layerwise_jax.plan import Plan, Sizes, make_plan
 from layerwise_jax.schedule.generators import make_schedule
 from layerwise_jax.stage.align import align_stages
-from layerwise_jax.stage.checks import (
-    check_draws,
-    check_stageable,
-    check_state,
-    find_frozen,
-    find_state,
-)
+from layerwise_jax.stage.checks import check_stageable, find_frozen
 from layerwise_jax.stage.cut import cut_stages
 from layerwise_jax.stage.inputs import input_axes
 from layerwise_jax.stage.slots import assign_slots
 from layerwise_jax.stage.staged_program import StagedProgram
+from layerwise_jax.stage.state import (
+    State,
+    check_carried,
+    check_draws,
+    find_state,
+    split_state,
+)
 from layerwise_jax.stage.wiring import wire
 from layerwise_jax.trace.layers import LayerSequence
-from layerwise_jax.trace.program import Weight, nbytes
+from layerwise_jax.trace.program import nbytes
 
 
 def build_pipeline(
@@ -68,8 +69,17 @@ def build_pipeline(
     replicas = check_mesh(mesh, schedule.num_devices)
     check_stageable(layers.program)
     in_axes = _input_axes(layers, options.in_axes)
-    state = find_state(layers, options.state, replicas)
-    batching = _analyze(layers, in_axes, num_microbatches * replicas, state, options)
+    new_values = find_state(layers, options.state)
+    batching = analyze_batching(
+        layers,
+        in_axes,
+        num_microbatches * replicas,
+        reduce=options.reduce,
+        statistics=options.batch_statistics,
+        state=tuple(new_values),
+    )
+    state = split_state(layers, new_values, [role.kind for role in batching.outputs], replicas)
+    check_draws(batching.program, state.carried)
     layers = layers.with_program(batching.program)
     loop = _staged_program(
         layers,
@@ -99,26 +109,6 @@ def _input_axes(layers: LayerSequence, in_axes: Any) -> tuple[int | None, ...]:
     return input_axes(inputs, in_axes)
 
 
-def _analyze(
-    layers: LayerSequence,
-    in_axes: tuple[int | None, ...],
-    parts: int,
-    state: dict[int, Weight],
-    options: PipelineOptions,
-) -> BatchAnalysis:
-    """How the outputs of `parts` parts combine, or the refusal of what does not."""
-    batching = analyze_batching(
-        layers,
-        in_axes,
-        parts,
-        reduce=options.reduce,
-        statistics=options.batch_statistics,
-        state=tuple(state),
-    )
-    check_draws(batching.program, state)
-    return batching
-
-
 def _staged_program(
     layers: LayerSequence,
     boundaries: tuple[int, ...],
@@ -126,23 +116,24 @@ def _staged_program(
     num_microbatches: int,
     *,
     in_axes: tuple[int | None, ...],
-    state: dict[int, Weight],
+    state: State,
     options: PipelineOptions,
 ) -> StagedProgram:
     """Layers cut into stages, aligned on their common body, wired and given weight slots."""
     program = layers.program
     frozen = find_frozen(layers, options.trainable)
     stages = cut_stages(layers, boundaries)
-    check_state(state, stages)
-    alignment = align_stages(layers, boundaries, stages, with_body=not state)
+    check_carried(state.carried, stages)
+    alignment = align_stages(layers, boundaries, stages, with_body=not state.carried)
+    renewed = state.renewed_weights(program)
     placement = assign_slots(
         program,
         stages,
         alignment,
         layers.signature,
         num_devices,
-        state=state,
-        kinds=dict.fromkeys(frozen, "frozen"),
+        state=state.carried,
+        kinds={**dict.fromkeys(frozen, "frozen"), **dict.fromkeys(renewed, "renewed")},
     )
     return StagedProgram(
         program=program,
@@ -153,8 +144,9 @@ def _staged_program(
         num_devices=num_devices,
         num_microbatches=num_microbatches,
         in_axes=in_axes,
-        state=state,
-        frozen=frozen,
+        state=state.carried,
+        renewed=state.renewed,
+        frozen=frozen | renewed,
         bubble_fill=options.bubble_fill,
     )
 

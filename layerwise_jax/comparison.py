@@ -71,7 +71,7 @@ def compare(
     device = device or detect_device()
     layers = trace_layers(fn, params, *inputs)
     batch = batch_size(inputs, in_axes)
-    outputs = layers.signature.outputs_avals
+    outputs = jax.tree.leaves(layers.signature.outputs(layers.signature.outputs_avals))
     kind: WorkKind = "training" if len(outputs) == 1 and outputs[0].shape == () else "forward"
     found = _layer_works(layers, measure_costs(layers, device), batch, [0.0] * len(layers))
     kept = _dtype(layers.signature.params_avals)

@@ -25,8 +25,9 @@ from layerwise_jax.pipeline import Pipeline
 from layerwise_jax.plan import Sizes
 from layerwise_jax.schedule.generators import ScheduleName
 from layerwise_jax.schedule.table import Schedule
-from layerwise_jax.stage.checks import check_stageable
+from layerwise_jax.stage.checks import check_stageable, find_frozen
 from layerwise_jax.stage.inputs import batch_size, first_rows
+from layerwise_jax.stage.state import find_state
 from layerwise_jax.trace.layers import LayerSequence, trace_layers
 from layerwise_jax.trace.program import nbytes
 
@@ -43,7 +44,7 @@ def layerwise(
     method: Literal["dp", "greedy"] = "dp",
     reduce: Reduce | None = None,
     in_axes: Any = 0,
-    state: Callable[[Any], Any] | None = None,
+    state: Callable[[Any], Any] | Literal["mutated"] | None = None,
     batch_statistics: Literal["per_microbatch"] | None = None,
     schedule: ScheduleName | Schedule = "1f1b",
     remat: Remat | None = "stage",
@@ -70,7 +71,8 @@ def layerwise(
       reduce: how outputs without a batch axis (a loss) combine over microbatches: "mean" or "sum".
       in_axes: as in `jax.vmap`, over the inputs: 0 for those that microbatches split, None for
         those that every microbatch gets whole.
-      state: picks from fn's outputs new values of some parameters, such as running averages.
+      state: picks from fn's outputs new values of some parameters, such as running averages;
+        "mutated" for the nnx Variables that fn mutates, as `nnx.jit` updates them.
       batch_statistics: "per_microbatch" accepts operations that mix the examples of a microbatch.
       schedule: order of forwards and backwards in training: a name, or a `Schedule`.
       remat: "stage" recomputes a stage's forward in its backward, None stashes residuals.
@@ -97,7 +99,7 @@ def layerwise(
     checked_choice("method", method, ("dp", "greedy"))
     replicas, num_devices, num_stages = _ways(mesh, num_stages, schedule, fn, params, inputs)
     choices = StagingChoices(
-        trace=lambda rows: _trace(fn, params, first_rows(inputs, in_axes, rows)),
+        trace=lambda rows: _trace(fn, params, first_rows(inputs, in_axes, rows), options),
         num_examples=_examples_of_a_replica(inputs, in_axes, replicas),
         num_stages=num_stages,
         device=spec,
@@ -151,10 +153,14 @@ def _examples_of_a_replica(inputs: tuple[Any, ...], in_axes: Any, replicas: int)
     return batch // replicas
 
 
-def _trace(fn: Callable[..., Any], params: Any, microbatch: tuple[Any, ...]) -> LayerSequence:
+def _trace(
+    fn: Callable[..., Any], params: Any, microbatch: tuple[Any, ...], options: PipelineOptions
+) -> LayerSequence:
     """The layers of one microbatch. Refuses what cannot be staged before anything is compiled."""
     layers = trace_layers(fn, params, *microbatch)
     check_stageable(layers.program)
+    find_state(layers, options.state)
+    find_frozen(layers, options.trainable)
     return layers
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from layerwise_jax.batch.outputs import Reduce
 from layerwise_jax.schedule.generators import ScheduleName
 from layerwise_jax.schedule.table import Schedule
+from layerwise_jax.stage.state import StatePick
 
 Remat = Literal["stage", "cheap"]
 Executor = Literal["auto", "loop", "host"]
@@ -31,7 +32,10 @@ class PipelineOptions:
         never split.
       reduce: how outputs without a batch axis combine over microbatches: "mean" or "sum".
       state: picks from the function's outputs new values of some parameters (running averages): a
-        tree with the paths that they have in the parameters.
+        tree with the paths that they have in the parameters. "mutated" takes every nnx Variable
+        that the function mutates. A call then returns (value, placed parameters with the new
+        state). State that no example touches is replaced once a call; other state is updated by
+        the microbatches in their order.
       batch_statistics: "per_microbatch" accepts operations that mix the examples of a batch; each
         microbatch is then a batch for them. None refuses such operations.
       schedule: order of forwards and backwards in training: a name, or a `Schedule`.
@@ -55,7 +59,7 @@ class PipelineOptions:
 
     in_axes: Any = 0
     reduce: Reduce | None = None
-    state: Callable[[Any], Any] | None = None
+    state: StatePick = None
     batch_statistics: Literal["per_microbatch"] | None = None
     schedule: ScheduleName | Schedule = "1f1b"
     remat: Remat | None = "stage"
@@ -71,10 +75,10 @@ class PipelineOptions:
         _check_word("executor", self.executor, get_args(Executor))
         if not isinstance(self.schedule, Schedule):
             _check_word("schedule", self.schedule, get_args(ScheduleName), "or a Schedule")
-        if self.state is not None and not callable(self.state):
+        if self.state not in (None, "mutated") and not callable(self.state):
             raise ValueError(
-                f"state must be a function of fn's outputs or None, got {self.state!r}. Pass for "
-                "example lambda out: out[1], where fn returns (value, new state)."
+                f"state must be a function of fn's outputs, 'mutated' or None, got {self.state!r}. "
+                "Pass for example lambda out: out[1], where fn returns (value, new state)."
             )
         if self.skip_bubbles not in (True, False, None):
             raise ValueError(

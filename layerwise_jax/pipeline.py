@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -107,6 +106,7 @@ class Pipeline:
         """For every leaf of the parameters, whether it is trained. Integers, state and frozen
         leaves are not.
         """
+        # renewed state is among the frozen weights
         held_back = {weight.leaf for weight in (*self.loop.frozen, *self.loop.state.values())}
         avals = self.layers.signature.params_avals
         return tuple(
@@ -178,9 +178,10 @@ class Pipeline:
         """The value of a call: the function's outputs, and the placed parameters if they have new
         state.
         """
-        outputs = [None if p in self.loop.state else x for p, x in enumerate(results)]
-        tree = jax.tree.unflatten(self.layers.signature.outputs_tree, outputs)
-        return (tree, staged) if self.loop.state else tree
+        state = {*self.loop.state, *self.loop.renewed}
+        outputs = [None if p in state else x for p, x in enumerate(results)]
+        value = self.layers.signature.outputs(outputs)
+        return (value, staged) if self.loop.has_state else value
 
     def value_and_grad(self, staged: Staged, *inputs: Any) -> tuple[Any, Staged]:
         """The loss and its gradients; the loss is the function's output, or the first of a tuple.

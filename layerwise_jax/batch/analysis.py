@@ -25,6 +25,7 @@ from layerwise_jax.batch.outputs import (
     Reduce,
     TracedOutput,
     role_of_one_part,
+    state_of_one_part,
 )
 from layerwise_jax.batch.pairs import BatchError, ProgramPair, pair_programs
 from layerwise_jax.batch.rules.draws import Draws
@@ -105,9 +106,11 @@ def _roles_of_one_part(
     inputs = zip(signature.inputs_avals, in_axes, strict=True)
     batch = next((aval.shape[0] for aval, axis in inputs if axis is not None), None)
     from_inputs = _values_from(program, program.inputs)
+    split = zip(program.inputs, in_axes, strict=True)
+    from_batch = _values_from(program, [value for value, axis in split if axis is not None])
     outputs = zip(_output_names(layers), program.outputs, signature.outputs_avals, strict=True)
     return tuple(
-        OutputRole("state")
+        state_of_one_part(from_batch(operand))
         if i in state
         else role_of_one_part(name, aval, batch, from_inputs(operand), reduce)
         for i, (name, operand, aval) in enumerate(outputs)
@@ -183,7 +186,9 @@ def _output_names(layers: LayerSequence) -> list[str]:
     """How to call every output leaf in a message."""
     tree = layers.signature.outputs_tree
     paths, _, _ = _jax.key_paths(jax.tree.unflatten(tree, list(range(tree.num_leaves))))
-    return [f"output {jax.tree_util.keystr(path)}" if path else "the output" for path in paths]
+    names = [f"output {jax.tree_util.keystr(path)}" if path else "the output" for path in paths]
+    params = layers.signature.params_names
+    return names + [f"the new value of {params[leaf]}" for leaf in layers.signature.mutated]
 
 
 def _values_from(program: Program, sources: Iterable[Value]) -> Callable[[Operand], bool]:

@@ -70,14 +70,15 @@ class OutputAnalysis:
     per_microbatch: bool
 
     def state(self, output: TracedOutput) -> OutputRole:
-        """Of new state.
+        """Role of new state: "whole" if no example touches it, "state" if microbatches update it.
 
         Raises:
-          BatchError: it depends on the examples, and that was not asked for.
+          BatchError: it depends on the examples, and `batch_statistics` does not allow that.
         """
-        if not self.per_microbatch and not (
-            isinstance(output.role, Replicated) and same(output.role.ratio, 1.0)
-        ):
+        if isinstance(output.role, Replicated) and same(output.role.ratio, 1.0):
+            excused = self.per_microbatch and output.from_batch
+            return OutputRole("state" if excused else "whole")
+        if not self.per_microbatch:
             raise BatchError(
                 f"{_capital(output.name)} is new state that depends on the examples: with "
                 f"{self.parts} parts of the "
@@ -154,6 +155,11 @@ class OutputAnalysis:
                 f"Pass reduce={is_a!r}, or return a {self.reduce}."
             )
         return OutputRole("reduced")
+
+
+def state_of_one_part(from_batch: bool) -> OutputRole:
+    """Role of new state where the batch is not split."""
+    return OutputRole("state" if from_batch else "whole")
 
 
 def role_of_one_part(

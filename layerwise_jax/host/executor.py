@@ -70,7 +70,8 @@ class HostExecutor:
           inputs: the leaves of the full batch.
         """
         runs = self._step(self._weights(staged), inputs, trains=False)
-        return self._outputs(runs), self._with_state(staged, runs)
+        results = self._outputs(runs)
+        return results, self._with_state(staged, runs, results)
 
     def value_and_grad(
         self, staged: Staged, inputs: Sequence[Any]
@@ -82,7 +83,8 @@ class HostExecutor:
             calls.finish(run.accumulators, own)
             for calls, run, own in zip(self.program.column_calls, runs, weights, strict=True)
         ]
-        return self._outputs(runs), self._gradients(shares), self._with_state(staged, runs)
+        results = self._outputs(runs)
+        return results, self._gradients(shares), self._with_state(staged, runs, results)
 
     def _columns(self, trains: bool) -> tuple[Column, ...]:
         return self.program.columns if trains else self.program.forward_columns
@@ -188,7 +190,8 @@ class HostExecutor:
         self, weight: Weight, aval: Any, column: int, parts: Sequence[tuple[int, Any]]
     ) -> Any:
         """A slot's gradient from the columns' shares; zeros where no stage gives one."""
-        if not is_inexact(aval) or weight in self.program.staged.frozen:
+        staged = self.program.staged
+        if not is_inexact(aval) or (weight in staged.frozen and not staged.is_state(weight)):
             return np.zeros((1, *aval.shape), jax.dtypes.float0)
         sharding = self.program.slot_shardings[column]
         if not parts:
@@ -211,11 +214,22 @@ class HostExecutor:
         self._dispatched.append([x for x in results if x is not None])
         return results
 
-    def _with_state(self, staged: Staged, runs: Sequence[ColumnRun]) -> HostStaged:
+    def _with_state(
+        self, staged: Staged, runs: Sequence[ColumnRun], results: Sequence[Any]
+    ) -> HostStaged:
+        """The placed parameters with carried state from the columns and renewed state from the
+        outputs.
+        """
         new = {}
         for column, run in enumerate(runs):
             slots, sharding = self.placement.slot_at(column), self.program.slot_shardings[column]
             new |= {slots[w].name: jax.device_put(x, sharding) for w, x in run.state.items()}
+            for position, leaf in self.program.staged.renewed.items():
+                new |= {
+                    slot.name: jax.device_put(weight.of(results[position])[None], sharding)
+                    for weight, slot in slots.items()
+                    if weight.leaf == leaf
+                }
         return HostStaged({**staged, **new})
 
     @cached_property

@@ -19,6 +19,7 @@ from layerwise_jax.run.interleaved import run_forward_in_rounds
 from layerwise_jax.run.outputs import Outputs
 from layerwise_jax.run.ticks import TrainingLoop
 from layerwise_jax.run.tied import tie_copies
+from layerwise_jax.run.wire import choose
 from layerwise_jax.schedule.arrays import lower_schedule
 from layerwise_jax.schedule.table import Schedule
 from layerwise_jax.stage.placement import Placement, Staged
@@ -81,7 +82,8 @@ class LoopExecutor:
         return {slot.name: x for slot, x in zip(self.placement.slots, slots, strict=True)}
 
     def _no_gradient(self, slot: int, held: Any) -> Any:
-        if slot in self.loop.state_slots and jnp.issubdtype(held.dtype, jnp.inexact):
+        is_state = any(map(self.loop.is_state, self.placement.slots[slot].weights))
+        if is_state and jnp.issubdtype(held.dtype, jnp.inexact):
             return jnp.zeros_like(held)
         return np.zeros(held.shape, jax.dtypes.float0)
 
@@ -125,11 +127,25 @@ class LoopExecutor:
             for grad, weight in zip(grads, weights, strict=True)
             if grad is not None
         ]
-        return (
-            self.outputs.of_batch(outputs),
-            placed,
-            [lax.expand_dims(weight, (0,)) for weight in weights_after],
-        )
+        results = self.outputs.of_batch(outputs)
+        return results, placed, self._slots(weights_after, results)
+
+    def _slots(self, weights: Sequence[Any], results: Sequence[Any]) -> list[Any]:
+        """On a device: its shards of the slots after a call, renewed state included.
+
+        Args:
+          weights: the weights that the tick loop left; carried state is new in them.
+          results: the outputs of the batch. Renewed state is among them, equal on all devices.
+        """
+        device, renewed = lax.axis_index(STAGE), list(weights)
+        for position, leaf in self.loop.renewed.items():
+            for weight, places in self.placement.copies().items():
+                if weight.leaf != leaf:
+                    continue
+                for j, row in places:
+                    new = weight.of(results[position])
+                    renewed[j] = choose(device == row, new, renewed[j])
+        return [lax.expand_dims(weight, (0,)) for weight in renewed]
 
     @cached_property
     def _mapped(self) -> Callable[[Sequence[Any], Sequence[Any]], tuple[list, list]]:
@@ -172,11 +188,11 @@ class LoopExecutor:
             outputs, weights = run_forward_in_rounds(
                 self.loop, self.outputs.roles, weights, split, replica
             )
-            return self.outputs.of_batch(outputs), [
-                lax.expand_dims(weight, (0,)) for weight in weights
-            ]
-        outputs, weights = run_forward(self.loop, weights, split, replica)
-        return self.outputs.of_rows(outputs), [lax.expand_dims(weight, (0,)) for weight in weights]
+            results = self.outputs.of_batch(outputs)
+        else:
+            outputs, weights = run_forward(self.loop, weights, split, replica)
+            results = self.outputs.of_rows(outputs)
+        return results, self._slots(weights, results)
 
     def _microbatches(self, x: Any, axis: int | None) -> Any:
         count = self.loop.num_microbatches

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import jax
 
-from layerwise_jax._jax import AbstractRef, Literal, effects_but_axes, source_line
+from layerwise_jax._jax import AbstractRef, effects_but_axes, source_line
 from layerwise_jax.stage.cut import CutError
 from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.trace.program import Program, Weight
@@ -40,64 +40,6 @@ def check_stageable(program: Program, axes: Collection[str] = ()) -> None:
 
 def _avals(program: Program, op: Any) -> list[Any]:
     return [program.avals[x] for x in (*op.values, *op.results)]
-
-
-def find_state(
-    layers: LayerSequence, pick: Callable[[Any], Any] | None, replicas: int
-) -> dict[int, Weight]:
-    """State of the function: output position -> the weight whose new value that output is.
-
-    Args:
-      layers: the traced function.
-      pick: takes a tree of the function's outputs from it; its paths are paths of the parameters.
-      replicas: replicas of the pipeline.
-
-    Raises:
-      ValueError: a picked output is not a parameter, or differs from it in type; or there are
-        several replicas, each of which would update its copy differently.
-    """
-    if pick is None:
-        return {}
-    if replicas > 1:
-        raise ValueError(
-            f"state= must be None with {replicas} replicas on the axis 'data', since each would "
-            "update its own copy. Use a mesh without that axis."
-        )
-    signature = layers.signature
-    # `pick` runs on output positions instead of arrays.
-    positions = jax.tree.unflatten(
-        signature.outputs_tree, list(range(len(signature.outputs_avals)))
-    )
-    picked = jax.tree_util.tree_flatten_with_path(pick(positions))[0]
-    leaves = {jax.tree_util.keystr(path): i for i, path in enumerate(signature.params_paths)}
-    weights = {
-        weight.leaf: weight for weight in layers.program.weights.values() if weight.start is None
-    }
-    found: dict[int, Weight] = {}
-    for path, position in picked:
-        name = jax.tree_util.keystr(path)
-        if name not in leaves:
-            raise ValueError(
-                f"state= must pick outputs by the paths of parameters, got {name}, which is no "
-                "parameter. Return new values under the parameters' own paths."
-            )
-        leaf = leaves[name]
-        if leaf not in weights:
-            raise ValueError(
-                f"The state {name} is stacked over the layers of a scan, which live on several "
-                "stages. Unroll the layers, or keep that state out of the scan."
-            )
-        expected = signature.params_avals[leaf]
-        given = signature.outputs_avals[position]
-        if (expected.shape, expected.dtype) != (given.shape, given.dtype):
-            raise ValueError(
-                f"The new state {name} must be {expected}, as the parameter is, got {given}. "
-                "Return it in the parameter's shape and dtype."
-            )
-        # An output that is a literal never changes: no state to update.
-        if not isinstance(layers.program.outputs[position], Literal):
-            found[position] = weights[leaf]
-    return found
 
 
 def find_frozen(layers: LayerSequence, trainable: Any) -> frozenset[Weight]:
@@ -133,48 +75,3 @@ def find_frozen(layers: LayerSequence, trainable: Any) -> frozenset[Weight]:
             "booleans, such as jax.tree.map(lambda x: x.ndim > 1, params)."
         )
     return frozenset(weight for weight in layers.program.weights.values() if not flags[weight.leaf])
-
-
-def check_draws(program: Program, state: Mapping[int, Weight]) -> None:
-    """Refuse random draws with a key that every microbatch changes.
-
-    Draws are made for the full batch, and each microbatch slices out its rows; so all microbatches
-    must draw with one key.
-
-    Raises:
-      CutError: naming the draw.
-    """
-    changing = set(state.values())
-    # values that depend on state, found in the order of the trace
-    from_state = {value for value, weight in program.weights.items() if weight in changing}
-    for op in program.ops:
-        if from_state.isdisjoint(op.values):
-            continue
-        from_state.update(op.results)
-        if op.full_rows is not None:
-            raise CutError(
-                f"{op.name} at {source_line(op.eqn)} draws numbers for every example from state "
-                "that each microbatch changes; no unstaged batch draws those numbers. Leave that "
-                "state out of state=, or use one microbatch."
-            )
-
-
-def check_state(loop_state: dict[int, Weight], stages: Any) -> None:
-    """Refuse state that is not read and updated on one and the same stage.
-
-    Args:
-      loop_state: output position -> weight, as `find_state` returns it.
-      stages: the stages.
-
-    Raises:
-      CutError: naming the stages.
-    """
-    for position, weight in loop_state.items():
-        readers = [s for s, stage in enumerate(stages) if weight in stage.weights.values()]
-        (maker,) = [s for s, stage in enumerate(stages) if position in stage.outputs]
-        if readers and readers != [maker]:
-            raise CutError(
-                f"The state of leaf {weight.leaf} is read on stages {readers} and updated on "
-                f"stage {maker}; it can only live on one. Choose boundaries that keep its layer "
-                "together."
-            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,8 @@ class StagedProgram:
       num_devices: pipeline devices per replica; stages are assigned round-robin.
       num_microbatches: microbatches on each replica.
       in_axes: for every input leaf, 0 if microbatches split it, None if each reads it whole.
-      state: output position -> the weight whose new value that output is.
+      state: output position -> the weight of carried state: see `State`.
+      renewed: output position -> the leaf of renewed state.
       frozen: the weights that are not trained.
       bubble_fill: fill value for bubble inputs: 0, or NaN to prove that nothing leaks from bubbles.
     """
@@ -43,6 +44,7 @@ class StagedProgram:
     state: Mapping[int, Weight]
     frozen: frozenset[Weight] = frozenset()
     bubble_fill: float = 0.0
+    renewed: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def num_stages(self) -> int:
@@ -80,6 +82,17 @@ class StagedProgram:
         return tuple(
             j for j, slot in enumerate(self.placement.slots) if weights.intersection(slot.weights)
         )
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a call returns new state."""
+        return bool(self.state or self.renewed)
+
+    def is_state(self, weight: Weight | None) -> bool:
+        """Whether a call gives this weight a new value."""
+        if weight is None:
+            return False
+        return weight in self.state.values() or weight.leaf in self.renewed.values()
 
     def has_gradient(self, slot: int) -> bool:
         """True if a weight of the slot is trained: floating-point, neither state nor frozen."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,14 +14,24 @@ from layerwise_jax import _jax
 from layerwise_jax.trace.flatten import flatten
 from layerwise_jax.trace.layer_search import Layer, find_layers
 from layerwise_jax.trace.modules import modules_of, path_names
+from layerwise_jax.trace.mutation import with_mutations
 from layerwise_jax.trace.pinned import live_bytes
 from layerwise_jax.trace.program import Program, evaluate
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a function was traced with: the trees and types of parameters and inputs, and the tree
-    of outputs.
+    """Trees and types of a traced function's parameters, inputs and outputs.
+
+    Attributes:
+      params_tree: tree of the parameters.
+      params_avals: type of every leaf of the parameters.
+      params_paths: key path of every leaf of the parameters.
+      inputs_tree: tree of the inputs.
+      inputs_avals: type of every leaf of the inputs.
+      outputs_tree: tree of what the function returns.
+      outputs_avals: type of every leaf of the outputs, and then of every mutated leaf.
+      mutated: the leaves of the parameters that the function gives new values (nnx Variables).
     """
 
     params_tree: Any
@@ -31,6 +41,11 @@ class Signature:
     inputs_avals: tuple[Any, ...]
     outputs_tree: Any
     outputs_avals: tuple[Any, ...]
+    mutated: tuple[int, ...] = ()
+
+    def outputs(self, leaves: Sequence[Any]) -> Any:
+        """What the function returns, from the leaves of the outputs; mutated leaves are dropped."""
+        return jax.tree.unflatten(self.outputs_tree, leaves[: self.outputs_tree.num_leaves])
 
     @property
     def params_names(self) -> tuple[str, ...]:
@@ -74,9 +89,7 @@ class LayerSequence:
             {value: weight.of(leaves[weight.leaf]) for value, weight in program.weights.items()}
         )
         env.update(zip(program.inputs, jax.tree.leaves(inputs), strict=True))
-        return jax.tree.unflatten(
-            self.signature.outputs_tree, evaluate(program.ops, env, program.outputs)
-        )
+        return self.signature.outputs(evaluate(program.ops, env, program.outputs))
 
     def with_program(self, program: Program) -> LayerSequence:
         """The same layers over a program whose operations are the same ones in the same places."""
@@ -124,7 +137,9 @@ def trace_layers(fn: Callable[..., Any], params: Any, *inputs: Any) -> LayerSequ
     """
     paths, leaves, params_tree = _jax.key_paths(params)
     input_leaves, inputs_tree = jax.tree.flatten(inputs)
-    jaxpr, outputs = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
+    mutating = with_mutations(fn, params, inputs)
+    jaxpr, outputs = jax.make_jaxpr(mutating or fn, return_shape=True)(params, *inputs)
+    outputs, mutated = (outputs, {}) if mutating is None else outputs
     program = flatten(jaxpr, len(leaves))
     output_leaves, outputs_tree = jax.tree.flatten(outputs)
     signature = Signature(
@@ -134,7 +149,8 @@ def trace_layers(fn: Callable[..., Any], params: Any, *inputs: Any) -> LayerSequ
         inputs_tree=inputs_tree,
         inputs_avals=tuple(var.aval for var in jaxpr.invars[len(leaves) :]),
         outputs_tree=outputs_tree,
-        outputs_avals=tuple(output_leaves),
+        outputs_avals=(*output_leaves, *(mutated[leaf] for leaf in sorted(mutated))),
+        mutated=tuple(sorted(mutated)),
     )
     assert len(input_leaves) == len(signature.inputs_avals)
     layers = find_layers(program, modules_of([path_names(path) for path in paths]))
@@ -144,4 +160,4 @@ def trace_layers(fn: Callable[..., Any], params: Any, *inputs: Any) -> LayerSequ
             "Give the model's parameters as the first argument, and return what is computed from "
             "them."
         )
-    return LayerSequence(fn, program, layers, signature)
+    return LayerSequence(mutating if mutating and mutated else fn, program, layers, signature)

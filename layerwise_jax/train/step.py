@@ -72,7 +72,7 @@ class TrainStep:
     ) -> tuple[Staged, StagedState, Any]:
         value, grads = self.pipeline.value_and_grad(staged, *inputs)
         updates, state = self.optimizer.update(grads, state, staged)
-        if self.pipeline.loop.state:
+        if self.pipeline.loop.has_state:
             value, staged = value
         trained = self.optimizer.trained_slots
         moved = {name: optax.apply_updates(staged[name], updates[name]) for name in trained}

@@ -139,7 +139,7 @@ def test_new_state_must_be_asked_for() -> None:
     with pytest.raises(BatchError, match=r"Output \[1\] is new state that depends on the examples"):
         run.analyse(state=(1, 2))
     kinds = [role.kind for role in run.analyse(state=(1, 2), statistics="per_microbatch").outputs]
-    assert kinds == ["rows", "state", "state"]
+    assert kinds == ["rows", "state", "whole"]
 
 
 def test_one_part_is_never_mixed() -> None:

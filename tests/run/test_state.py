@@ -124,15 +124,15 @@ def test_state_that_is_set_and_never_read_has_its_last_value(stage_mesh: Callabl
     )
 
 
-def drawing(per_example: bool) -> Case:
-    """Dropout whose key counts the calls, as that of nnx does."""
+def drawing(per_example: bool, counts_examples: bool) -> Case:
+    """Dropout whose key is made from a count, of calls or of examples."""
 
     def fn(params: Any, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(0), params["count"])
         y = tanh_chain(params["layers"], x)
-        return y * jax.random.bernoulli(key, 0.5, y.shape[0 if per_example else 1 :]), {
-            "count": params["count"] + 1
-        }
+        new = jnp.sum(x[:, 0] > -9).astype(jnp.uint32) if counts_examples else 1
+        mask = jax.random.bernoulli(key, 0.5, y.shape[0 if per_example else 1 :])
+        return y * mask, {"count": params["count"] + new}
 
     params = {"layers": draw_layers(), "count": jnp.uint32(0)}
     return Case(
@@ -145,21 +145,22 @@ def drawing(per_example: bool) -> Case:
     )
 
 
-def test_draws_from_a_state_that_counts(stage_mesh: Callable) -> None:
+def test_draws_from_a_state_that_counts_examples(stage_mesh: Callable) -> None:
     """One mask a microbatch is another each time, as in a loop; masks of the whole batch would be
     as many batches'.
     """
-    case = drawing(per_example=False)
+    case = drawing(per_example=False, counts_examples=True)
     pipeline = stage_stateful(case, stage_mesh(2), 4)
     (outputs, _), staged = compile_lightly(pipeline)(pipeline.place(case.params), *case.inputs)
     parts = [case.inputs_of(slice(start, start + 2)) for start in range(0, BATCH, 2)]
     rows = [
-        case.fn({**case.params, "count": jnp.uint32(m)}, *part)[0] for m, part in enumerate(parts)
+        case.fn({**case.params, "count": jnp.uint32(2 * m)}, *part)[0]
+        for m, part in enumerate(parts)
     ]
     assert_trees_close(outputs, jnp.concatenate(rows), case.tolerance)
-    assert int(pipeline.gather(staged)["count"]) == 4
+    assert int(pipeline.gather(staged)["count"]) == BATCH
     with pytest.raises(CutError, match="draws numbers for every example from state"):
-        stage_stateful(drawing(per_example=True), stage_mesh(2), 4)
+        stage_stateful(drawing(per_example=True, counts_examples=True), stage_mesh(2), 4)
 
 
 def test_state_read_on_two_stages_is_refused(stage_mesh: Callable) -> None:
@@ -169,12 +170,12 @@ def test_state_read_on_two_stages_is_refused(stage_mesh: Callable) -> None:
 
 
 def test_state_of_replicas_is_refused(stage_mesh: Callable) -> None:
-    with pytest.raises(ValueError, match="2 replicas on the axis 'data'"):
+    with pytest.raises(ValueError, match="by one replica, got 2 on the axis 'data'"):
         stage_stateful(CASES["resnet_train"](), stage_mesh(2, data=2), 2)
 
 
 def test_state_that_is_no_parameter_is_refused(stage_mesh: Callable) -> None:
-    with pytest.raises(ValueError, match="which is no "):
+    with pytest.raises(ValueError, match=r"must pick outputs under the paths .*\['other'\]"):
         stage_stateful(
             CASES["resnet_train"](), stage_mesh(2), 2, state=lambda outputs: {"other": outputs[1]}
         )
