@@ -20,16 +20,18 @@ from layerwise_jax import _jax
 from layerwise_jax.decode.sampling import Sampler
 from layerwise_jax.decode.state_order import renew_early
 from layerwise_jax.stage.align import Alignment, align_stages
-from layerwise_jax.stage.checks import check_stageable, check_state
+from layerwise_jax.stage.checks import check_stageable
 from layerwise_jax.stage.cut import CutError, Stage, cut_stages
 from layerwise_jax.stage.placement import Placement
 from layerwise_jax.stage.slots import assign_slots
 from layerwise_jax.stage.staged_program import StagedProgram
+from layerwise_jax.stage.state import check_carried
 from layerwise_jax.stage.wiring import wire
 from layerwise_jax.trace.flatten import flatten
 from layerwise_jax.trace.layer_search import find_layers
 from layerwise_jax.trace.layers import LayerSequence, Signature
 from layerwise_jax.trace.modules import modules_of, path_names
+from layerwise_jax.trace.mutation import call_unmutated
 from layerwise_jax.trace.program import Operand, Weight, nbytes
 
 StepFunction = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
@@ -86,7 +88,7 @@ def trace_step(
     """
 
     def step(both: Any, tokens: Any, positions: Any, keys: Any) -> tuple[Any, Any]:
-        logits, new = step_fn(both[0], both[1], tokens, positions)
+        logits, new = call_unmutated(step_fn, both[0], both[1], tokens, positions)
         check_step_outputs(
             "The step" if prompt_length is None else "prefill_fn",
             logits,
@@ -219,7 +221,7 @@ def cut_step(
     """The stages between `boundaries`, if a ring can run them: see `stage_step`."""
     check_stageable(layers.program, axes)
     stages = cut_stages(layers, boundaries)
-    check_state(renewed(layers, cache), stages)
+    check_carried(renewed(layers, cache), stages)
     _check_tokens(layers, stages)
     return stages
 

@@ -84,6 +84,26 @@ def with_mutations(fn: Callable[..., Any], params: Any, inputs: Any) -> WithMuta
     return WithMutations(fn) if variables else None
 
 
+def call_unmutated(fn: Callable[..., Any], params: Any, *inputs: Any) -> Any:
+    """Call `fn` under a trace and refuse it if it gives Variables of its parameters new values.
+
+    Raises:
+      ValueError: naming the Variables.
+    """
+    before = jax.tree_util.tree_flatten_with_path(params)[0]
+    outputs = fn(params, *inputs)
+    after = jax.tree.leaves(params)
+    if _variable_type() is not None and len(after) == len(before):
+        pairs = zip(before, after, strict=True)
+        if changed := [_name(path) for (path, old), new in pairs if new is not old]:
+            raise ValueError(
+                f"The step must not mutate its parameters, got new values of {', '.join(changed)}. "
+                "Put what changes into the cache and return it, or use the module in evaluation "
+                "mode."
+            )
+    return outputs
+
+
 def _variable_type() -> type | None:
     """`nnx.Variable`, if anything has imported flax.nnx."""
     nnx = sys.modules.get("flax.nnx")

@@ -77,7 +77,13 @@ def stage(
     return lw.build_pipeline(layers, cut, mesh, layout.microbatches, **options)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("one microbatch", "2 replicas", "stored residuals")
+]
+
+
+@pytest.mark.parametrize("name", ["2 stages", "4 stages on 2 devices", "executor host", *SLOW])
 def test_calls_and_steps_are_those_of_the_function(
     name: str, stage_mesh: Callable[..., Mesh]
 ) -> None:
@@ -120,7 +126,9 @@ def loss_of(model: Dropping, x: jax.Array) -> jax.Array:
     return jnp.mean(model(x) ** 2)
 
 
-@pytest.mark.parametrize("name", ["2 stages", "2 replicas", "executor host"])
+@pytest.mark.parametrize(
+    "name", ["2 stages", pytest.param("executor host", marks=pytest.mark.slow), SLOW[1]]
+)
 def test_an_nnx_module_is_updated_as_by_nnx_jit(name: str, stage_mesh: Callable[..., Mesh]) -> None:
     """Values, gradients, masks and counts of three steps."""
     model, reference = Dropping(nnx.Rngs(0)), Dropping(nnx.Rngs(0))
@@ -179,6 +187,18 @@ def test_what_a_module_mutates_is_named() -> None:
         lw.layerwise(returning_counts, model, X, state=lambda out: out[1], **options)
     with pytest.raises(ValueError, match="mutates none"):
         lw.layerwise(plain, plain_params(), X, state="mutated", **options)
+
+
+def test_a_step_of_a_ring_that_mutates_its_module() -> None:
+    model = Dropping(nnx.Rngs(0))
+
+    def step(model: Dropping, cache: jax.Array, tokens: jax.Array, positions: jax.Array) -> Any:
+        cache = cache + model(jax.nn.one_hot(tokens, WIDTH))
+        return cache, cache
+
+    cache = jnp.zeros((4, WIDTH))
+    with pytest.raises(ValueError, match=r"new values of \.drop\.rngs\.count"):
+        lw.decode_ring(step, model, cache, group_size=2, num_groups=2, num_stages=2)
 
 
 def test_variables_where_jax_would_make_two_of_one() -> None:
