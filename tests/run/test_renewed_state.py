@@ -196,7 +196,7 @@ def test_a_step_of_a_ring_that_mutates_its_module() -> None:
         cache = cache + model(jax.nn.one_hot(tokens, WIDTH))
         return cache, cache
 
-    cache = jnp.zeros((4, WIDTH))
+    cache = jnp.zeros((2, WIDTH))
     with pytest.raises(ValueError, match=r"new values of \.drop\.rngs\.count"):
         lw.decode_ring(step, model, cache, group_size=2, num_groups=2, num_stages=2)
 
