@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from layerwise_jax import processes
 from layerwise_jax._arguments import checked_choice, checked_int
 from layerwise_jax.batch.outputs import Reduce
 from layerwise_jax.build import build_pipeline
@@ -254,7 +254,7 @@ def _ways(
         return _interleaved_ways(mesh, num_stages, schedule)
     if mesh is not None:
         return check_mesh(mesh, num_stages), mesh.shape[STAGE], mesh.shape[STAGE]
-    num_stages = num_stages or min(jax.local_device_count(), len(trace_layers(fn, params, *inputs)))
+    num_stages = num_stages or min(len(processes.devices()), len(trace_layers(fn, params, *inputs)))
     return 1, num_stages, num_stages
 
 
@@ -267,7 +267,7 @@ def _interleaved_ways(
     elif mesh is not None:
         num_devices = mesh.shape.get(STAGE, 1)
     else:
-        most = jax.local_device_count()
+        most = len(processes.devices())
         num_devices = max(d for d in range(1, most + 1) if (num_stages or 2 * most) % d == 0)
     count: int = num_stages or 2 * num_devices
     if count % num_devices:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
+
+from layerwise_jax import processes
 
 STAGE = "stage"
 DATA = "data"
@@ -36,15 +37,18 @@ def check_mesh(mesh: Mesh, num_devices: int | None) -> int:
 
 
 def stage_mesh(num_devices: int) -> Mesh:
-    """A mesh of the first `num_devices` local devices on one axis, `stage`.
+    """A mesh of the first `num_devices` devices of all processes on one axis, `stage`.
+
+    Devices of a process are neighbours, so that only every last stage of a process sends to
+    another process.
 
     Raises:
-      ValueError: there are fewer local devices.
+      ValueError: there are fewer devices.
     """
-    devices = jax.local_devices()
+    devices = processes.devices()
     if len(devices) < num_devices:
         raise ValueError(
-            f"num_devices must be at most {len(devices)}, the number of local devices, got "
+            f"num_devices must be at most {len(devices)}, the number of devices, got "
             f"{num_devices}. Ask for fewer stages, or emulate devices on the CPU: "
             f"layerwise_jax.emulate_devices({num_devices}) before any other use of JAX."
         )

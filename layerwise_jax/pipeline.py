@@ -140,9 +140,9 @@ class Pipeline:
         runs = self.host_executor if options.executor == "host" else self.loop_executor
         return runs.placement.place(params, self.mesh)
 
-    def gather(self, staged: Staged) -> Any:
+    def gather(self, staged: Staged, out_shardings: Any = None) -> Any:
         """Return the user's parameter tree, the inverse of `place`: see `Placement.gather`."""
-        return self._executor_of(staged).placement.gather(staged)
+        return self._executor_of(staged).placement.gather(staged, out_shardings)
 
     def __call__(self, staged: Staged, *inputs: Any) -> Any:
         """Run the function on a full batch.

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # Each imports only from those after it.
 ORDER = """
     examples __init__ entry comparison build checkpoint pipeline host options decode train run
-    measure simulate batch stage xla plan trace partition cost schedule mesh _tables _json
+    measure simulate batch stage xla plan trace partition cost schedule mesh processes _tables _json
     _arguments _jax
 """.split()
 WITHOUT_JAX = {"partition", "schedule", "simulate", "cost", "plan", "_tables", "_json"}
@@ -119,6 +119,20 @@ def test_only_the_shim_imports_jax_internals(module: str) -> None:
     assert module == "_jax" or internals == set(), (
         f"{module} uses {internals}: export them from _jax.py"
     )
+
+
+# Decisions that depend on these split a program of several processes.
+ONE_PROCESS_SEES = (
+    "addressable_data addressable_shards addressable_devices is_fully_addressable process_index "
+    "process_count local_devices local_device_count perf_counter monotonic is_dir"
+).split()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_processes_asks_what_one_process_sees(module: str) -> None:
+    asked = {n.attr for n in ast.walk(parse(module)) if isinstance(n, ast.Attribute)}
+    if module != "processes":
+        assert asked.isdisjoint(ONE_PROCESS_SEES), f"{module}: let processes.py answer"
 
 
 def _internal_attributes(module: str) -> Iterator[str]:

@@ -10,8 +10,8 @@ step has an item of checksums besides.
 from __future__ import annotations
 
 import operator
-import zlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -19,10 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
+from layerwise_jax import processes
 from layerwise_jax._arguments import checked_int
 from layerwise_jax._jax import is_key
+from layerwise_jax.checkpoint.checksums import checksums
 from layerwise_jax.trace.modules import path_names
 
 try:
@@ -47,14 +49,15 @@ def saved_steps(directory: Path) -> tuple[int, ...]:
     Raises:
       ValueError: it is no directory.
     """
-    if not directory.exists():
+    if not processes.exists(directory):
         return ()
-    if not directory.is_dir():
+    if not processes.is_directory(directory):
         raise ValueError(
             f"{directory} is no directory; wanted one for checkpoints, or a path where to make one."
         )
     with _manager(directory, ()) as orbax:
-        return tuple(sorted(orbax.all_steps()))
+        found = sorted(orbax.all_steps())
+    return tuple(processes.decide(lambda: found))
 
 
 def check_new_step(directory: Path, step: Any, keep: Any) -> None:
@@ -81,7 +84,9 @@ def write_step(directory: Path, step: int, trees: Mapping[str, Any], keep: int |
       ValueError: a leaf cannot be saved; nothing has been written.
     """
     items = {item: _savable(item, tree) for item, tree in trees.items() if jax.tree.leaves(tree)}
-    checksums = ocp.args.JsonSave({item: _checksums(tree) for item, tree in items.items()})
+    saved_sums = ocp.args.JsonSave(
+        {item: checksums(_by_name(tree)) for item, tree in items.items()}
+    )
     saves = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
     # What a save that was killed has left behind is deleted.
     options = {
@@ -91,7 +96,7 @@ def write_step(directory: Path, step: int, trees: Mapping[str, Any], keep: int |
     }
     with _manager(directory, items, **options) as orbax:
         saved = orbax.save(
-            operator.index(step), args=ocp.args.Composite(**saves, **{CHECKSUMS: checksums})
+            operator.index(step), args=ocp.args.Composite(**saves, **{CHECKSUMS: saved_sums})
         )
     assert saved, "orbax has left out a step that is the latest"
 
@@ -116,7 +121,9 @@ def find_step(directory: Path, step: int | None) -> int:
     )
 
 
-def read_step(directory: Path, step: int, trees: Mapping[str, Any]) -> dict[str, Any]:
+def read_step(
+    directory: Path, step: int, trees: Mapping[str, Any], mesh: Mesh | None = None
+) -> dict[str, Any]:
     """Read the items of a step onto the host, into trees of these types; those without leaves come
     back as they are.
 
@@ -126,7 +133,7 @@ def read_step(directory: Path, step: int, trees: Mapping[str, Any]) -> dict[str,
     wanted = {item: _named(tree) for item, tree in trees.items() if jax.tree.leaves(tree)}
     with _manager(directory, wanted) as orbax:
         try:
-            found = _restore(orbax, step, wanted)
+            found = _restore(orbax, step, wanted, mesh)
         except CheckpointError:
             raise
         except (
@@ -142,12 +149,15 @@ def read_step(directory: Path, step: int, trees: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _restore(orbax: ocp.CheckpointManager, step: int, wanted: Mapping[str, Any]) -> Any:
+def _restore(
+    orbax: ocp.CheckpointManager, step: int, wanted: Mapping[str, Any], mesh: Mesh | None
+) -> Any:
     saved = orbax.item_metadata(step)
     for item, tree in wanted.items():
         _check_types(f"Step {step} of {orbax.directory}", item, saved.get(item), tree)
     restores = {
-        item: ocp.args.StandardRestore(jax.tree.map(_target, tree)) for item, tree in wanted.items()
+        item: ocp.args.StandardRestore(jax.tree.map(partial(_target, mesh), tree))
+        for item, tree in wanted.items()
     }
     sums = (
         {CHECKSUMS: ocp.args.JsonRestore()} if CHECKSUMS in saved else {}
@@ -198,34 +208,35 @@ def _savable(item: str, tree: Any) -> Any:
                 "Take it out."
             )
         typed = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
-        return typed if is_key(typed) else np.asarray(typed)
+        return typed if is_key(typed) or processes.is_partial(typed) else np.asarray(typed)
 
     return jax.tree_util.tree_map_with_path(savable, _named(tree))
 
 
-def _target(leaf: Any) -> Any:
-    """What makes orbax read a leaf onto the host: an array of numpy's, here without memory; for
-    keys, some device.
+def _target(mesh: Mesh | None, leaf: Any) -> Any:
+    """The type by which orbax reads a leaf.
+
+    Of one process: a numpy array on the host, here without memory, and random keys on its device.
+    Of several: an array spread over the devices of `mesh`, of which each process reads its part.
     """
     typed = leaf if hasattr(leaf, "dtype") else jax.typeof(leaf)
-    if is_key(typed):
-        device = SingleDeviceSharding(jax.local_devices()[0])
-        return jax.ShapeDtypeStruct(typed.shape, typed.dtype, sharding=device)
-    return np.broadcast_to(np.zeros((), typed.dtype), typed.shape)
+    if mesh is not None and processes.is_distributed():
+        sharding: Any = processes.spread(mesh, typed)
+    elif is_key(typed):
+        sharding = SingleDeviceSharding(processes.local_device())
+    else:
+        return np.broadcast_to(np.zeros((), typed.dtype), typed.shape)
+    return jax.ShapeDtypeStruct(typed.shape, typed.dtype, sharding=sharding)
 
 
-def _checksums(tree: Any) -> dict[str, int]:
-    """The CRC-32 of every leaf's bytes, by name; of keys that of their data."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    data = {_name(path): jax.random.key_data(x) if is_key(x) else x for path, x in leaves}
-    return {
-        name: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
-        for name, x in data.items()
-    }
+def _by_name(tree: Any) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _check_sums(tree: Any, wanted: Mapping[str, int]) -> None:
-    if changed := [name for name, checksum in _checksums(tree).items() if wanted[name] != checksum]:
+    if changed := [
+        name for name, checksum in checksums(_by_name(tree)).items() if wanted[name] != checksum
+    ]:
         raise ValueError(f"{', '.join(changed)} came with other bytes than were saved.")
 
 

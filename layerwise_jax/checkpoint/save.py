@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from layerwise_jax import processes
 from layerwise_jax._jax import Tracer, is_key, wrap_key
 from layerwise_jax.checkpoint.files import (
     check_new_step,
@@ -143,10 +145,12 @@ def restore_checkpoint(
     signature = pipeline.placement.signature
     params = jax.tree.unflatten(signature.params_tree, signature.params_avals)
     if optimizer_state is None:
-        found = _read(directory, params, None, step)
+        found = _read(directory, params, None, step, pipeline.mesh)
         return replace(found, params=pipeline.place(found.params))
     mover = _mover(pipeline, optimizer_state, optimizer)
-    found = _read(directory, params, jax.eval_shape(mover.gather_state, optimizer_state), step)
+    found = _read(
+        directory, params, jax.eval_shape(mover.gather_state, optimizer_state), step, pipeline.mesh
+    )
     return Checkpoint(
         found.step, pipeline.place(found.params), mover.place_state(found.optimizer_state)
     )
@@ -188,11 +192,17 @@ def _home(directory: Directory) -> Path:
     return Path(directory).expanduser().absolute()
 
 
-def _read(directory: Directory, params: Any, optimizer_state: Any, step: int | None) -> Checkpoint:
+def _read(
+    directory: Directory,
+    params: Any,
+    optimizer_state: Any,
+    step: int | None,
+    mesh: Mesh | None = None,
+) -> Checkpoint:
     """A checkpoint in the user's tree, its leaves on the host."""
     home = _home(directory)
     chosen = find_step(home, step)
-    found = read_step(home, chosen, {PARAMS: params, OPTIMIZER_STATE: optimizer_state})
+    found = read_step(home, chosen, {PARAMS: params, OPTIMIZER_STATE: optimizer_state}, mesh)
     return Checkpoint(chosen, found[PARAMS], found[OPTIMIZER_STATE])
 
 
@@ -264,10 +274,10 @@ def _retyped_slot(slot: Any, dtype: Any) -> Any:
 
 
 def _gather(placement: Placement, staged: Staged) -> Any:
-    """The user's tree on the host, gathered weight by weight; of tracers, what `Placement.gather`
-    gives.
+    """The user's tree on the host, gathered weight by weight; of tracers and global arrays, what
+    `Placement.gather` gives.
     """
-    if any(isinstance(slot, Tracer) for slot in staged.values()):
+    if processes.is_partial(staged) or any(isinstance(x, Tracer) for x in staged.values()):
         return placement.gather(staged)
     parts: dict[int, list[tuple[int, str, int]]] = {}
     for weight, ((j, device), *_) in placement.copies().items():
@@ -291,11 +301,7 @@ def _row(array: Any, device: int) -> Any:
     """One device's row on the host, read from the shard that has it; keys stay keys."""
     if is_key(array):
         return wrap_key(_row(jax.random.key_data(array), device), array)
-    for shard in getattr(array, "addressable_shards", ()):
-        rows = range(*shard.index[0].indices(array.shape[0]))
-        if device in rows and shard.data.shape[1:] == array.shape[1:]:
-            return np.asarray(shard.data)[device - rows.start]
-    return np.asarray(array[device])
+    return processes.read_shard(array, device)
 
 
 def _to_device(tree: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from layerwise_jax import processes
 from layerwise_jax._arguments import checked_int, checked_ints
 from layerwise_jax._jax import is_key
 from layerwise_jax.decode.cache import find_cache_layers
@@ -197,7 +198,7 @@ def _num_stages(mesh: Mesh | None, num_stages: int | None, partition: Any, num_l
     if mesh is not None:
         check_mesh(mesh, wanted)
         return mesh.shape[STAGE]
-    return wanted or min(jax.local_device_count(), num_layers)
+    return wanted or min(len(processes.devices()), num_layers)
 
 
 def _plan(layers: LayerSequence, cut: Any, ring: RingLoop) -> Plan:

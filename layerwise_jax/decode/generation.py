@@ -4,7 +4,6 @@ end.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import Progress
 
+from layerwise_jax import processes
 from layerwise_jax._arguments import checked_int
 from layerwise_jax.decode.sampling import data_of_keys
 from layerwise_jax.stage.placement import Staged
@@ -181,9 +181,9 @@ def generate(
     with Progress(disable=not progress) as bar:
         task = bar.add_task("tokens", total=max_new_tokens * len(waiting))
         while any(sequence and not sequence.is_done for sequence in places):
-            started = time.perf_counter()
+            started = processes.stopwatch()
             held, tokens = ring(staged, held, _forced(ring, places, steps))
-            seconds += time.perf_counter() - started
+            seconds += processes.stopwatch() - started
             calls += 1
             for sequence, row in zip(
                 places, np.moveaxis(tokens, 0, -1).reshape(len(places), steps), strict=True
@@ -244,11 +244,11 @@ class _Reader:
         lengths = np.where(reads[:, None], lengths, 0)
         prompts, following = self._prompts(of_new, lengths.reshape(-1))
         self.ring.compiled_prefill(self.staged, held)
-        started = time.perf_counter()
+        started = processes.stopwatch()
         held, tokens = self.ring.prefill(
             self.staged, held, prompts.reshape(*shape, -1), lengths, following.reshape(shape)
         )
-        self.seconds += time.perf_counter() - started
+        self.seconds += processes.stopwatch() - started
         for sequence, token, length in zip(
             of_new, tokens.reshape(-1), lengths.reshape(-1), strict=True
         ):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from layerwise_jax import processes
 from layerwise_jax._arguments import checked_int32
 from layerwise_jax.decode.cache import CacheLayers
 from layerwise_jax.decode.generation import Generation, generate
@@ -202,7 +203,7 @@ class DecodeRing:
 
     def _tokens(self, arrived: jax.Array) -> np.ndarray:
         """Tokens [step, group, sequence], which the first stage has."""
-        return from_arrival(self.ring, np.asarray(arrived.addressable_shards[0].data)[0])
+        return from_arrival(self.ring, processes.read_shard(arrived, 0))
 
     def compiled(self, staged: Staged, places: RingState, steps: int) -> Any:
         """The program of so many steps, compiled the first time that it is asked for."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 
-import jax
-
+from layerwise_jax import processes
 from layerwise_jax.cost.device import DeviceSpec
 from layerwise_jax.cost.devices import CPU, device_named
 
@@ -25,7 +24,7 @@ def detect_device() -> DeviceSpec:
     Raises:
       ValueError: it is neither a CPU nor a GPU of the table.
     """
-    device = jax.local_devices()[0]
+    device = processes.local_device()
     if device.platform == "cpu":
         return CPU
     reported = _driver_attributes(device.local_hardware_id or 0)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layerwise_jax import processes
 from layerwise_jax._jax import Literal
 from layerwise_jax.cost.device import DeviceSpec
 from layerwise_jax.cost.layer_cost import LayerCost
@@ -62,7 +63,7 @@ class CompiledCosts:
     def compiler(self) -> str:
         """What compiles: the plan says so beside its sizes."""
         if self._is_local:
-            return f"XLA for the local {jax.local_devices()[0].device_kind}"
+            return f"XLA for the local {processes.local_device().device_kind}"
         if can_compile_for_absent_gpus():
             return f"XLA:GPU for {self._spec.name}, which is not here"
         return "shapes alone: there is no compiler for this device here (the extra 'aot' brings it)"
@@ -77,7 +78,7 @@ class CompiledCosts:
         """Whether the local backend is the device's: a CPU's temporaries say nothing of a GPU's."""
         if self.device is None or self.device.compute_capability is None:
             return True
-        return jax.local_devices()[0].device_kind == self.device.name
+        return processes.local_device().device_kind == self.device.name
 
     def costs(self) -> tuple[LayerCost, ...]:
         """The cost of every layer."""

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from layerwise_jax import processes
 from layerwise_jax._jax import Tracer, is_key, wrap_key
 from layerwise_jax.mesh import STAGE
 from layerwise_jax.trace.layers import Signature
@@ -126,20 +127,69 @@ class Placement:
           ValueError: the tree, or a leaf's shape or dtype, is not the traced one.
         """
         leaves = self.check(params)
+        if processes.is_partial(leaves):
+            return self._place_global(leaves, mesh)
         return {slot.name: self.fill(slot, leaves, mesh) for slot in self.slots}
 
-    def gather(self, staged: Staged) -> Any:
+    def _place_global(self, leaves: Sequence[Any], mesh: Mesh) -> Staged:
+        """`place` for arrays of which this process holds only a part: one program over all."""
+        avals = {slot.name: slot.placed_aval(mesh) for slot in self.slots}
+
+        def stacked(*leaves: Any) -> Staged:
+            return {slot.name: jnp.stack(self._weights(slot, leaves)) for slot in self.slots}
+
+        shardings = {name: aval.sharding for name, aval in avals.items()}
+        return processes.compute(stacked, mesh, *leaves, shardings=shardings)
+
+    def _weights(self, slot: Slot, leaves: Sequence[Any]) -> list[Any]:
+        """The weight of every device, zeros where a slot has none."""
+        some = next(weight.of(leaves[weight.leaf]) for weight in slot.weights if weight is not None)
+        padding = jnp.zeros_like(some)
+        return [padding if w is None else w.of(leaves[w.leaf]) for w in slot.weights]
+
+    def gather(self, staged: Staged, out_shardings: Any = None) -> Any:
         """The exact inverse of `place`: the user's tree, from the first copy of every weight.
 
         Gradients can be gathered too, `float0` for those of integers.
+
+        Args:
+          staged: placed parameters, or gradients of them.
+          out_shardings: shardings of the leaves, a tree or a prefix of it. None: of one process,
+            arrays on the default device; of several, each leaf is spread over all devices, so that
+            none holds the whole model. `NamedSharding(mesh, PartitionSpec())` asks for all of it
+            everywhere.
         """
         self.check_staged(staged, jax.dtypes.float0)
+        if not processes.is_partial(staged):
+            tree = self._tree(self._leaves(staged))
+            return tree if out_shardings is None else jax.device_put(tree, out_shardings)
+        # float0, which numpy holds, enters no program.
+        arrays = {name: x for name, x in staged.items() if isinstance(x, jax.Array)}
+        rest = {name: x for name, x in staged.items() if name not in arrays}
+        mesh = processes.mesh_of(next(iter(arrays.values())))
+        shardings = None
+        if out_shardings is not None:
+            leaves = jax.tree.leaves(
+                jax.tree.broadcast(
+                    out_shardings, self._tree(range(len(self.signature.params_avals)))
+                )
+            )
+            shardings = {leaf: leaves[leaf] for leaf in jax.eval_shape(self._leaves, arrays)}
+        leaves = processes.compute(self._leaves, mesh, arrays, shardings=shardings)
+        return self._tree({**leaves, **self._leaves(rest)})
+
+    def _leaves(self, staged: Staged) -> dict[int, Any]:
+        """Leaves of the parameters, by number, of which the slots are in `staged`."""
         parts: dict[int, list[tuple[int, Any]]] = {}  # leaf -> (first index, slice of the leaf)
         for weight, ((j, device), *_) in self.copies().items():
-            shard = read_shard(staged[self.slots[j].name], device)
-            parts.setdefault(weight.leaf, []).append((weight.start or 0, shard))
-        leaves = [_together(slices) for _, slices in sorted(parts.items())]
-        return jax.tree.unflatten(self.signature.params_tree, leaves)
+            if self.slots[j].name in staged:
+                shard = read_shard(staged[self.slots[j].name], device)
+                parts.setdefault(weight.leaf, []).append((weight.start or 0, shard))
+        return {leaf: _together(slices) for leaf, slices in parts.items()}
+
+    def _tree(self, leaves: Any) -> Any:
+        count = len(self.signature.params_avals)
+        return jax.tree.unflatten(self.signature.params_tree, [leaves[i] for i in range(count)])
 
     def check(self, params: Any) -> list[Any]:
         """Check tree, shapes and dtypes of `params` against the traced ones; return the leaves.
@@ -197,12 +247,11 @@ class Placement:
     def fill(self, slot: Slot, leaves: Sequence[Any] | Mapping[int, Any], mesh: Mesh) -> Any:
         """One slot, given all leaves of the parameters: see `fill_shards`."""
         held = [None if weight is None else leaves[weight.leaf] for weight in slot.weights]
-        if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in held):
-            held = [
-                leaf if weight is None else weight.of(leaf)  # a slice, if stacked over layers
-                for weight, leaf in zip(slot.weights, held, strict=True)
-            ]
-        return self.fill_shards(slot, held, mesh)
+        weights = [
+            leaf if weight is None or _is_abstract(leaf) else weight.of(leaf)  # a slice, if stacked
+            for weight, leaf in zip(slot.weights, held, strict=True)
+        ]
+        return self.fill_shards(slot, weights, mesh)
 
     def fill_shards(self, slot: Slot, weights: Sequence[Any], mesh: Mesh) -> Any:
         """One slot, given the weight of every device, whole, or None for padding.
@@ -210,7 +259,10 @@ class Placement:
         The slot is abstract if any weight is a `jax.ShapeDtypeStruct`.
         """
         aval = slot.placed_aval(mesh)
-        if any(isinstance(weight, jax.ShapeDtypeStruct) for weight in weights):
+        local = processes.local_shards(aval.sharding, aval.shape)
+        # A process may leave abstract what only devices of other processes hold.
+        held = [weights[index[0].start or 0] for _, index in local]
+        if any(map(_is_abstract, held if processes.is_distributed() else weights)):
             return aval
         padding = np.zeros(aval.shape[1:], aval.dtype) if slot.spec else _zeros(slot.aval)
         weights = [padding if weight is None else weight for weight in weights]
@@ -218,10 +270,11 @@ class Placement:
             return jax.lax.with_sharding_constraint(jnp.stack(weights), aval.sharding)
         shards = [  # [1, *shard shape] for every device that this process has
             jax.device_put(_part(weights[index[0].start or 0], index[1:])[None], device)
-            for device, index in aval.sharding.addressable_devices_indices_map(aval.shape).items()
-            if index is not None
+            for device, index in local
         ]
-        return jax.make_array_from_single_device_arrays(aval.shape, aval.sharding, shards)
+        return jax.make_array_from_single_device_arrays(
+            aval.shape, aval.sharding, shards, dtype=slot.aval.dtype
+        )
 
 
 def read_shard(array: Any, device: int) -> Any:
@@ -235,15 +288,11 @@ def read_shard(array: Any, device: int) -> Any:
       [*weight shape], copied from the shard that holds it if the array is concrete and the shard
       holds all of the weight; else indexed by JAX, which gathers what other devices hold.
     """
-    if isinstance(array, Tracer) or not getattr(array, "is_fully_addressable", False):
+    if isinstance(array, Tracer) or not isinstance(array, jax.Array):
         return array[device]
     if is_key(array):
         return wrap_key(read_shard(jax.random.key_data(array), device), array)
-    for shard in array.addressable_shards:
-        held = range(*shard.index[0].indices(array.shape[0]))
-        if device in held and shard.data.shape[1:] == array.shape[1:]:
-            return jnp.asarray(np.asarray(shard.data)[device - held.start])
-    return array[device]  # the weight is sharded inside its stage
+    return jnp.asarray(processes.read_shard(array, device))
 
 
 def unsharded_shape(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> tuple[int, ...]:
@@ -258,6 +307,10 @@ def _names(entry: Any) -> tuple[str, ...]:
     if entry is None:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _is_abstract(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _part(array: Any, index: Sequence[slice]) -> Any:

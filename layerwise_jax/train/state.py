@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from layerwise_jax import processes
 from layerwise_jax.mesh import DATA, STAGE
 from layerwise_jax.stage.placement import Placement, Slot
 from layerwise_jax.trace.program import Operand, Value, Weight
@@ -105,6 +106,11 @@ class StateLayout:
     def gather(self, state: StagedState) -> Any:
         """The state of the user's tree, a copy."""
         self.check(state)
+        if processes.is_partial(state):
+            return processes.compute(self._gathered, self.mesh, state)
+        return self._gathered(state)
+
+    def _gathered(self, state: StagedState) -> Any:
         shared, homes = map(jnp.copy, state.shared), self._homes
         leaves = []
         for position, leaf in enumerate(self.traced.state_owners):
@@ -131,17 +137,35 @@ class StateLayout:
                 "Pass the state that this optimiser has for the trained part of the parameters."
             )
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        # Copies: what a training step is given is donated, and the user's own state must stay.
-        shared = [
-            jax.device_put(jnp.copy(leaves[position]), everywhere) for position in self.shared
-        ]
-        placed = {
-            slot.name: tuple(
-                self._filled(slot, component, leaves) for component in self.components[j]
+        if processes.is_partial(leaves):
+            shardings = StagedState(
+                (everywhere,) * len(self.shared),
+                {
+                    slot.name: tuple(
+                        self._sharding((len(slot.weights), *c.shape)) for c in self.components[j]
+                    )
+                    for j, slot in enumerate(self.placement.slots)
+                },
             )
+            return processes.compute(
+                partial(self._placed, jnp), self.mesh, leaves, shardings=shardings
+            )
+        found = self._placed(np, leaves)
+        # Copies: what a training step is given is donated, and the user's own state must stay.
+        shared = tuple(jax.device_put(jnp.copy(x), everywhere) for x in found.shared)
+        placed = {
+            name: tuple(jax.device_put(x, self._sharding(x.shape)) for x in arrays)
+            for name, arrays in found.placed.items()
+        }
+        return StagedState(shared, placed)
+
+    def _placed(self, xp: Any, leaves: Sequence[Any]) -> StagedState:
+        """The state's arrays from the leaves of the user's state, made by numpy or jax.numpy."""
+        placed = {
+            slot.name: tuple(self._filled(xp, slot, c, leaves) for c in self.components[j])
             for j, slot in enumerate(self.placement.slots)
         }
-        return StagedState(tuple(shared), placed)
+        return StagedState(tuple(leaves[position] for position in self.shared), placed)
 
     def wanted(
         self, outputs: Sequence[Operand]
@@ -187,16 +211,14 @@ class StateLayout:
             tuple(jnp.asarray(run.shared(outputs[position])) for position in self.shared), placed
         )
 
-    def _filled(self, slot: Slot, component: Component, leaves: Sequence[Any]) -> Any:
-        """An array of a slot's state from the leaves of the user's state, put together on the
-        host.
-        """
-        array = np.zeros((len(slot.weights), *component.shape), component.dtype)
+    def _filled(self, xp: Any, slot: Slot, component: Component, leaves: Sequence[Any]) -> Any:
+        """An array [rows, *shape] of a slot's state from the leaves of the user's state."""
+        rows = [xp.zeros(component.shape, component.dtype)] * len(slot.weights)
         for row, weight in enumerate(slot.weights):
             for position in self._positions.get(weight.leaf, ()) if weight else ():
                 if weight and self.component(position, weight) == component:
-                    array[row] = weight.of(leaves[position])
-        return jax.device_put(array, self._sharding(array.shape))
+                    rows[row] = xp.asarray(weight.of(leaves[position]), component.dtype)
+        return xp.stack(rows)
 
     def _sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         """Rows of state over the stages and, if asked for, the first axis that divides over the

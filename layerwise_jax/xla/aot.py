@@ -13,13 +13,13 @@ import importlib.util
 import math
 import re
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerwise_jax import processes
 from layerwise_jax.trace.flops import count_work
 from layerwise_jax.xla.buffers import (
     BufferAssignment,
@@ -159,16 +159,16 @@ def compile_for(
         raise ValueError(
             f"There are {len(args)} arguments; weights and donate name the positions {outside}."
         )
-    target = jax.local_devices()[0] if device is None else absent_devices(device)[0]
+    target = processes.local_device() if device is None else absent_devices(device)[0]
     args = _placed(args, jax.sharding.SingleDeviceSharding(target))
     # Arguments that are not used are kept, so that the program's parameters are the leaves of
     # `args`, one for one.
     with _kernels_for(device, args):
         traced = jax.jit(fn, keep_unused=True, donate_argnums=tuple(donate)).trace(*args)
         lowered = traced.lower()
-    started = time.perf_counter()
+    started = processes.stopwatch()
     compiled, assignment = _compile(lowered, options or {})
-    seconds = time.perf_counter() - started
+    seconds = processes.stopwatch() - started
     work = count_work(traced.jaxpr)
     return CompiledProgram(
         compiled_by=f"XLA:{target.platform.upper()} for {target.device_kind}"

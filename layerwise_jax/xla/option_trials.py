@@ -4,7 +4,6 @@ did.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from layerwise_jax import processes
 from layerwise_jax.mesh import STAGE
 from layerwise_jax.xla.aot import CompiledProgram, compile_for
 from layerwise_jax.xla.options import (
@@ -129,9 +129,7 @@ def _timer(
         jax.block_until_ready(call(*arrays))
         times = []
         for _ in range(TIMED_RUNS):
-            start = time.perf_counter()
-            jax.block_until_ready(call(*arrays))
-            times.append(time.perf_counter() - start)
+            times.append(processes.seconds_of(lambda: jax.block_until_ready(call(*arrays))))
         return min(times)
 
     return seconds

@@ -68,7 +68,7 @@ SAVE_AND_DIE = """
     from jax.sharding import Mesh
     from layerwise_jax.build import build_pipeline
     from layerwise_jax.checkpoint import save_checkpoint
-    from layerwise_jax.layers import trace_layers
+    from layerwise_jax.trace import trace_layers
 
     def loss(params, x):
         for weight in params:
