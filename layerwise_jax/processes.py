@@ -43,6 +43,16 @@ def local_device() -> Any:
     return jax.local_devices()[0]
 
 
+def are_of_several(devices: Sequence[Any]) -> bool:
+    """True if the devices belong to more than one process."""
+    return len({device.process_index for device in devices}) > 1
+
+
+def are_local(devices: Sequence[Any]) -> bool:
+    """True if all of the devices are there and belong to this process."""
+    return set(devices) <= set(jax.local_devices())
+
+
 def decide(choose: Callable[[], Any]) -> Any:
     """A JSON value that process 0 chooses, the same on every process.
 

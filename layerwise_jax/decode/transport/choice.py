@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from layerwise_jax import processes
 from layerwise_jax.decode.transport.interface import Permute, Transport
 from layerwise_jax.decode.transport.peer_store import PeerStore
 from layerwise_jax.mesh import STAGE
@@ -64,7 +64,7 @@ def _obstacle(mesh: Mesh, load: Callable[[], CudaDriver], is_asked: bool) -> str
     kinds = sorted({device.platform for device in devices})
     if kinds not in (["gpu"], ["cuda"]):
         return f"the mesh has devices of the platform {' and '.join(kinds)}"
-    if len({device.process_index for device in devices}) > 1:
+    if processes.are_of_several(devices):
         return "the mesh spans several processes"
     capabilities = [_compute_capability(device) for device in devices]
     if None in capabilities:
@@ -72,7 +72,7 @@ def _obstacle(mesh: Mesh, load: Callable[[], CudaDriver], is_asked: bool) -> str
     least = min(x for x in capabilities if x is not None)
     if least < LEAST_COMPUTE_CAPABILITY:
         return f"a device has compute capability {least}, less than {LEAST_COMPUTE_CAPABILITY}"
-    if not set(devices) <= set(jax.local_devices()):
+    if not processes.are_local(devices):
         return None if is_asked else "the devices are absent"
     return _unreachable(mesh, load)
 
