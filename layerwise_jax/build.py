@@ -14,7 +14,7 @@ from layerwise_jax.mesh import STAGE, check_mesh
 from layerwise_jax.options import PipelineOptions
 from layerwise_jax.pipeline import Pipeline
 from layerwise_jax.plan import Plan, Sizes, make_plan
-from layerwise_jax.schedule.generators import make_schedule
+from layerwise_jax.schedule.registry import make_schedule
 from layerwise_jax.stage.align import align_stages
 from layerwise_jax.stage.checks import check_stageable, find_frozen
 from layerwise_jax.stage.cut import cut_stages
@@ -50,7 +50,7 @@ def build_pipeline(
       partition: a `Partition`, or its boundaries (0, ..., number of layers).
       mesh: a mesh with an axis `stage` of as many devices as there are stages, and possibly an axis
         `data` of replicas that split the batch. An interleaved schedule may have fewer devices:
-        they divide the number of stages, and stage s lives on device s % devices.
+        see `SCHEDULES` for the stages that each device then has.
       num_microbatches: microbatches that each replica runs.
       sizes: measured sizes of the layers, for the plan; None for weights and outputs by shape.
       options: how the function is staged and run; None for the defaults.

@@ -23,7 +23,7 @@ from layerwise_jax.options import PipelineOptions, Remat
 from layerwise_jax.partition.solver import CapacityError
 from layerwise_jax.pipeline import Pipeline
 from layerwise_jax.plan import Sizes
-from layerwise_jax.schedule.generators import ScheduleName
+from layerwise_jax.schedule.registry import SCHEDULES, ScheduleName
 from layerwise_jax.schedule.table import Schedule
 from layerwise_jax.stage.checks import check_stageable, find_frozen
 from layerwise_jax.stage.inputs import batch_size, first_rows
@@ -59,7 +59,8 @@ def layerwise(
       mesh: a mesh with an axis `stage` (and possibly `data`); None puts a stage on each local
         device.
       num_stages: stages; None for as many as the mesh has devices on `stage`, or as there are
-        layers. A multiple of the devices with the schedule "interleaved_1f1b" (None: two a device).
+        layers. With a schedule of several stages a device: the multiple that `SCHEDULES` has (None:
+        two a device).
       num_microbatches: microbatches of each replica; "auto" for the fewest that fit the capacity
         and fill the pipeline.
       device: the device to size stages for; it need not be present. None for the local one.
@@ -250,7 +251,7 @@ def _ways(
             "mesh must be a jax.sharding.Mesh with an axis 'stage' or None, got "
             f"{type(mesh).__name__}."
         )
-    if isinstance(schedule, Schedule) or schedule == "interleaved_1f1b":
+    if isinstance(schedule, Schedule) or SCHEDULES[schedule].stages_per_device != 1:
         return _interleaved_ways(mesh, num_stages, schedule)
     if mesh is not None:
         return check_mesh(mesh, num_stages), mesh.shape[STAGE], mesh.shape[STAGE]
@@ -259,19 +260,15 @@ def _ways(
 
 
 def _interleaved_ways(
-    mesh: Mesh | None, num_stages: int | None, schedule: Literal["interleaved_1f1b"] | Schedule
+    mesh: Mesh | None, num_stages: int | None, schedule: ScheduleName | Schedule
 ) -> tuple[int, int, int]:
-    """The same where a device may have several stages, assigned round-robin."""
+    """The same where a device may have several stages."""
     if isinstance(schedule, Schedule):
-        num_devices, num_stages = schedule.num_devices, num_stages or schedule.num_stages
-    elif mesh is not None:
-        num_devices = mesh.shape.get(STAGE, 1)
+        num_devices, count = schedule.num_devices, num_stages or schedule.num_stages
     else:
-        most = len(processes.devices())
-        num_devices = max(d for d in range(1, most + 1) if (num_stages or 2 * most) % d == 0)
-    count: int = num_stages or 2 * num_devices
-    if count % num_devices:
-        raise ValueError(
-            f"num_stages must be a multiple of the {num_devices} pipeline devices, got {count}."
-        )
+        family = SCHEDULES[schedule]
+        most = len(processes.devices()) if mesh is None else mesh.shape.get(STAGE, 1)
+        num_devices = family.num_devices(num_stages, most) if mesh is None else most
+        count = num_stages or family.num_stages(num_devices)
+        family.checked_stages_per_device(schedule, count, num_devices)
     return check_mesh(mesh, num_devices) if mesh else 1, num_devices, count

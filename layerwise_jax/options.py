@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from layerwise_jax.batch.outputs import Reduce
-from layerwise_jax.schedule.generators import ScheduleName
+from layerwise_jax.schedule.registry import SCHEDULES, ScheduleName
 from layerwise_jax.schedule.table import Schedule
 from layerwise_jax.stage.state import StatePick
 
@@ -74,7 +74,7 @@ class PipelineOptions:
             _check_word(name, getattr(self, name), (*words, None))
         _check_word("executor", self.executor, get_args(Executor))
         if not isinstance(self.schedule, Schedule):
-            _check_word("schedule", self.schedule, get_args(ScheduleName), "or a Schedule")
+            _check_word("schedule", self.schedule, tuple(SCHEDULES), "or a Schedule")
         if self.state not in (None, "mutated") and not callable(self.state):
             raise ValueError(
                 f"state must be a function of fn's outputs, 'mutated' or None, got {self.state!r}. "

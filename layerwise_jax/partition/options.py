@@ -9,10 +9,12 @@ from numpy.typing import ArrayLike
 
 from layerwise_jax._arguments import checked_choice, checked_int
 from layerwise_jax.partition import checks
+from layerwise_jax.schedule.registry import SCHEDULES
 
 OBJECTIVES = ("bottleneck", "stages", "makespan", "lockstep_makespan")
-SCHEDULES = ("1f1b", "gpipe")
 COMMUNICATION = ("add", "overlap")
+# Schedules whose microbatches in flight follow from the place of a stage.
+COUNTED_SCHEDULES = tuple(name for name, family in SCHEDULES.items() if family.in_flight)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -70,7 +72,7 @@ class SolveOptions:
             checked_int("max_stages", self.max_stages)
         checked_int("num_microbatches", self.num_microbatches)
         checked_choice("objective", self.objective, OBJECTIVES)
-        checked_choice("schedule", self.schedule, SCHEDULES)
+        checked_choice("schedule", self.schedule, COUNTED_SCHEDULES)
         checked_choice("communication", self.communication, COMMUNICATION)
         checks.per_stage("capacity", self.capacity, self.max_stages)
         checks.positive("speeds", checks.per_stage("speeds", self.speeds, self.max_stages))

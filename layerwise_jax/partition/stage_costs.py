@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from layerwise_jax.partition.checks import Floats
 from layerwise_jax.partition.problem import Problem
+from layerwise_jax.schedule.registry import SCHEDULES
 
 type Indices = NDArray[np.int64]
 type CutPoint = int | Indices
@@ -89,9 +90,9 @@ class StageCosts:
             np.inf if problem.capacity is None else problem.capacity[::-1], (count,)
         )
         speed = np.broadcast_to(1.0 if problem.speeds is None else problem.speeds[::-1], (count,))
-        in_flight = np.full(count, problem.num_microbatches, dtype=np.float64)
-        if problem.schedule == "1f1b":
-            in_flight = np.minimum(in_flight, np.arange(1, count + 1))
+        formula = SCHEDULES[problem.schedule].in_flight
+        assert formula is not None
+        in_flight = formula(np.arange(count), problem.num_microbatches)
         return capacity, speed, in_flight if problem.stash_bytes.any() else np.ones(count)
 
     @cached_property

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from layerwise_jax.schedule.table import Action, ActionKind, Schedule
+from layerwise_jax.schedule.table import Action, ActionKind, Schedule, round_robin
 from layerwise_jax.schedule.validation import check
 
 # Entries of `ScheduleTables.backward_kind` are indices into this tuple.
@@ -32,11 +32,11 @@ class ScheduleTables:
     In a tick of the loop, each device does the following, in this order:
       1. It stores the messages that arrived in the slots `activation_arrival` and
          `gradient_arrival`.
-      2. Forward of `forward_microbatch` in its stage number `forward_chunk`: reads the activation
-         slot `activation_read` (-1 in the first stage: the microbatch itself) and writes the stash
-         slot `stash_write`.
-      3. Backward of `backward_microbatch` in its stage number `backward_chunk`: computes the
-         gradients that `backward_kind` names from the stash slot `stash_read` and the gradient slot
+      2. Forward of `forward_microbatch` in the stage `stages_of_device[device][forward_chunk]`:
+         reads the activation slot `activation_read` (-1 in the first stage: the microbatch itself)
+         and writes the stash slot `stash_write`.
+      3. Backward of `backward_microbatch` in the stage of `backward_chunk`: computes the gradients
+         that `backward_kind` names from the stash slot `stash_read` and the gradient slot
          `gradient_read` (-1 in the last stage: the loss).
       4. It sends the forward's result to the next device and the input gradient to the previous
          one; the last and the first device are neighbours. Messages arrive at the next tick.
@@ -89,7 +89,8 @@ def lower_schedule(schedule: Schedule) -> ScheduleTables:
     for tick, device, (stage, kind, microbatch) in schedule.actions():
         direction = "forward" if kind == "F" else "backward"
         arrays[f"{direction}_microbatch"][tick, device] = microbatch
-        arrays[f"{direction}_chunk"][tick, device] = stage // schedule.num_devices
+        chunk = schedule.stages_of_device[device].index(stage)
+        arrays[f"{direction}_chunk"][tick, device] = chunk
         if kind == "F":
             arrays["activation_read"][tick, device] = activations.get((stage, microbatch), -1)
             arrays["stash_write"][tick, device] = stash.get((stage, microbatch), -1)
@@ -166,10 +167,11 @@ def _num_slots(slots: Mapping[Pair, int]) -> int:
 
 def _check_ring(schedule: Schedule) -> None:
     """Refuses placements other than round-robin, by the first stage that differs."""
+    expected = round_robin(schedule.num_stages, schedule.num_devices)
     for stage, device in sorted(schedule.device_of_stage.items()):
-        if device != stage % schedule.num_devices:
+        if device != expected[stage]:
             raise ValueError(
-                f"schedule must place stage {stage} on device {stage % schedule.num_devices} of "
-                f"{schedule.num_devices}, since the compiled loop sends to the next device only, "
-                f"got device {device}."
+                f"schedule must place stage {stage} on device {expected[stage]} of "
+                f"{schedule.num_devices} for the compiled loop, which sends to the next device "
+                f"only, got device {device}. Run it with executor='host'."
             )

@@ -1,36 +1,32 @@
-"""Generators of published schedules: an order of actions for each device, laid out on ticks.
+"""Generators of published schedules whose stages are placed round-robin.
 
-Every action is at the earliest tick that its operands allow. All schedules run backwards in the
-order of the microbatches, so gradients accumulate in the same order under each of them. Stages are
-placed round-robin.
+Every action is at the earliest tick that its operands allow. All schedules run the backwards of a
+stage in the order of the microbatches, so gradients accumulate in the same order under each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Literal, get_args
 
 from layerwise_jax._arguments import checked_int
-from layerwise_jax.schedule.table import Action, ActionKind, Cell, Schedule
-from layerwise_jax.schedule.validation import check
-
-# Actions of one device, in order. A device with two streams performs the next action of both in
-# one tick: a forward and a backward.
-Stream = Sequence[Action]
+from layerwise_jax.schedule.streams import (
+    alternate,
+    delay_weight_gradients,
+    lay_out,
+    one_a_tick,
+    passes,
+)
+from layerwise_jax.schedule.table import Action, Schedule
 
 
 def forward_only(num_devices: int, num_microbatches: int, stages_per_device: int = 1) -> Schedule:
     """Forward passes only, with one stage a device in num_microbatches + num_devices - 1 ticks."""
-    _check_positive(
-        num_devices=num_devices,
-        num_microbatches=num_microbatches,
-        stages_per_device=stages_per_device,
-    )
-    return _lay_out(
+    _check(num_devices, stages_per_device, num_microbatches)
+    groups = _groups(num_microbatches, num_devices)
+    return lay_out(
         [
-            [_pass("F", device, num_devices, stages_per_device, num_microbatches)]
-            for device in range(num_devices)
+            [one_a_tick(passes("F", stages, groups))]
+            for stages in _stages(num_devices, stages_per_device)
         ]
     )
 
@@ -41,16 +37,24 @@ def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
     One stage a device. Equal stages take (num_microbatches + num_stages - 1) (forward + backward)
     seconds, and all microbatches are alive at once.
     """
-    _check_positive(num_stages=num_stages, num_microbatches=num_microbatches)
-    return _lay_out(
+    checked_int("num_stages", num_stages)
+    return looped_bfs(num_stages, 1, num_microbatches)
+
+
+def looped_bfs(num_devices: int, stages_per_device: int, num_microbatches: int) -> Schedule:
+    """Looped breadth-first: all microbatches through one stage, then the device's next stage.
+
+    All forwards precede all backwards (Lamy-Poirier 2022, arXiv:2211.05953). Equal stages take
+    (num_microbatches stages_per_device + num_devices - 1) (forward + backward) seconds if there are
+    at least as many microbatches as devices, and all microbatches are alive at once. A stage's
+    weights are needed in one contiguous time for all microbatches.
+    """
+    _check(num_devices, stages_per_device, num_microbatches)
+    groups = [range(num_microbatches)]
+    return lay_out(
         [
-            [
-                [
-                    *_pass("F", stage, num_stages, 1, num_microbatches),
-                    *_pass("B", stage, num_stages, 1, num_microbatches),
-                ]
-            ]
-            for stage in range(num_stages)
+            [one_a_tick([*passes("F", stages, groups), *passes("B", stages, groups)])]
+            for stages in _stages(num_devices, stages_per_device)
         ]
     )
 
@@ -69,6 +73,7 @@ def one_f_one_b(num_stages: int, num_microbatches: int, paired: bool = False) ->
         it, they take no longer than devices that run freely, but stage i holds
         min(num_microbatches, 2 (num_stages - i) - 1) live microbatches.
     """
+    checked_int("num_stages", num_stages)
     return interleaved_1f1b(num_stages, 1, num_microbatches, paired)
 
 
@@ -82,32 +87,15 @@ def interleaved_1f1b(
     The bubble shrinks by up to stages_per_device, at the cost of more messages and more live
     microbatches. `paired` is as in `one_f_one_b`.
     """
-    _check_positive(
-        num_devices=num_devices,
-        stages_per_device=stages_per_device,
-        num_microbatches=num_microbatches,
-    )
-    passes = [
+    _check(num_devices, stages_per_device, num_microbatches)
+    if not paired:
+        orders = _interleaved_orders(num_devices, stages_per_device, num_microbatches)
+        return lay_out([[one_a_tick(order)] for order in orders])
+    groups = _groups(num_microbatches, num_devices)
+    return lay_out(
         [
-            _pass(kind, device, num_devices, stages_per_device, num_microbatches)
-            for kind in ("F", "B")
-        ]
-        for device in range(num_devices)
-    ]
-    if stages_per_device == 1 and not paired:
-        orders = [
-            _alternate(forward, backward, num_devices - 1 - device)
-            for device, (forward, backward) in enumerate(passes)
-        ]
-        return _lay_out([[order] for order in orders])
-    schedule = _lay_out(passes)
-    if paired:
-        return schedule
-    # One action a tick, in the order of the paired table. That order has no circular waits.
-    return _lay_out(
-        [
-            [[action for cell in column for action in cell]]
-            for column in zip(*schedule.ticks, strict=True)
+            [one_a_tick(passes("F", stages, groups)), one_a_tick(passes("B", stages, groups))]
+            for stages in _stages(num_devices, stages_per_device)
         ]
     )
 
@@ -119,37 +107,48 @@ def zero_bubble(num_stages: int, num_microbatches: int) -> Schedule:
     which it idles under 1F1B. No stage holds more than min(num_microbatches, num_stages) live
     microbatches, the number of the first stage under 1F1B.
     """
-    _check_positive(num_stages=num_stages, num_microbatches=num_microbatches)
-    return _lay_out(
-        [[_zero_bubble_order(stage, num_stages, num_microbatches)] for stage in range(num_stages)]
-    )
+    checked_int("num_stages", num_stages)
+    return interleaved_zero_bubble(num_stages, 1, num_microbatches)
 
 
-def _zero_bubble_order(stage: int, num_stages: int, num_microbatches: int) -> Stream:
-    forward, input_gradient, weight_gradient = (
-        _pass(kind, stage, num_stages, 1, num_microbatches) for kind in ("F", "I", "W")
-    )
-    order: list[Action] = []
-    for action in _alternate(forward, input_gradient, num_stages - 1 - stage):
-        order.append(action)
-        if action.kind == "I" and action.microbatch >= stage:
-            order.append(weight_gradient[action.microbatch - stage])
-    return order + weight_gradient[max(0, num_microbatches - stage) :]
+def interleaved_zero_bubble(
+    num_devices: int, stages_per_device: int, num_microbatches: int
+) -> Schedule:
+    """Interleaved 1F1B whose weight gradients fill the bubble, as in `zero_bubble`.
 
-
-def _pass(
-    kind: ActionKind, device: int, num_devices: int, stages_per_device: int, num_microbatches: int
-) -> list[Action]:
-    """One device's actions of one kind, group by group.
-
-    Each group passes all stages of the device, in ascending order for F, else descending.
+    Device i delays its weight gradients by i backwards. The bubble is at most that of interleaved
+    1F1B, and a device holds at most i more live microbatches than under it.
     """
-    rounds = range(stages_per_device)
+    _check(num_devices, stages_per_device, num_microbatches)
+    orders = _interleaved_orders(num_devices, stages_per_device, num_microbatches)
+    return lay_out(
+        [[one_a_tick(delay_weight_gradients(order, device))] for device, order in enumerate(orders)]
+    )
+
+
+def _interleaved_orders(
+    num_devices: int, stages_per_device: int, num_microbatches: int
+) -> list[list[Action]]:
+    """The order of each device under interleaved 1F1B, one action a tick."""
+    if stages_per_device == 1:
+        groups = [range(num_microbatches)]
+        return [
+            alternate(
+                passes("F", stages, groups), passes("B", stages, groups), num_devices - 1 - device
+            )
+            for device, stages in enumerate(_stages(num_devices, 1))
+        ]
+    # One action a tick, in the order of the paired table. That order has no circular waits.
+    paired = interleaved_1f1b(num_devices, stages_per_device, num_microbatches, paired=True)
     return [
-        Action(index * num_devices + device, kind, microbatch)
-        for group in _groups(num_microbatches, num_devices)
-        for index in (rounds if kind == "F" else reversed(rounds))
-        for microbatch in group
+        [action for cell in column for action in cell] for column in zip(*paired.ticks, strict=True)
+    ]
+
+
+def _stages(num_devices: int, stages_per_device: int) -> list[range]:
+    """The stages of each device, placed round-robin."""
+    return [
+        range(device, num_devices * stages_per_device, num_devices) for device in range(num_devices)
     ]
 
 
@@ -163,92 +162,7 @@ def _groups(num_microbatches: int, num_devices: int) -> list[range]:
     return [range(first, after) for first, after in pairwise(bounds)]
 
 
-def _alternate(forward: Stream, backward: Stream, warm_up: int) -> list[Action]:
-    """`warm_up` forwards, then forwards and backwards in turn, then the remaining backwards."""
-    warm_up = min(warm_up, len(forward))
-    steady = len(forward) - warm_up
-    pairs = zip(forward[warm_up:], backward[:steady], strict=True)
-    return [*forward[:warm_up], *(action for pair in pairs for action in pair), *backward[steady:]]
-
-
-def _lay_out(streams: Sequence[Sequence[Stream]]) -> Schedule:
-    """Lays streams out on ticks: each action at the earliest tick that its operands allow.
-
-    Args:
-      streams: the streams of each device, one or two.
-    """
-    num_stages = 1 + max(
-        action.stage for device in streams for stream in device for action in stream
-    )
-    waiting = [[list(reversed(stream)) for stream in device] for device in streams]
-    done: set[Action] = set()
-    ticks: list[tuple[Cell, ...]] = []
-    while any(stream for device in waiting for stream in device):
-        row = tuple(_next_cell(device, done, num_stages) for device in waiting)
-        assert any(row), f"the order of the streams is a deadlock after tick {len(ticks)}"
-        done.update(effect for cell in row for action in cell for effect in action.effects)
-        ticks.append(row)
-    return Schedule(tuple(ticks))
-
-
-def _next_cell(waiting: Iterable[list[Action]], done: set[Action], num_stages: int) -> Cell:
-    """Pops the next action of each reversed stream if its operands are done.
-
-    A backward may read the forward of the same cell.
-    """
-    cell: list[Action] = []
-    for stream in waiting:
-        if stream and all(need in done or need in cell for need in stream[-1].needs(num_stages)):
-            cell.append(stream.pop())
-    return tuple(cell)
-
-
-def _check_positive(**counts: int) -> None:
-    for name, count in counts.items():
-        checked_int(name, count)
-
-
-ScheduleName = Literal["1f1b", "gpipe", "interleaved_1f1b", "zero_bubble"]
-
-
-def make_schedule(
-    schedule: ScheduleName | Schedule, num_stages: int, num_microbatches: int, num_devices: int
-) -> Schedule:
-    """The named schedule for a pipeline, or the given table if it fits the pipeline.
-
-    Raises:
-      ValueError: an unknown name, or a table for other stages or microbatches.
-      ScheduleError: `check` refuses the table.
-    """
-    match schedule:
-        case "1f1b":
-            return one_f_one_b(num_stages, num_microbatches, paired=True)
-        case "gpipe":
-            return gpipe(num_stages, num_microbatches)
-        case "zero_bubble":
-            return zero_bubble(num_stages, num_microbatches)
-        case "interleaved_1f1b" if num_stages % num_devices == 0:
-            return interleaved_1f1b(
-                num_devices, num_stages // num_devices, num_microbatches, paired=True
-            )
-        case "interleaved_1f1b":
-            raise ValueError(
-                f"num_stages must be a multiple of the {num_devices} devices on the mesh's axis "
-                f"'stage', got {num_stages}."
-            )
-        case Schedule():
-            return _checked(schedule, num_stages, num_microbatches)
-    names = ", ".join(map(repr, get_args(ScheduleName)))
-    raise ValueError(f"schedule must be {names} or a Schedule, got {schedule!r}.")
-
-
-def _checked(schedule: Schedule, num_stages: int, num_microbatches: int) -> Schedule:
-    check(schedule)
-    given = (schedule.num_stages, schedule.num_microbatches)
-    if given != (num_stages, num_microbatches) or not schedule.has_backward:
-        raise ValueError(
-            f"schedule must be for {num_stages} stages and {num_microbatches} microbatches with "
-            f"backward, got one for {given[0]} stages and {given[1]} microbatches"
-            f"{'' if schedule.has_backward else ', forward only'}."
-        )
-    return schedule
+def _check(num_devices: int, stages_per_device: int, num_microbatches: int) -> None:
+    checked_int("num_devices", num_devices)
+    checked_int("stages_per_device", stages_per_device)
+    checked_int("num_microbatches", num_microbatches)

@@ -68,6 +68,16 @@ class Action(NamedTuple):
 Cell = tuple[Action, ...]
 
 
+def round_robin(num_stages: int, num_devices: int) -> tuple[int, ...]:
+    """The device of each stage if stages are dealt to devices in turn."""
+    return tuple(round_robin_device(stage, num_devices) for stage in range(num_stages))
+
+
+def round_robin_device(stage: int, num_devices: int) -> int:
+    """The device of one stage if stages are dealt to devices in turn."""
+    return stage % num_devices
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A table of actions, `ticks[tick][device]`; an idle cell is empty.
@@ -133,6 +143,21 @@ class Schedule:
         return {stage: device for _, device, (stage, _, _) in reversed(list(self.actions()))}
 
     @cached_property
+    def stages_of_device(self) -> tuple[tuple[int, ...], ...]:
+        """The stages of each device, ascending."""
+        placed = sorted(self.device_of_stage.items())
+        return tuple(
+            tuple(stage for stage, home in placed if home == device)
+            for device in range(self.num_devices)
+        )
+
+    @property
+    def is_round_robin(self) -> bool:
+        """True if stages are placed as `round_robin` places them."""
+        expected = round_robin(self.num_stages, self.num_devices)
+        return all(expected[stage] == device for stage, device in self.device_of_stage.items())
+
+    @cached_property
     def tick_of(self) -> dict[Action, int]:
         """F, I or W of a stage and a microbatch -> the tick that completes it."""
         return {effect: tick for tick, _, action in self.actions() for effect in action.effects}
@@ -165,6 +190,26 @@ class Schedule:
             for tick in range(first, last + 1):
                 live[tick][self.device_of_stage[stage]] += 1
         return tuple(map(tuple, live))
+
+    def in_flight(self, stage: int, until: Literal["W", "I"] = "W") -> int:
+        """The most microbatches of a stage that are alive at once; 0 without backward.
+
+        Args:
+          stage: the stage.
+          until: a microbatch is alive from its forward to its weight gradient ("W") or its input
+            gradient ("I"), both ticks included.
+
+        Raises:
+          ValueError: there is no such stage.
+        """
+        if stage not in self.device_of_stage:
+            raise ValueError(f"stage must be in 0..{self.num_stages - 1}, got {stage}.")
+        live = [0] * self.num_ticks
+        for microbatch in range(self.num_microbatches if self.has_backward else 0):
+            first = self.tick_of[Action(stage, "F", microbatch)]
+            for tick in range(first, self.tick_of[Action(stage, until, microbatch)] + 1):
+                live[tick] += 1
+        return max(live)
 
     def peak_live_microbatches(self) -> tuple[int, ...]:
         """For each device, the largest of its `live_microbatches`."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from layerwise_jax.schedule.generators import one_f_one_b
+import numpy as np
+
+from layerwise_jax.schedule.registry import SCHEDULES
 from layerwise_jax.schedule.timing import simulate_schedule
 from layerwise_jax.simulate.stage import Parts
 
@@ -12,6 +14,9 @@ from layerwise_jax.simulate.stage import Parts
 # (remat="stage").
 BACKWARD_PASSES = 3
 ACCUMULATOR_BYTES = 4
+
+# The schedule of training steps: one stage a device, its live microbatches by place.
+SCHEDULE = SCHEDULES["1f1b"]
 
 
 def training_parts(stages: Sequence[Parts], tick: Parts, num_microbatches: int) -> Parts:
@@ -27,7 +32,7 @@ def training_parts(stages: Sequence[Parts], tick: Parts, num_microbatches: int) 
         return (slowest * (1 + BACKWARD_PASSES) + tick) * num_microbatches
     forward = [parts.seconds for parts in stages]
     simulation = simulate_schedule(
-        one_f_one_b(len(stages), num_microbatches),
+        SCHEDULE.generate(len(stages), 1, num_microbatches, False),
         forward,
         [BACKWARD_PASSES * seconds for seconds in forward],
         link_seconds=tick.seconds,
@@ -44,9 +49,10 @@ def training_stash(received: Sequence[float], num_microbatches: int) -> float:
       received: bytes of one microbatch that cross the boundary after each stage; 0 after the last.
       num_microbatches: microbatches of a step.
     """
-    k = len(received)
-    arriving = [0.0, *received[:-1]]
-    return max(min(k - s, num_microbatches) * arriving[s] for s in range(k))
+    assert SCHEDULE.in_flight is not None
+    places = np.arange(len(received))[::-1]  # from the first stage to the last
+    arriving = np.array([0.0, *received[:-1]])
+    return float((SCHEDULE.in_flight(places, num_microbatches) * arriving).max())
 
 
 def accumulator_bytes(weight_bytes: float, item_bytes: int) -> float:

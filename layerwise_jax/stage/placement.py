@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from layerwise_jax import processes
 from layerwise_jax._jax import Tracer, is_key, wrap_key
 from layerwise_jax.mesh import STAGE
+from layerwise_jax.schedule.table import round_robin_device
 from layerwise_jax.trace.layers import Signature
 from layerwise_jax.trace.program import Weight, nbytes
 
@@ -95,7 +96,7 @@ class Placement:
 
     def device_of(self, stage: int) -> int:
         """The device of a stage: stages are assigned round-robin."""
-        return stage % self.num_devices
+        return round_robin_device(stage, self.num_devices)
 
     def slot_of(self, stage: int) -> dict[Weight, int]:
         """A slot of every weight on the device of a stage."""

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from layerwise_jax.schedule.table import round_robin_device
 from layerwise_jax.stage.align import Alignment
 from layerwise_jax.stage.cut import Stage
 from layerwise_jax.stage.placement import Placement, Slot
@@ -39,7 +40,7 @@ def assign_slots(
 
     Args:
       program: the program.
-      stages: its stages; stage s is on device s % num_devices.
+      stages: its stages; assigned to devices round-robin.
       alignment: the weights at each place of the stages' common body.
       signature: trees and types of the parameters.
       num_devices: devices of a replica.
@@ -105,7 +106,7 @@ def _weights_outside_body(
     outside: dict[tuple[Value, Weight], list[int]] = {}
     for value, weight in program.weights.items():
         users = {
-            s % num_devices
+            round_robin_device(s, num_devices)
             for s, stage in enumerate(stages)
             if value in stage.weights or weight in updated[s]
         }

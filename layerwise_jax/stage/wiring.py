@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerwise_jax._jax import Literal
+from layerwise_jax.schedule.table import round_robin
 from layerwise_jax.stage.align import Alignment
 from layerwise_jax.stage.cut import Stage
 from layerwise_jax.trace.program import Op, Operand, Program, Value
@@ -81,7 +82,8 @@ class Lane:
     def pairs(self, num_devices: int) -> list[tuple[int, int]]:
         """(sender, receiver) pairs of devices for a `ppermute`; stages are assigned round-robin."""
         senders = [s for s, value in enumerate(self.values) if value is not None]
-        return sorted({(s % num_devices, (s + 1) % num_devices) for s in senders})
+        devices = round_robin(len(self.values) + 1, num_devices)
+        return sorted({(devices[s], devices[s + 1]) for s in senders})
 
 
 @dataclass(frozen=True)

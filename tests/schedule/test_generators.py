@@ -12,6 +12,8 @@ from layerwise_jax.schedule.generators import (
     forward_only,
     gpipe,
     interleaved_1f1b,
+    interleaved_zero_bubble,
+    looped_bfs,
     one_f_one_b,
     zero_bubble,
 )
@@ -102,3 +104,41 @@ def test_pairs_keep_step_and_take_no_longer(k, M, f, b):
     paired = simulate_schedule(one_f_one_b(k, M, paired=True), f, b, lockstep=True)
     assert paired.makespan <= simulate_schedule(one_f_one_b(k, M), f, b, lockstep=True).makespan
     assert paired.makespan == (M + k - 1) * (f + b)
+
+
+@properties
+@given(stage_counts, st.integers(1, 4), microbatch_counts, st.integers(1, 5), st.integers(1, 9))
+def test_looped_breadth_first_takes_its_closed_form_and_holds_everything(k, v, M, f, b):
+    schedule = looped_bfs(k, v, M)
+    assert schedule.peak_live_microbatches() == (v * M,) * k
+    if k <= M:
+        simulation = simulate_schedule(schedule, f, b)
+        assert simulation.makespan == (v * M + k - 1) * (f + b)
+        assert simulation.idle_seconds == ((k - 1) * (f + b),) * k
+
+
+def test_looped_breadth_first_runs_all_microbatches_of_a_stage_together():
+    first_device = [
+        str(action) for _, device, action in looped_bfs(2, 2, 3).actions() if not device
+    ]
+    assert first_device == "0F0 0F1 0F2 2F0 2F1 2F2 2B0 2B1 2B2 0B0 0B1 0B2".split()
+
+
+@properties
+@given(stage_counts, st.integers(1, 4), microbatch_counts)
+def test_an_interleaved_zero_bubble_has_a_third_of_the_bubble_of_interleaved_1f1b(k, v, M):
+    split = interleaved_zero_bubble(k, v, M)
+    whole = interleaved_1f1b(k, v, M)
+    made, ours = (simulate_schedule(each, 1, 2).makespan for each in (whole, split))
+    assert ours <= made
+    if M % k == 0:
+        # With input and weight gradient as long as a forward, as ZB-H1: (k - 1) of 3 (k - 1).
+        assert (ours, made) == (3 * v * M + k - 1, 3 * (v * M + k - 1))
+    for device, (more, less) in enumerate(
+        zip(split.peak_live_microbatches(), whole.peak_live_microbatches(), strict=True)
+    ):
+        assert more <= less + device
+
+
+def test_an_interleaved_zero_bubble_of_one_stage_a_device_is_zb_h1():
+    assert interleaved_zero_bubble(3, 1, 5) == zero_bubble(3, 5)

@@ -5,7 +5,39 @@ from hypothesis import given
 
 from layerwise_jax.schedule.generators import forward_only, interleaved_1f1b, one_f_one_b
 from layerwise_jax.schedule.table import Schedule, ScheduleError
-from tests.support.schedule_cases import properties, schedules
+from layerwise_jax.schedule.validation import check
+from tests.support.schedule_cases import properties, random_tables, schedules
+
+
+@properties
+@given(random_tables())
+def test_random_tables_are_valid_and_are_read_back_from_their_text(schedule):
+    check(schedule)
+    assert Schedule.parse(str(schedule)) == schedule
+
+
+@properties
+@given(random_tables())
+def test_stages_devices_and_microbatches_in_flight_agree(schedule):
+    assert {
+        stage: device for device, stages in enumerate(schedule.stages_of_device) for stage in stages
+    } == schedule.device_of_stage
+    for device, peak in enumerate(schedule.peak_live_microbatches()):
+        counts = [schedule.in_flight(stage) for stage in schedule.stages_of_device[device]]
+        assert max(counts, default=0) <= peak <= sum(counts)
+    for stage in range(schedule.num_stages):
+        assert 1 <= schedule.in_flight(stage, until="I") <= schedule.in_flight(stage)
+        assert schedule.in_flight(stage) <= schedule.num_microbatches
+
+
+def test_microbatches_in_flight_are_counted_by_hand():
+    schedule = Schedule.parse("0F0 .\n0F1 1F0\n. 1I0\n0B0 1F1\n. 1B1\n0B1 1W0")
+    # Stage 1 holds microbatch 0 until its weight gradient, the last action.
+    assert (schedule.in_flight(0), schedule.in_flight(1)) == (2, 2)
+    assert schedule.in_flight(1, until="I") == 1
+    assert forward_only(2, 3).in_flight(0) == 0
+    with pytest.raises(ValueError, match=r"stage must be in 0\.\.1, got 2"):
+        schedule.in_flight(2)
 
 
 @properties
