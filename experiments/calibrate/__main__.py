@@ -1,119 +1,14 @@
-"""Measure the cache's knee and the bandwidths of the GPU at hand, and write them as a DeviceSpec.
+"""Measure cache knee and bandwidths of the local GPU, and write them as a DeviceSpec.
 
     python -m experiments.calibrate
 
-Reads working sets of 8 to 512 MiB with one persistent kernel, which takes under a minute. Writes
-the DeviceSpec (for `lw.DeviceSpec.from_json`), the curve and a picture. Exits with 2 where there is
-nothing to calibrate.
+One persistent kernel reads working sets of 8 to 512 MiB, which takes less than a minute. Writes the
+DeviceSpec (for `lw.DeviceSpec.from_json`), the curve and a picture. Exits with 2 if there is no
+GPU.
 """
 
-import datetime
-import json
-import re
-import sys
-from pathlib import Path
-
-import jax
-from absl import app, flags
-
-from experiments.calibrate.curve import Calibration, calibrated, calibration_of
-from experiments.calibrate.picture import draw_curve
-from experiments.calibrate.reads import (
-    MIB,
-    PROGRAMS,
-    Reading,
-    persistent_reader,
-    plain_reader,
-    read_curve,
-    round_counts,
-)
-from experiments.command import refuse_words
-from layerwise_jax.cost import DeviceSpec, device_named
-from layerwise_jax.measure import detect_device
-
-RESULTS = Path(__file__).parent / "results"
-# A CPU's programs are rows of one loop, few enough that a round of theirs is smaller than the
-# smallest working set.
-CPU_PROGRAMS = 64
-
-OUT = flags.DEFINE_string("out", str(RESULTS), "the folder to write to")
-SMALLEST = flags.DEFINE_integer("smallest_mib", 8, "the smallest working set, MiB", lower_bound=1)
-LARGEST = flags.DEFINE_integer("largest_mib", 512, "the largest working set, MiB", lower_bound=2)
-READ = flags.DEFINE_integer(
-    "read_mib", 16384, "MiB read in each of the runs for one point", lower_bound=1
-)
-LIKE = flags.DEFINE_string(
-    "like", None, "for a GPU that is not in the table: the device to take all other figures from"
-)
-ALLOW_CPU = flags.DEFINE_bool("allow_cpu", False, "measure a CPU, in plain JAX, to try this out")
-
-
-def main(argv: list[str]) -> None:
-    refuse_words(argv)
-    device = jax.local_devices()[0]
-    is_cpu = device.platform == "cpu"
-    if is_cpu and not ALLOW_CPU.value:
-        print(
-            "There is no GPU here, so there is nothing to calibrate. --allow_cpu tries it out on "
-            "the CPU.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    try:
-        spec = device_named(LIKE.value) if LIKE.value else detect_device()
-    except ValueError as error:
-        print(f"{error} Or name one like it: --like='NVIDIA H200'.", file=sys.stderr)
-        sys.exit(2)
-    programs = CPU_PROGRAMS if is_cpu else PROGRAMS * spec.multiprocessors
-    reader = plain_reader(programs) if is_cpu else persistent_reader(programs)
-    counts = round_counts(programs, SMALLEST.value * MIB, LARGEST.value * MIB)
-    readings = read_curve(reader, programs, counts, READ.value * MIB)
-    found = calibration_of(readings, spec.l2_bytes)
-    today = datetime.datetime.now(tz=datetime.UTC).date()
-    how = (
-        f"measured on {device.device_kind}, {today}, JAX {jax.__version__} (python -m "
-        "experiments.calibrate)"
-    )
-    report(spec, readings, found)
-    write(calibrated(spec, found, how), spec, readings, found, Path(OUT.value))
-
-
-def report(spec: DeviceSpec, readings: list[Reading], found: Calibration) -> None:
-    """Print the curve, and what was found beside what the table says."""
-    print(f"{'working set, MiB':>18} {'TB/s':>8}")
-    for reading in readings:
-        print(f"{reading.working_set / MIB:18.1f} {reading.bandwidth / 1e12:8.3f}")
-    print(
-        f"knee              {found.knee / MIB:8.1f} MiB (table: {spec.usable_l2_bytes / MIB:.1f})"
-    )
-    print(
-        f"cache bandwidth   {found.l2_bandwidth / 1e12:8.3f} TB/s (table: "
-        f"{spec.l2_bandwidth / 1e12:.3f})"
-    )
-    print(
-        f"memory bandwidth  {found.memory_bandwidth / 1e12:8.3f} TB/s (table: "
-        f"{spec.memory_bandwidth / 1e12:.3f})"
-    )
-
-
-def write(
-    measured: DeviceSpec,
-    spec: DeviceSpec,
-    readings: list[Reading],
-    found: Calibration,
-    folder: Path,
-) -> None:
-    """Write the DeviceSpec, the curve and the picture, named by the device."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "_", measured.name.lower())
-    (folder / f"{name}.json").write_text(measured.to_json() + "\n", encoding="utf-8")
-    curve = [
-        {"working_set_bytes": size, "bytes_a_second": bandwidth} for size, bandwidth in readings
-    ]
-    (folder / f"{name}_curve.json").write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
-    draw_curve(spec, readings, found, folder / f"{name}.png")
-    print(f"written to {folder}: {name}.json, {name}_curve.json, {name}.png")
-
+from experiments import command
+from experiments.calibrate import options
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start("experiments.calibrate.program", options)

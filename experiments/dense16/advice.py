@@ -6,8 +6,8 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from experiments.dense16.grid import Grid
 from experiments.dense16.predictions import shape_text
+from experiments.grid import Grid
 from layerwise_jax.cost import H200, DeviceSpec
 from layerwise_jax.simulate import (
     Prediction,

@@ -4,12 +4,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from experiments.dense16.model import PRESETS, Dense
+from experiments.dense16.names import MEASURABLE
 
 Scale = Literal["gpu", "toy"]
 Part = Literal["l2", "decode", "stage", "sizes", "residency", "counters"]
 # What matters most first.
 PARTS: dict[Scale, tuple[Part, ...]] = {
-    "gpu": ("l2", "decode", "stage", "residency", "counters", "sizes"),
+    "gpu": MEASURABLE,
     "toy": ("decode", "stage", "residency"),
 }
 

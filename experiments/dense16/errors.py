@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from experiments.dense16.grid import Grid, signed
 from experiments.dense16.runs import Record, Run
+from experiments.grid import Grid, signed
 from layerwise_jax.simulate import STOCK, Calibration, fit_calibration, measurements, predict_record
 
 # What a prediction may be off, after calibration on the device.

@@ -4,9 +4,10 @@ be reached.
 
 from collections.abc import Sequence
 
-from experiments.dense16.grid import Grid, count, signed
+from experiments.dense16.names import STRATEGIES
 from experiments.dense16.predictions import shape_text
-from experiments.dense16.runs import STRATEGIES, Record, Run
+from experiments.dense16.runs import Record, Run
+from experiments.grid import Grid, count, signed
 from layerwise_jax.simulate import Strategy
 
 RESIDENCY = ("resident", "streaming")

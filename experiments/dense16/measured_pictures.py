@@ -11,9 +11,10 @@ from matplotlib.ticker import EngFormatter
 
 from experiments.dense16.errors import TOLERANCE, Point, calibrated_points, stock_points
 from experiments.dense16.measured import best, ratio
+from experiments.dense16.names import STRATEGIES
 from experiments.dense16.paper import BASELINE, CLAIMED_RATIO
 from experiments.dense16.pictures import BLUE, GREY, RED, save
-from experiments.dense16.runs import STRATEGIES, Record, Run
+from experiments.dense16.runs import Record, Run
 from layerwise_jax.cost import DeviceSpec
 from layerwise_jax.simulate import predict, strategy_of_record, work_of
 

@@ -16,6 +16,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec, Sharding
 
+from experiments.dense16 import paper
+
 Params = dict[str, Any]
 Cache = list[dict[str, Any]]
 # Makes an array from its shape, its standard deviation and a number of its own.
@@ -195,7 +197,15 @@ class Dense:
 
 
 PRESETS = {
-    "paper": Dense(16, 32, 16_384, batch=128, context=10_000, dtype="float16", attention="cudnn"),
+    "paper": Dense(
+        paper.LAYERS,
+        paper.HEADS,
+        paper.MLP,
+        batch=paper.BATCH,
+        context=paper.CONTEXT,
+        dtype="float16",
+        attention="cudnn",
+    ),
     "exact": Dense(4, 32, 16_384, batch=32, context=10_000, dtype="bfloat16", attention="cudnn"),
     "l2": Dense(4, 8, 4096, batch=32, context=128, dtype="bfloat16", attention="cudnn"),
     "tiny": Dense(4, 4, 64, batch=16, context=32, vocabulary=61, head_dim=8),

@@ -5,7 +5,11 @@
 from dataclasses import dataclass
 
 DEVICES = 16
+LAYERS = 16
+HEADS = 32
+MLP = 16_384
 BATCH = 128
+CONTEXT = 10_000
 # The baseline: two stages of eight devices that share each layer.
 BASELINE_STAGES = 2
 

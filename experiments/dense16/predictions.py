@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.dense16.grid import Grid, count, gigabytes, milliseconds
 from experiments.dense16.model import Dense
 from experiments.dense16.paper import BASELINE, BASELINE_STAGES, CLAIMS, LAYER_WISE
+from experiments.grid import Grid, count, gigabytes, milliseconds
 from layerwise_jax.cost import CapacityBound, DeviceSpec, LayerCost, capacity_bound
 from layerwise_jax.simulate import (
     ALL_REDUCES_PER_LAYER,

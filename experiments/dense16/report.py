@@ -1,13 +1,13 @@
-"""The page and its pictures, made from the results that there are."""
+"""Page and pictures of the 16-layer experiment, made from its results."""
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from experiments.command import Output
 from experiments.dense16.advice import advice_grid
 from experiments.dense16.errors import errors_grid, predicted_records
-from experiments.dense16.grid import Grid
 from experiments.dense16.measured import (
     all_records_grid,
     emulated_grid,
@@ -24,12 +24,10 @@ from experiments.dense16.pictures import draw_memory, draw_paper, draw_ring
 from experiments.dense16.predictions import Setup, bounds_grid, predictions_grid, verdict_text
 from experiments.dense16.runs import Run, load_runs
 from experiments.dense16.targets import targets_grid
+from experiments.grid import Grid
 from experiments.page import update_page
 from layerwise_jax.cost import H100, H200
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-PAGE = HERE / "README.md"
 COMPILED = "compiled"
 NOT_MEASURED = "Not measured yet."
 
@@ -40,15 +38,15 @@ PICTURES: dict[str, Callable[[Sequence[Run], Path], bool]] = {
 }
 
 
-def report(folder: Path, page: Path, setup: Setup | None = None) -> list[str]:
-    """Fill the page's tables, draw the pictures and list every record, from the results in
-    `folder`.
+def report(output: Output, setup: Setup | None = None) -> list[str]:
+    """Fill the tables of the page, draw the pictures and list every record, from the results.
 
     Returns:
-      The names of the runs that there were.
+      Names of the runs that were found.
     """
     setup = setup or Setup(PRESETS["paper"], DEVICES)
-    runs = load_runs(folder)
+    folder, results = output.folder, output.results()
+    runs = load_runs(results)
     # A run that was cut short has no predictions in its file.
     measured = [
         dataclasses.replace(run, records=predicted_records(run))
@@ -64,7 +62,7 @@ def report(folder: Path, page: Path, setup: Setup | None = None) -> list[str]:
     parts = {
         "verdict": verdict_text(setup, H100),
         "bounds": bounds_grid(setup, (H100, H200)).markdown(),
-        "predictions": _predictions(setup, folder),
+        "predictions": _predictions(setup, results),
         "strategies": _measured_strategies(measured, drawn),
         "targets": _text(targets_grid(measured)),
         "stage": _text(stage_grid(measured)),
@@ -76,22 +74,22 @@ def report(folder: Path, page: Path, setup: Setup | None = None) -> list[str]:
             emulated_grid(tokens) if (tokens := records_of(runs, "tokens")) else None
         ),
         "advice": advice_grid().markdown(),
-        "runs": "\n".join([*(f"- {run}." for run in runs), *_compiled_by(folder)]),
+        "runs": "\n".join([*(f"- {run}." for run in runs), *_compiled_by(results)]),
     }
-    update_page(page, parts)
+    update_page(output.page, parts)
     return [run.name for run in runs]
 
 
-def compiled_sizes(folder: Path) -> dict[str, dict[str, dict[str, int]]]:
+def compiled_sizes(results: Mapping[str, Path]) -> dict[str, dict[str, dict[str, int]]]:
     """Bytes of the programs compiled for absent devices, by device, then by strategy and shape."""
-    path = folder / f"{COMPILED}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["devices"] if path.exists() else {}
+    path = results.get(COMPILED)
+    return json.loads(path.read_text(encoding="utf-8"))["devices"] if path else {}
 
 
-def _compiled_by(folder: Path) -> list[str]:
-    """How the programs for absent devices were compiled."""
-    path = folder / f"{COMPILED}.json"
-    if not path.exists():
+def _compiled_by(results: Mapping[str, Path]) -> list[str]:
+    """The command and versions that compiled the programs for absent devices."""
+    path = results.get(COMPILED)
+    if path is None:
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
     return [
@@ -102,8 +100,8 @@ def _compiled_by(folder: Path) -> list[str]:
     ]
 
 
-def _predictions(setup: Setup, folder: Path) -> str:
-    compiled = compiled_sizes(folder)
+def _predictions(setup: Setup, results: Mapping[str, Path]) -> str:
+    compiled = compiled_sizes(results)
     grids = [
         predictions_grid(setup, device, compiled.get(device.name, {})) for device in (H100, H200)
     ]

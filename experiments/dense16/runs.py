@@ -20,15 +20,6 @@ from layerwise_jax.cost import DEVICES, DeviceSpec
 
 Record = Mapping[str, Any]
 
-STRATEGIES: tuple[str, ...] = (
-    "one device",
-    "replicas",
-    "tensor",
-    "tensor x pipeline",
-    "layer-wise",
-    "layer-wise + tensor",
-)
-
 
 class Setting(NamedTuple):
     """What strategies must have in common to be compared: the devices, the network, the
@@ -121,10 +112,10 @@ class Run:
         )
 
 
-def load_runs(folder: Path) -> list[Run]:
-    """All runs in a folder, by name; other files are passed over."""
+def load_runs(results: Mapping[str, Path]) -> list[Run]:
+    """Runs of these files, sorted by name; files of other content are skipped."""
     found = []
-    for path in sorted(folder.glob("*.json")):
+    for _, path in sorted(results.items()):
         content = json.loads(path.read_text(encoding="utf-8"))
         if "records" in content:
             known = {
@@ -159,7 +150,7 @@ def circumstances() -> dict[str, Any]:
 
 def _asked(arguments: Sequence[str]) -> list[str]:
     """The arguments, but for those that only say where to write."""
-    return [each for each in arguments if not each.startswith(("--out=", "--page="))]
+    return [each for each in arguments if not each.startswith(("--out=", "--update_results"))]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

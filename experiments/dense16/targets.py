@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from experiments.dense16.errors import TOLERANCE, calibrated_points
-from experiments.dense16.grid import Grid
 from experiments.dense16.measured import ratio, records_of
 from experiments.dense16.model import PRESETS
 from experiments.dense16.runs import Run, Setting
+from experiments.grid import Grid
 
 RING_OVER_TENSOR = 1.5
 FLOOR_SHARE = 0.9

@@ -1,14 +1,10 @@
-"""Draw the stages of a real model under each method: `python -m experiments.partition.model`.
-Writes results/model.png.
-
-The costs come from the cost analyser: every distinct layer is compiled for an H100 that need not be
-there.
-"""
+"""A model's layers as stages under each method, with costs from the compiler for an absent H100."""
 
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
 
 from experiments.partition.picture import LayerFigures, draw_stages
 from layerwise_jax.cost import H100
@@ -16,12 +12,12 @@ from layerwise_jax.examples import GPT
 from layerwise_jax.measure import CompiledCosts, roofline_seconds
 from layerwise_jax.trace import trace_layers
 
-RESULTS = Path(__file__).parent / "results"
 NUM_STAGES = 8
 TOKENS = (1, 256)
 
 
-def main() -> None:
+def draw(folder: Path, console: Console) -> None:
+    """Print the cost of every layer and draw the stages into `folder`."""
     jax.config.update("jax_platforms", "cpu")
     model = GPT(
         vocabulary=16384, width=512, depth=12, heads=8, context=TOKENS[1], dtype=jnp.float16
@@ -41,8 +37,5 @@ def main() -> None:
     )
     for figure in figures:
         print(f"{figure.name:20} {1e6 * figure.seconds:8.2f} us {figure.bytes:>12,} bytes")
-    print(draw_stages(figures, NUM_STAGES, H100.usable_l2_bytes, RESULTS / "model.png", title))
-
-
-if __name__ == "__main__":
-    main()
+    path = draw_stages(figures, NUM_STAGES, H100.usable_l2_bytes, folder / "model.png", title)
+    console.print(f"Picture: {path}", soft_wrap=True)

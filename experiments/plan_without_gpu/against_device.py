@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.command import refuse_words
+from experiments import command
 from experiments.plan_without_gpu.stages import StageProgram, stage_programs
 from experiments.plan_without_gpu.table import comparison_table
 from layerwise_jax.cost import DeviceSpec, device_named
@@ -46,9 +46,7 @@ ABSENT_VARIANTS: Mapping[str, Mapping[str, Any]] = {
 GRACE = 20
 SIZES = ("argument_bytes", "output_bytes", "constant_bytes", "temp_bytes", "peak_bytes")
 
-OUT = flags.DEFINE_string(
-    "out", None, "the folder to write to; $OUT, or results/ beside this file, unless given"
-)
+flags.adopt_module_key_flags(command)
 DEVICE = flags.DEFINE_string(
     "device", None, "the absent device; the one at hand, or an H200, unless given"
 )
@@ -62,7 +60,7 @@ SECONDS = flags.DEFINE_integer(
 
 
 def main(argv: list[str]) -> None:
-    refuse_words(argv)
+    command.refuse_arguments(argv)
     deadline = time.monotonic() + SECONDS.value
     if WRITE_ABSENT.value:
         jax.config.update("jax_platforms", "cpu")
@@ -71,8 +69,7 @@ def main(argv: list[str]) -> None:
         return
     kind = jax.local_devices()[0].device_kind
     spec = device_named(DEVICE.value or kind)
-    folder = Path(OUT.value or os.environ.get("OUT") or RESULTS)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = command.output("plan_without_gpu").folder
     with tempfile.TemporaryDirectory() as scratch:
         waiting = None if ABSENT.value else start_absent(spec, Path(scratch) / "absent.json")
         real = real_half(
@@ -85,8 +82,9 @@ def main(argv: list[str]) -> None:
         )
     figures = {"absent": absent, "real": real}
     write(folder / "against_device.json", figures)
-    (folder / "against_device.md").write_text(comparison_table(figures), encoding="utf-8")
-    print(comparison_table(figures))
+    table = comparison_table(figures)
+    (folder / "against_device.md").write_text(table.markdown() + "\n", encoding="utf-8")
+    table.show(command.make_console())
 
 
 def absent_half(spec: DeviceSpec, deadline: float) -> dict[str, Any]:

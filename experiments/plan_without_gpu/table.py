@@ -1,39 +1,36 @@
-"""What was measured, as Markdown."""
+"""Measured and compiled sizes as tables."""
 
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from experiments.grid import Grid
+
 MIB = 2**20
 
 
-def comparison_table(figures: Mapping[str, Any]) -> str:
-    """A row a program: bytes for the absent device and for the real one, and the second over the
-    first.
-    """
+def comparison_table(figures: Mapping[str, Any]) -> Grid:
+    """One row per program: bytes for the absent device, for the real one, and their ratio."""
     absent, real = figures["absent"], figures["real"]
     columns = ["stage", "arguments", "outputs", "workspace: absent", "real", "ratio"]
     columns += ["peak: absent", "real", "ratio", "library calls: absent", "real"]
-    lines = [
-        (
-            f"Absent: {absent['device']}, JAX {absent['jax']}. Real: {real['device']}, JAX "
-            f"{real['jax']}. MiB."
-        ),
-        "",
-        f"| {' | '.join(columns)} |",
-        "|---" * len(columns) + "|",
+    title = (
+        f"Absent: {absent['device']}, JAX {absent['jax']}. Real: {real['device']}, JAX "
+        f"{real['jax']}. MiB."
+    )
+    rows = [
+        _comparison_row(name, absent["programs"].get(name, {}), variants)
+        for name, variants in real["programs"].items()
     ]
-    for name, variants in real["programs"].items():
-        lines.append(_comparison_row(name, absent["programs"].get(name, {}), variants))
-    return "\n".join(lines) + "\n"
+    return Grid(title, columns, rows)
 
 
-def _comparison_row(name: str, absent: Mapping[str, Any], real: Mapping[str, Any]) -> str:
+def _comparison_row(name: str, absent: Mapping[str, Any], real: Mapping[str, Any]) -> list[str]:
     before, after = absent.get("default", {}), real.get("default", {})
     reason = before.get("error", "") or after.get("error", "")
     if reason or not before or not after:
-        return f"| {name} | {reason or 'not compiled'} |" + " |" * 9
+        return [name, reason or "not compiled", *[""] * 9]
     cells = [_both(before, after, "argument_bytes"), _both(before, after, "output_bytes")]
     cells += [
         _mib(before["temp_bytes"]),
@@ -46,7 +43,7 @@ def _comparison_row(name: str, absent: Mapping[str, Any], real: Mapping[str, Any
         _ratio(before, after, "peak_bytes"),
     ]
     cells += [_libraries(before), _libraries(after)]
-    return f"| {name} | {' | '.join(cells)} |"
+    return [name, *cells]
 
 
 def _libraries(figures: Mapping[str, Any]) -> str:
@@ -73,10 +70,8 @@ def _mib(count: float) -> str:
     return f"{count / MIB:.3g}" if count < 1000 * MIB else f"{count / MIB:,.0f}"
 
 
-def plans_table(planned: Sequence[Mapping[str, Any]]) -> str:
-    """A row a model: the microbatch, and its stages' sizes added up over their layers and compiled
-    as one program.
-    """
+def plans_table(planned: Sequence[Mapping[str, Any]]) -> Grid:
+    """One row per model: microbatch, and sizes of stages as sums of layers and as compiled."""
     columns = [
         "model",
         "parameters",
@@ -86,7 +81,7 @@ def plans_table(planned: Sequence[Mapping[str, Any]]) -> str:
         "largest stage, added up",
     ]
     columns += ["compiled", "each compiled over added up", "of the usable cache"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = []
     for figures in planned:
         stages = figures["plan"]["stages"]
         sums = [
@@ -109,12 +104,12 @@ def plans_table(planned: Sequence[Mapping[str, Any]]) -> str:
             f"{min(shares):.2f} to {max(shares):.2f}",
             f"{max(compiled) / figures['usable_cache_bytes']:.0%}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return Grid("", columns, rows)
 
 
-def large_table(figures: Mapping[str, Any]) -> str:
-    """A row a number of devices."""
+def large_table(figures: Mapping[str, Any]) -> Grid:
+    """One row per number of devices."""
     steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in figures["seconds"].items())
     size = (
         f"{figures['title']}: {figures['parameters'] / 1e9:.1f} billion parameters, "
@@ -134,13 +129,11 @@ def large_table(figures: Mapping[str, Any]) -> str:
         "compiled",
     ]
     columns += ["all caches hold", "stages that stream", "bytes of the largest that stream, a tick"]
-    lines = [
-        f"{size}; {compiled}; sizes from {figures['sizes_from']}.",
-        f"{sum(figures['seconds'].values()):.1f} s in all: {steps}; {memory}.",
-        "",
-        f"| {' | '.join(columns)} |",
-        "|---" * len(columns) + "|",
-    ]
+    title = (
+        f"{size}; {compiled}; sizes from {figures['sizes_from']}.\n"
+        f"{sum(figures['seconds'].values()):.1f} s in all: {steps}; {memory}."
+    )
+    rows = []
     for plan in figures["plans"]:
         runs = sorted({stop - start for start, stop in pairwise(plan["boundaries"])})
         cells = [
@@ -154,5 +147,5 @@ def large_table(figures: Mapping[str, Any]) -> str:
             f"{len(plan['streaming'])} of {plan['stages']}",
             f"{plan['streaming_bytes'] / 1e9:.1f} GB, {1e3 * plan['streaming_seconds']:.1f} ms",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return Grid(title, columns, rows)

@@ -11,28 +11,28 @@ with 1 if a pair of runs ends further apart than 1e-4 of the loss.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments.command import refuse_words, use_emulated
-from experiments.training.problems import PROBLEMS, STAGES, train_both
-from experiments.training.report import PAGE, RESULTS, report, write_results
+from experiments import command
 
 TOLERANCE = 1e-4
 
 STEPS = flags.DEFINE_integer("steps", 50, "steps of training", lower_bound=1)
-OUT = flags.DEFINE_string("out", str(RESULTS), "the folder of the results")
-PAGE_PATH = flags.DEFINE_string("page", str(PAGE), "the page whose tables are filled in")
+flags.adopt_module_key_flags(command)
 
 
 def main(argv: list[str]) -> None:
-    refuse_words(argv)
-    console = Console(soft_wrap=True)
-    use_emulated(console, STAGES)
+    command.refuse_arguments(argv)
+    # Imported after the flags are parsed: --help does not start JAX.
+    from experiments.training.problems import PROBLEMS, STAGES, train_both
+    from experiments.training.report import report, write_results
+
+    console, output = command.make_console(), command.output("training")
+    command.use_emulated(console, STAGES)
     figures: dict[str, Any] = {"steps": STEPS.value, "tolerance": TOLERANCE, "subjects": {}}
     columns = (
         TextColumn("{task.description}"),
@@ -45,8 +45,8 @@ def main(argv: list[str]) -> None:
             task = progress.add_task(name, total=2 * STEPS.value)
             found = train_both(make(), STEPS.value, lambda task=task: progress.advance(task))
             figures["subjects"][name] = found
-    write_results(Path(OUT.value), "fifty_steps", figures)
-    report(Path(OUT.value), Path(PAGE_PATH.value))
+    write_results(output.folder, "fifty_steps", figures)
+    report(output)
     sys.exit(0 if within_tolerance(figures, console) else 1)
 
 

@@ -16,10 +16,10 @@ import optax
 from absl import app
 from flax import nnx
 from flax.training.train_state import TrainState
-from rich.console import Console
 from rich.table import Table
 
 import layerwise_jax as lw
+from experiments import command
 from layerwise_jax.examples import GPT, next_token_loss
 
 STEPS = 20
@@ -111,10 +111,9 @@ def compare(num_stages: int = 4) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def main(argv: list[str]) -> None:
-    """Print both, and fail where they differ."""
-    del argv
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 4)
+    """Print both losses; exits with 1 if they differ."""
+    command.refuse_arguments(argv)
+    lw.emulate_devices(4)
     table = Table("", "first loss", "last loss, staged", "unstaged", "apart")
     apart = []
     for name, (staged, unstaged) in compare().items():
@@ -122,7 +121,7 @@ def main(argv: list[str]) -> None:
         table.add_row(
             name, f"{staged[0]:.6f}", f"{staged[-1]:.6f}", f"{unstaged[-1]:.6f}", f"{apart[-1]:.1e}"
         )
-    Console().print(table)
+    command.make_console().print(table)
     if max(apart) > TOLERANCE:
         raise SystemExit(
             f"Staged and unstaged losses are {max(apart):.1e} apart; {TOLERANCE:.0e} is allowed."

@@ -33,7 +33,7 @@ from absl import app, flags
 from jax.extend.backend import get_backend
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from experiments.command import refuse_words
+from experiments import command
 from experiments.training import gpu_rivals as rivals
 from experiments.training.gpu_measure import (
     Compiled,
@@ -48,7 +48,6 @@ from experiments.training.gpu_staged import layer_wise
 from experiments.training.gpu_strategies import Strategy
 from layerwise_jax.cost import H200
 
-RESULTS = Path(__file__).parent / "results"
 # depth, width, heads, vocabulary; sequence; examples; microbatches.
 PRESETS = {
     "full": ("20,2048,16,32768", 1024, 64, ["16", "8", "32"]),
@@ -97,8 +96,9 @@ HIDE_LATENCY = flags.DEFINE_bool(
     "hide_latency", True, "compile all with XLA's latency-hiding scheduler"
 )
 OUTPUT = flags.DEFINE_string(
-    "output", str(RESULTS / "gpu.json"), "the JSON file; the picture goes beside it"
+    "output", "gpu.json", "JSON file in the output folder, or an absolute path"
 )
+flags.adopt_module_key_flags(command)
 
 
 class Clock:
@@ -116,7 +116,7 @@ class Clock:
 
 
 def main(argv: list[str]) -> None:
-    refuse_words(argv)
+    command.refuse_arguments(argv)
     clock = Clock(SECONDS.value)
     devices = start_backend()
     model, examples, microbatches = choices(devices)
@@ -132,8 +132,8 @@ def main(argv: list[str]) -> None:
     )
     take_turns(compiled, params, batches, results, clock)
     print_table(results)
-    draw(results, Path(OUTPUT.value).with_suffix(".png"))
-    say(clock, f"written to {OUTPUT.value}, and a picture beside it")
+    draw(results, output_path().with_suffix(".png"))
+    say(clock, f"written to {output_path()}, and a picture beside it")
 
 
 def start_backend() -> list[Any]:
@@ -365,8 +365,13 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:2000]
 
 
+def output_path() -> Path:
+    """The JSON file: in the output folder, unless --output is absolute."""
+    return command.output("training").folder / OUTPUT.value
+
+
 def write(results: dict[str, Any]) -> None:
-    path = Path(OUTPUT.value)
+    path = output_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -1,19 +1,19 @@
-"""What `gpu.py` measured: as a table to print, as Markdown, and as a picture.
+"""Figures of `gpu.py` as a table and as a picture.
 
-python -m experiments.training.gpu_report experiments/training/results/gpu.json    # prints the
-Markdown
+python -m experiments.training.gpu_report --results=experiments/training/results/gpu.json
 """
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from absl import app, flags
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
+
+from experiments import command
+from experiments.grid import Grid
 
 matplotlib.use("Agg")
 
@@ -35,7 +35,7 @@ RED, BLUE, GREY = "#de2d26", "#3182bd", "#bdbdbd"
 
 
 def rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """A row a strategy, as `COLUMNS` says; what did not run has its reason beside its name."""
+    """One row per strategy with the cells of `COLUMNS`, or the reason why it did not run."""
     return [_row(results, name, about) for name, about in _in_order(results)]
 
 
@@ -95,22 +95,20 @@ def heading(results: Mapping[str, Any]) -> str:
     )
 
 
+def table(results: Mapping[str, Any]) -> Grid:
+    """The table below its heading; the notes describe every strategy."""
+    notes = [f"- {name}: {about['how']}." for name, about in _in_order(results) if "how" in about]
+    return Grid(heading(results), COLUMNS, rows(results), notes)
+
+
 def markdown(results: Mapping[str, Any]) -> str:
-    """The heading, the table, and what each strategy does."""
-    lines = [heading(results), "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(results)]
-    lines += [
-        "",
-        *(f"- {name}: {about['how']}." for name, about in _in_order(results) if "how" in about),
-    ]
-    return "\n".join(lines) + "\n"
+    """The table as Markdown."""
+    return table(results).markdown() + "\n"
 
 
 def print_table(results: Mapping[str, Any]) -> None:
-    table = Table(*COLUMNS, title=heading(results))
-    for row in rows(results):
-        table.add_row(*row)
-    Console(width=200).print(table)
+    """Print the table to the terminal."""
+    table(results).show(command.make_console())
 
 
 def draw(results: Mapping[str, Any], path: Path) -> Path:
@@ -147,11 +145,13 @@ def draw(results: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("wanted: the JSON file that experiments.training.gpu wrote")
-    print(markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), end="")
+def main(argv: list[str]) -> None:
+    command.refuse_arguments(argv)
+    print_table(json.loads(Path(RESULTS.value).read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":
-    main()
+    RESULTS = flags.DEFINE_string(
+        "results", None, "JSON file that experiments.training.gpu wrote", required=True
+    )
+    app.run(main)

@@ -135,4 +135,6 @@ def main(subject_name: str, num_stages: int, num_microbatches: int) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("usage: python -m experiments.training.jaxpp_rival SUBJECT STAGES MICROBATCHES")
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,4 +1,4 @@
-"""Results written down, and the page made from what is written."""
+"""Results of the training experiment as files, and the page made from them."""
 
 import datetime
 import json
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from experiments.command import Output
 from experiments.page import update_page
 from experiments.training.closed_forms import simulate
 from experiments.training.gpu_report import draw, markdown
@@ -22,10 +23,6 @@ from experiments.training.tables import (
     step_time_table,
 )
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-PAGE = HERE / "README.md"
-
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "memory": ("memory", memory_table),
     "step time": ("step_time", step_time_table),
@@ -37,7 +34,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
 
 
 def write_results(folder: Path, name: str, figures: Mapping[str, Any]) -> None:
-    """Write figures as JSON, with where and when they came about."""
+    """Write figures as JSON with machine, versions and date."""
     folder.mkdir(parents=True, exist_ok=True)
     stamped = {
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}, {platform.system()})",
@@ -49,21 +46,23 @@ def write_results(folder: Path, name: str, figures: Mapping[str, Any]) -> None:
     (folder / f"{name}.json").write_text(json.dumps(stamped, indent=1) + "\n", encoding="utf-8")
 
 
-def report(folder: Path, page: Path) -> list[str]:
-    """Draw the pictures and fill the page's tables from the results in `folder`.
+def report(output: Output) -> list[str]:
+    """Draw the pictures and fill the tables of the page from the results.
 
     Returns:
-      The names of the results that there were; the page keeps what it says of others.
+      Names of the results that were found; the page keeps its text about others.
     """
-    found = {
-        path.stem: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob("*.json"))
+    found = output.results()
+    known = {
+        name: json.loads(found[name].read_text(encoding="utf-8"))
+        for name, _ in TABLES.values()
+        if name in found
     }
-    known = {name: found[name] for name, _ in TABLES.values() if name in found}
     for name, figures in known.items():
-        _draw(name, figures, folder / f"{name}.png")
+        _draw(name, figures, output.folder / f"{name}.png")
     update_page(
-        page, {mark: table(known[name]) for mark, (name, table) in TABLES.items() if name in known}
+        output.page,
+        {mark: table(known[name]) for mark, (name, table) in TABLES.items() if name in known},
     )
     return list(known)
 

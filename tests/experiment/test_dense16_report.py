@@ -9,21 +9,23 @@ from typing import Any
 
 import pytest
 
+from experiments.command import Output
 from experiments.dense16.advice import advice_grid
 from experiments.dense16.errors import stock_points, with_predictions
-from experiments.dense16.grid import Grid
 from experiments.dense16.measured import ratio, residency_grid, stage_grid
 from experiments.dense16.model import PRESETS
 from experiments.dense16.paper import BASELINE, DEVICES, LAYER_WISE
 from experiments.dense16.predictions import Setup, bounds, cache_verdict, predictions_grid
-from experiments.dense16.report import PAGE, report
+from experiments.dense16.report import report
 from experiments.dense16.runs import load_runs
 from experiments.dense16.scaling import Scaling, cases, longest_context, shapes
 from experiments.dense16.targets import targets_grid
+from experiments.grid import Grid
 from experiments.page import update_page
 from layerwise_jax.cost.devices import H100, H200
 from layerwise_jax.simulate.predictor import Strategy
 from layerwise_jax.simulate.records import PREDICTED_KINDS
+from tests.support.paths import ROOT
 
 PAPER = Setup(PRESETS["paper"], DEVICES)
 SMALL = {"layers": 4, "heads": 8, "mlp": 4096, "dtype": "bfloat16", "head_dim": 128}
@@ -127,6 +129,10 @@ def test_the_papers_seconds_a_token_are_no_latency() -> None:
         assert claim.inter_token_latency() == pytest.approx(latency, rel=1e-3)
 
 
+def results_in(folder: Path) -> dict[str, Path]:
+    return Output(folder, folder, folder / "README.md").results()
+
+
 def test_predictions_stand_beside_the_papers_rows_and_compiled_sizes() -> None:
     grid = predictions_grid(PAPER, H100, {"layer-wise, PP=16": {"bytes_per_device": 21.4e9}})
     rows = {(row[0], row[1]): row for row in grid.rows}
@@ -144,8 +150,8 @@ def test_every_phase_and_model_has_an_advice_for_every_link() -> None:
 
 def test_the_page_is_filled_from_results(folder: Path) -> None:
     page = folder / "README.md"
-    page.write_text(PAGE.read_text())
-    assert report(folder, page) == ["h200x2"]
+    page.write_text((ROOT / "experiments" / "dense16" / "README.md").read_text())
+    assert report(Output(folder, folder, page)) == ["h200x2"]
     text = page.read_text()
     assert "19,691" in text
     assert "**512,000**" in text  # the fastest of the strategies, layer-wise in its better run
@@ -157,7 +163,7 @@ def test_the_page_is_filled_from_results(folder: Path) -> None:
 
 
 def test_targets_are_reached_or_missed_by_the_measurements(folder: Path) -> None:
-    grid = targets_grid(load_runs(folder))
+    grid = targets_grid(load_runs(results_in(folder)))
     assert grid is not None
     found = {row[0]: row[1:] for row in grid.rows}
     ring, stage, errors, overhead = found.values()
@@ -175,7 +181,7 @@ def test_slow_rings_and_stages_miss_their_targets(tmp_path: Path) -> None:
         record("one device", 500e-6, "stage", floor_seconds=372e-6, floor_share=0.744, batch=8),
     )
     (tmp_path / "slow.json").write_text(json.dumps(slow))
-    grid = targets_grid(load_runs(tmp_path))
+    grid = targets_grid(load_runs(results_in(tmp_path)))
     assert grid is not None
     assert [row[2] for row in grid.rows][:2] == ["missed", "missed"]
 
@@ -187,7 +193,7 @@ def test_a_ratio_takes_each_strategy_in_its_best_shape() -> None:
 
 
 def test_residency_puts_times_and_counters_of_one_stage_into_one_row(folder: Path) -> None:
-    grid = residency_grid(load_runs(folder))
+    grid = residency_grid(load_runs(results_in(folder)))
     assert grid is not None
     assert [list(row) for row in grid.rows] == [
         ["33.0", "8", "128", "8.0", "10.0", "13.0", "1.30", "3.3", "-"]
@@ -195,13 +201,13 @@ def test_residency_puts_times_and_counters_of_one_stage_into_one_row(folder: Pat
 
 
 def test_a_stages_row_says_what_share_it_reads_from_dram(folder: Path) -> None:
-    grid = stage_grid(load_runs(folder))
+    grid = stage_grid(load_runs(results_in(folder)))
     assert grid is not None
     assert [row[-1] for row in grid.rows] == ["8.9%"]
 
 
 def test_records_get_predictions_and_errors_have_their_sign(folder: Path) -> None:
-    (run,) = load_runs(folder)
+    (run,) = load_runs(results_in(folder))
     predicted = [found for found in run.records if found["kind"] in PREDICTED_KINDS]
     assert len(predicted) == 5
     for point, found in zip(stock_points(run), predicted, strict=True):

@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
+from experiments.partition.balancers import structures
 from experiments.partition.picture import LayerFigures, draw_stages, stagings
 from experiments.partition.rivals import block_partition, bottleneck_of, even_by_count, least_spread
-from experiments.partition.run import structures
 from layerwise_jax.partition.solver import solve
 
 RIVALS = [even_by_count, block_partition, least_spread]

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from experiments.command import Output
 from experiments.page import update_page
 from experiments.training import flax_users, memory, step_time
 from experiments.training.closed_forms import compare_with_closed_forms
 from experiments.training.problems import resnet_problem, train_both
-from experiments.training.report import PAGE, RESULTS, report, write_results
+from experiments.training.report import report, write_results
 from experiments.training.staging import DIFFERENTIATED, SCHEDULED
 from experiments.training.subjects import SUBJECTS, mlp
+from tests.support.paths import ROOT
 
 BY_NAME = {way.name: way for way in SCHEDULED}
 
@@ -78,7 +80,7 @@ def test_the_page_is_filled_from_results(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- schedules -->\nstale\n<!-- end of schedules -->\nafter\n")
     write_results(tmp_path, "schedules", compare_with_closed_forms(2, 3))
-    assert report(tmp_path, page) == ["schedules"]
+    assert report(Output(tmp_path, tmp_path, page)) == ["schedules"]
     text = page.read_text()
     assert "stale" not in text
     assert text.startswith("before\n")
@@ -97,11 +99,11 @@ def test_a_page_without_marks_is_refused(tmp_path: Path) -> None:
 
 def test_the_committed_page_is_what_the_committed_results_say(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
-    page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    for path in RESULTS.glob("*.json"):
-        (tmp_path / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-    report(tmp_path, page)
-    assert page.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
+    committed = ROOT / "experiments" / "training"
+    text = (committed / "README.md").read_text(encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
+    report(Output(tmp_path, committed / "results", page))
+    assert page.read_text(encoding="utf-8") == text
 
 
 def test_subjects_are_cut_between_equal_counts_of_blocks() -> None:

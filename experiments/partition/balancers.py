@@ -1,6 +1,4 @@
-"""Measure the partitioner against other balancers: `python -m experiments.partition.run`. Writes
-results/.
-"""
+"""The partitioner against other balancers: quality, time, growth."""
 
 import json
 import time
@@ -9,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
+from experiments.grid import Grid
 from experiments.partition.rivals import (
     Times,
     block_partition,
@@ -19,7 +19,6 @@ from experiments.partition.rivals import (
 )
 from layerwise_jax.partition import solve
 
-RESULTS = Path(__file__).parent / "results"
 RIVALS: dict[str, Callable[[Times, int], list[int]]] = {
     "even by count": even_by_count,
     "block partition (torchgpipe)": block_partition,
@@ -131,40 +130,40 @@ def timed(action: Callable[[], Any], repeats: int) -> tuple[Any, float]:
     return value, least
 
 
-def tables(figures: dict[str, Any]) -> str:
-    """The figures as Markdown."""
-    lines = ["| case | optimum | `solve`, ms |" + "".join(f" {rival} |" for rival in RIVALS)]
-    lines.append("|---|---|---|" + "---|" * len(RIVALS))
+def grids(figures: dict[str, Any]) -> tuple[Grid, Grid]:
+    """Quality and time of every balancer by case; time of `solve` by size."""
+    rows = []
     for row in figures["compare"]:
-        cells = "".join(
-            f" {row[rival]['quality']:.2f}x, {_short(row[rival]['time'])}x the time |"
+        cells = [
+            f"{row[rival]['quality']:.2f}x, {_short(row[rival]['time'])}x the time"
             for rival in RIVALS
-        )
-        lines.append(f"| {row['case']} | {row['optimum']:.4g} | {row['milliseconds']:.1f} |{cells}")
-    worst = "".join(f" {figures['worst'][rival]:.2f}x |" for rival in RIVALS)
-    lines += [f"| worst of 1,000 small ones | | |{worst}", ""]
-    columns = [name for name in figures["growth"][0] if name not in ("layers", "stages")]
-    lines += [
-        "| layers | stages |" + "".join(f" {name}, ms |" for name in columns),
-        "|---|---|" + "---|" * len(columns),
+        ]
+        rows.append([row["case"], f"{row['optimum']:.4g}", f"{row['milliseconds']:.1f}", *cells])
+    worst = [f"{figures['worst'][rival]:.2f}x" for rival in RIVALS]
+    rows.append(["worst of 1,000 small ones", "", "", *worst])
+    quality = Grid("", ["case", "optimum", "`solve`, ms", *RIVALS], rows)
+    names = [name for name in figures["growth"][0] if name not in ("layers", "stages")]
+    sizes = [
+        [
+            f"{row['layers']:,}",
+            f"{row['stages']:,}",
+            *(f"{row[name]:,.0f}" if name in row else "" for name in names),
+        ]
+        for row in figures["growth"]
     ]
-    for row in figures["growth"]:
-        cells = "".join(f" {row[name]:,.0f} |" if name in row else " |" for name in columns)
-        lines.append(f"| {row['layers']:,} | {row['stages']:,} |{cells}")
-    return "\n".join(lines) + "\n"
+    time_by_size = Grid("", ["layers", "stages", *(f"{name}, ms" for name in names)], sizes)
+    return quality, time_by_size
 
 
 def _short(ratio: float) -> str:
     return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
-def main() -> None:
+def measure(folder: Path, console: Console) -> None:
+    """Measure all cases, write figures and tables to `folder`, print the tables."""
     figures = {"compare": compare(), "worst": worst_of_many(), "growth": growth()}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "tables.md").write_text(tables(figures), encoding="utf-8")
-    print(tables(figures))
-
-
-if __name__ == "__main__":
-    main()
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    tables = "\n\n".join(grid.markdown() for grid in grids(figures))
+    (folder / "tables.md").write_text(tables + "\n", encoding="utf-8")
+    for grid in grids(figures):
+        grid.show(console)

@@ -1,0 +1,17 @@
+"""Names on the command line of the 16-layer experiment; imports nothing."""
+
+# Strategies in the order of the tables.
+STRATEGIES: tuple[str, ...] = (
+    "one device",
+    "replicas",
+    "tensor",
+    "tensor x pipeline",
+    "layer-wise",
+    "layer-wise + tensor",
+)
+ALL = "all"  # all of MEASURABLE
+SCALING, TRANSPORT, ROUNDS = "scaling", "transport", "rounds"
+# Measurements that write files of their own.
+JOBS = (SCALING, TRANSPORT, ROUNDS)
+# Parts that a GPU can measure, the most important first.
+MEASURABLE = ("l2", "decode", "stage", "residency", "counters", "sizes")
