@@ -81,10 +81,9 @@ class OutputAnalysis:
         if not self.per_microbatch:
             raise BatchError(
                 f"{_capital(output.name)} is new state that depends on the examples: with "
-                f"{self.parts} parts of the "
-                "batch it would be updated from each in turn. Run one microbatch without "
-                "replicas, or accept that "
-                "with batch_statistics='per_microbatch'."
+                f"{self.parts} parts of the batch it would be updated from each in turn.",
+                "Run one microbatch without replicas, or accept that with "
+                "batch_statistics='per_microbatch'.",
             )
         return OutputRole("state")
 
@@ -111,15 +110,15 @@ class OutputAnalysis:
         if not self.per_microbatch or not role.is_excusable:
             raise BatchError(
                 f"{_capital(output.name)} does not follow from the results for {self.parts} parts "
-                "of the batch: "
-                f"{role}. {_advice(role)}"
+                f"of the batch: {role}.",
+                _advice(role),
             )
         if output.scaling_axes == (0,):
             return OutputRole("rows")
         if output.scaling_axes:
             raise BatchError(_elsewhere(output, output.scaling_axes[0]))
         if self.reduce is None:
-            raise BatchError(_needs_reduce(output.name, "has no batch axis"))
+            raise BatchError(*_needs_reduce(output.name, "has no batch axis"))
         return OutputRole("reduced")
 
     def _rows(self, output: TracedOutput, role: Split | Replicated) -> OutputRole:
@@ -147,7 +146,7 @@ class OutputAnalysis:
                 f"sum and {1 / self.parts:.6g} a mean. Return a sum or a mean."
             )
         if self.reduce is None:
-            raise BatchError(_needs_reduce(name, f"is a {is_a} over the examples"))
+            raise BatchError(*_needs_reduce(name, f"is a {is_a} over the examples"))
         if self.reduce != is_a:
             raise BatchError(
                 f"{_capital(name)} is a {is_a} over the examples, but reduce={self.reduce!r} was "
@@ -183,16 +182,17 @@ def role_of_one_part(
     if aval.shape or not from_inputs or not jnp.issubdtype(aval.dtype, jnp.inexact):
         return OutputRole("whole")
     if reduce is None:
-        raise BatchError(_needs_reduce(name, "is a scalar"))
+        raise BatchError(*_needs_reduce(name, "is a scalar"))
     return OutputRole("reduced")
 
 
-def _needs_reduce(name: str, what: str) -> str:
-    return (
-        f"{_capital(name)} {what}; say how it combines over parts of the batch: reduce='mean' if "
-        "it is a mean over the "
+def _needs_reduce(name: str, what: str) -> tuple[str, str]:
+    """Finding and advice for an output without a batch axis."""
+    advice = (
+        "Say how it combines over parts of the batch: reduce='mean' if it is a mean over the "
         "examples, reduce='sum' if it is a sum. (A guess could be silently wrong.)"
     )
+    return f"{_capital(name)} {what}.", advice
 
 
 def _elsewhere(output: TracedOutput, axis: int) -> str:

@@ -19,9 +19,16 @@ from layerwise_jax.trace.program import Op, Operand, Program, Value
 
 
 class BatchError(ValueError):
-    """The function cannot be run on parts of the batch, or not with the same result; the message
-    says why.
+    """The function cannot be run on parts of the batch, or not with the same result.
+
+    Attributes:
+      finding: the reason by itself. The message adds advice for a pipeline, which other callers
+        replace with their own.
     """
+
+    def __init__(self, finding: str, advice: str = ""):
+        super().__init__(f"{finding} {advice}".strip())
+        self.finding = finding
 
 
 @dataclass(frozen=True)

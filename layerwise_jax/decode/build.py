@@ -22,7 +22,7 @@ from layerwise_jax import processes
 from layerwise_jax._arguments import checked_int, checked_ints
 from layerwise_jax._jax import is_key
 from layerwise_jax.decode.cache import find_cache_layers
-from layerwise_jax.decode.independence import check_rows
+from layerwise_jax.decode.independence import check_independence
 from layerwise_jax.decode.loop import RingLoop
 from layerwise_jax.decode.prefill import Prefill, check_prefill
 from layerwise_jax.decode.ring import DecodeRing
@@ -125,10 +125,12 @@ def decode_ring(
     mesh = mesh or stage_mesh(num_stages)
     cut: Any = partition or partition_layers(measured_by_shape(layers).costs, num_stages)
     num_groups = num_groups or num_stages
-    is_by_rows = check_rows(step_fn, *sharding.shards, group_size, num_groups, axes=sharding.axes)
+    is_by_rows = check_independence(
+        step_fn, *sharding.shards, group_size, num_groups, axes=sharding.axes
+    )
     kinds = {weight: sharding.specs[weight.leaf] for weight in layers.program.weights.values()}
     step = stage_step(layers, state, tuple(getattr(cut, "boundaries", cut)), kinds, sharding.axes)
-    step = replace(step, keeps_rows=step.keeps_rows and is_by_rows)
+    step = replace(step, sequences_are_independent=step.sequences_are_independent and is_by_rows)
     selecting = own_bytes(step.loop) <= MOST_SELECTED_BYTES if selects is None else selects
     specs = sharding.of_slots(step.loop.placement)
     transport = choose_transport(transport, mesh)
@@ -157,7 +159,7 @@ def _prefill(
     axes = sharding.axes
     traced, state = trace_step(read, sampler, *sharding.shards, group_size, axes, length)
     prefill = Prefill.of(layers, loop, traced, state, length, axes)
-    check_rows(read, *sharding.shards, group_size, loop.num_groups, length, axes)
+    check_independence(read, *sharding.shards, group_size, loop.num_groups, length, axes)
     return prefill
 
 

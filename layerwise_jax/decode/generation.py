@@ -29,7 +29,7 @@ class Ring(Protocol):
     def num_sequences(self) -> int: ...
 
     @property
-    def keeps_rows(self) -> bool: ...
+    def sequences_are_independent(self) -> bool: ...
 
     @property
     def stop_tokens(self) -> tuple[int, ...]: ...
@@ -237,7 +237,7 @@ class _Reader:
         lengths = np.asarray(
             [min(len(s.prompt), longest) if s else longest for s in of_new]
         ).reshape(shape)
-        if not self.ring.keeps_rows:
+        if not self.ring.sequences_are_independent:
             reads &= (lengths == longest).all(axis=1)
         if not longest or not reads.any():
             return held
@@ -323,7 +323,7 @@ def _replace(ring: Ring, places: list[_Running | None], queue: Iterator[_Running
     """Give places that are free to the next sequences; which ones, bool[groups, sequences]."""
     free = np.asarray([sequence is None or sequence.is_done for sequence in places], bool)
     free = free.reshape(ring.num_groups, ring.group_size)
-    if not ring.keeps_rows:
+    if not ring.sequences_are_independent:
         free = free & free.all(axis=1)[:, None]
     taken = np.zeros(free.size, bool)
     for place in np.flatnonzero(free):
@@ -332,4 +332,4 @@ def _replace(ring: Ring, places: list[_Running | None], queue: Iterator[_Running
             break
         places[place], taken[place] = sequence, True
     taken = taken.reshape(free.shape)
-    return taken if ring.keeps_rows else free & taken.any(axis=1)[:, None]
+    return taken if ring.sequences_are_independent else free & taken.any(axis=1)[:, None]

@@ -96,7 +96,7 @@ class Prefill:
                 "sequences of a group "
                 "that reads nothing."
             )
-        if not self.ring.step.keeps_rows and (read != self.length).any():
+        if not self.ring.step.sequences_are_independent and (read != self.length).any():
             raise ValueError(
                 f"lengths came as {lengths.tolist()}; the sequences of a group share a part of "
                 "the cache, so that all "
@@ -126,7 +126,7 @@ def _stage_prefill(
     if slots is None:
         alignment, slots = align_stages(layers, boundaries, stages, with_body=False), ()
     program = assemble(layers, stages, alignment, step.loop.placement, cache, slots)
-    return replace(program, keeps_rows=step.keeps_rows)
+    return replace(program, sequences_are_independent=step.sequences_are_independent)
 
 
 def _check_held(

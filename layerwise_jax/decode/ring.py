@@ -95,9 +95,9 @@ class DecodeRing:
         return 0 if self.reader is None else self.reader.length
 
     @property
-    def keeps_rows(self) -> bool:
+    def sequences_are_independent(self) -> bool:
         """Whether sequences can come and go one by one; else a group starts and ends together."""
-        return self.ring.step.keeps_rows
+        return self.ring.step.sequences_are_independent
 
     def place(self, params: Any) -> Staged:
         """Every stage's weights on its own device: see `Placement.place`. The cache is not among
@@ -279,7 +279,7 @@ class DecodeRing:
             raise ValueError(
                 f"mask came as {mask.dtype}{list(mask.shape)}; bool{list(shape)} is wanted."
             )
-        if not self.keeps_rows and (mask.any(axis=1) != mask.all(axis=1)).any():
+        if not self.sequences_are_independent and (mask.any(axis=1) != mask.all(axis=1)).any():
             raise ValueError(
                 f"mask came as {mask.tolist()}; the sequences of a group share a part of the "
                 "cache, so all or none "

@@ -50,14 +50,14 @@ class StepProgram:
         it.
       own_state: for every stage, the slots of cache that its own operations replace, and by which
         values.
-      keeps_rows: whether every leaf of the cache has a row a sequence, so that sequences can come
-        and go one by one.
+      sequences_are_independent: whether sequences can come and go one by one: every leaf of the
+        cache has a row a sequence, and no operation mixes them.
     """
 
     loop: StagedProgram
     body_state: Mapping[int, int]
     own_state: Sequence[Mapping[int, Operand]]
-    keeps_rows: bool
+    sequences_are_independent: bool
 
 
 def trace_step(

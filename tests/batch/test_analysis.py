@@ -161,7 +161,7 @@ def test_one_part_wants_reduce_too() -> None:
         }
 
     run = split(fn, 1)
-    with pytest.raises(BatchError, match=r"Output \['loss'\] is a scalar; say how"):
+    with pytest.raises(BatchError, match=r"Output \['loss'\] is a scalar. Say how"):
         run.analyse()
     assert [role.kind for role in run.analyse(reduce="sum").outputs] == ["rows", "reduced", "whole"]
 

@@ -50,7 +50,7 @@ def test_a_step_is_a_ring_with_its_layers_in_common() -> None:
     held = jax.ShapeDtypeStruct((2, LENGTH, HEADS, HEAD_WIDTH), jnp.bfloat16)
     ring = decode_ring(step, weights(4), [{"k": held, "v": held}] * 4, group_size=2, num_stages=2)
     assert ring.ring.loop.alignment.num_layers == 2
-    assert ring.keeps_rows
+    assert ring.sequences_are_independent
 
 
 def loss(params: Any, tokens: jax.Array, axes: tuple[int, int]) -> jax.Array:

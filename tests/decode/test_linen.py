@@ -87,4 +87,4 @@ def test_tokens_are_those_of_the_unstaged_loop(is_scan: bool, num_stages: int) -
     ]
     assert [tokens.tolist() for tokens in generation.tokens] == want
     assert ring.plan.bubble_share == 0
-    assert not ring.keeps_rows  # the sequences of a group share `cache_index`
+    assert not ring.sequences_are_independent  # the sequences of a group share `cache_index`

@@ -229,7 +229,7 @@ def test_sequences_that_share_a_counter_read_whole_lengths(wanted: list[np.ndarr
         prefill_fn=prefill,
         prefill_length=LENGTH,
     )
-    assert not ring.keeps_rows
+    assert not ring.sequences_are_independent
     staged = ring.place(PARAMS)
     chosen = [1, 2, 0, 3, 5, 6]  # those of the first and the last group are long enough
     generation = ring.generate(staged, [PROMPTS[i] for i in chosen], NEW)

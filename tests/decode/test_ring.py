@@ -57,7 +57,7 @@ def test_tokens_are_those_of_the_unstaged_loop(
     assert_same_tokens(generation.tokens, unstaged(model, layers, prompts))
     assert generation.num_tokens == sum(map(len, generation.tokens))
     assert generation.tokens_per_second * generation.seconds_per_token == pytest.approx(1)
-    assert ring.keeps_rows == (model != "counting")
+    assert ring.sequences_are_independent == (model != "counting")
 
 
 def test_stages_have_all_blocks_in_common_whatever_follows_the_last() -> None:
@@ -118,7 +118,7 @@ def test_sequences_that_are_not_rows_of_the_cache_end_together() -> None:
     """As many sequences as states: by its shape alone the first axis could be theirs."""
     cache = [jnp.zeros((2, 2, WIDTH))] * 4
     ring = decode_ring(columns_step, gpt(4), cache, group_size=2, num_stages=1)
-    assert not ring.keeps_rows
+    assert not ring.sequences_are_independent
     staged, prompts = ring.place(gpt(4)), [np.asarray([token]) for token in (1, 2, 3, 4, 5)]
     (alone,) = ring.generate(staged, prompts[3:4], NEW).tokens
     assert_same_tokens(ring.generate(staged, prompts, NEW).tokens[3:4], [alone])
@@ -172,7 +172,7 @@ def test_tensor_ways_inside_a_stage(num_stages: int, stage_mesh: Callable[..., M
     prompts = prompts_for(ring)
     got, want = (each.generate(each.place(gpt(4)), prompts, NEW).tokens for each in (ring, alone))
     assert_same_tokens(got, want)
-    assert ring.keeps_rows
+    assert ring.sequences_are_independent
     with pytest.raises(BatchError, match="uses a sum or mean over the examples"):
         decode_ring(
             mixing_step,

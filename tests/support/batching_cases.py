@@ -476,7 +476,7 @@ REFUSED: dict[str, Refused] = {
         "follows the length of the batch",
     ),
     "no reduce": refused(
-        lambda x: jnp.mean(x), "The output is a mean over the examples; say how.*reduce='mean'"
+        lambda x: jnp.mean(x), "The output is a mean over the examples. Say how.*reduce='mean'"
     ),
     "no reduce, by name": refused(
         lambda x: {"loss": jnp.sum(x)}, r"Output \['loss'\] is a sum over the examples"
