@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from layerwise_jax.batch.analysis import BatchAnalysis
 from layerwise_jax.batch.outputs import Reduction
 from layerwise_jax.host.executor import HostExecutor
-from layerwise_jax.host.placement import HostStaged, check_not_traced
+from layerwise_jax.host.optimizer import HostOptimizer, HostTrainStep, host_optimizer
+from layerwise_jax.host.placement import HostPlacement, HostStaged, check_not_traced
 from layerwise_jax.host.program import HostProgram
 from layerwise_jax.options import Executor, PipelineOptions
 from layerwise_jax.plan import Plan
@@ -29,7 +30,7 @@ from layerwise_jax.stage.placement import Placement, Staged
 from layerwise_jax.stage.staged_program import StagedProgram
 from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.train.optimizer import StagedOptimizer, stage_optimizer
-from layerwise_jax.train.step import TrainStep, train_step
+from layerwise_jax.train.step import TrainStep
 from layerwise_jax.xla.option_trials import CompiledPipeline, compile_pipeline
 
 
@@ -218,17 +219,23 @@ class Pipeline:
         """An optax optimizer for placed parameters, equal to optax on the user's tree: see
         `stage_optimizer`.
         """
+        placement, trainable = self.placement, self.trainable
+        if isinstance(placement, HostPlacement):
+            return host_optimizer(
+                placement, trainable, self.mesh, optimizer, shard_over_data=shard_over_data
+            )
         return stage_optimizer(
-            self.loop.placement,
-            self.trainable,
-            self.mesh,
-            optimizer,
-            shard_over_data=shard_over_data,
+            placement, trainable, self.mesh, optimizer, shard_over_data=shard_over_data
         )
 
-    def train_step(self, optimizer: Any, *, shard_over_data: bool = False) -> TrainStep:
-        """A jitted training step with an optax optimizer: see `TrainStep`."""
-        return train_step(self, optimizer, shard_over_data=shard_over_data)
+    def train_step(
+        self, optimizer: Any, *, shard_over_data: bool = False
+    ) -> TrainStep | HostTrainStep:
+        """A training step with an optax optimizer, to be called without `jit`: see `TrainStep`."""
+        staged = self.optimizer(optimizer, shard_over_data=shard_over_data)
+        if isinstance(staged, HostOptimizer):
+            return HostTrainStep(self, staged)
+        return TrainStep(self, staged)
 
     def compile(
         self,

@@ -65,6 +65,13 @@ class StagedOptimizer:
         Raises:
           ValueError: the parameters are missing, or gradients or state are not this optimiser's.
         """
+        placed, floating = self._checked(grads, state, staged)
+        return self._jitted_update(floating, state, placed)
+
+    def _checked(self, grads: Any, state: Any, staged: Staged | None) -> tuple[Staged, Staged]:
+        """The parameters, and the gradients but for those of dtype float0, if all are this
+        optimizer's. A jitted function does not take float0.
+        """
         if staged is None:
             raise ValueError(
                 "The optimiser got no parameters. Call update(gradients, state, placed_parameters)."
@@ -78,9 +85,7 @@ class StagedOptimizer:
                 "pipeline.value_and_grad, or "
                 "place them with pipeline.place."
             )
-        # float0 cannot enter a jitted function.
-        floating = {name: grad for name, grad in grads.items() if grad.dtype != jax.dtypes.float0}
-        return self._jitted_update(floating, state, staged)
+        return staged, {n: grad for n, grad in grads.items() if grad.dtype != jax.dtypes.float0}
 
     def gather_state(self, state: StagedState) -> Any:
         """The state that the optimiser has for the user's tree, a copy: see `place_state`.
@@ -116,29 +121,22 @@ class StagedOptimizer:
         return jax.jit(self._update)
 
     def _init(self, staged: Staged) -> StagedState:
+        run, outputs = self._rounds_of_init(staged), self.traced.init.trace.outputs
+        return self._layout.state_of(run, outputs, run.placed(self._layout.wanted(outputs)))
+
+    def _rounds_of_init(self, staged: Staged) -> OptimizerRounds:
+        """A run of the traced `init`."""
         program = self.traced.init
         arrays = [{PARAMETER: staged[slot.name]} for slot in self.placement.slots]
         inputs = frozenset(program.trace.inputs)
-        run = self._run(program, lambda x, _: PARAMETER if x in inputs else None, arrays, {})
-        outputs = program.trace.outputs
-        return self._layout.state_of(run, outputs, run.placed(self._layout.wanted(outputs)))
+        return self._run(program, lambda x, _: PARAMETER if x in inputs else None, arrays, {})
 
     def _update(
         self, grads: Staged, state: StagedState, staged: Staged
     ) -> tuple[Staged, StagedState]:
+        run = self._rounds_of_update(grads, state, staged)
         traced, trained, layout = self.traced, len(self.traced.leaves), self._layout
         trace = traced.update.trace
-        gradients, states = trace.inputs[:trained], trace.inputs[trained:-trained]
-        kinds = dict.fromkeys(gradients, GRADIENT) | dict.fromkeys(
-            trace.inputs[-trained:], PARAMETER
-        )
-        position_of = {x: position for position, x in enumerate(states)}
-
-        def component_of(x: Value, weight: Weight) -> Component | None:
-            return layout.component(position_of[x], weight) if x in position_of else kinds.get(x)
-
-        arrays = [self._arrays(j, grads, state, staged) for j in range(len(self.placement.slots))]
-        run = self._run(traced.update, component_of, arrays, layout.known(states, state))
         updates, next_state = (
             dict(zip(traced.leaves, trace.outputs[:trained], strict=True)),
             trace.outputs[trained:],
@@ -155,6 +153,24 @@ class StagedOptimizer:
             for j, slot in enumerate(self.placement.slots)
         }
         return placed, layout.state_of(run, next_state, made)
+
+    def _rounds_of_update(
+        self, grads: Staged, state: StagedState, staged: Staged
+    ) -> OptimizerRounds:
+        """A run of the traced `update`."""
+        traced, trained, layout = self.traced, len(self.traced.leaves), self._layout
+        trace = traced.update.trace
+        gradients, states = trace.inputs[:trained], trace.inputs[trained:-trained]
+        kinds = dict.fromkeys(gradients, GRADIENT) | dict.fromkeys(
+            trace.inputs[-trained:], PARAMETER
+        )
+        position_of = {x: position for position, x in enumerate(states)}
+
+        def component_of(x: Value, weight: Weight) -> Component | None:
+            return layout.component(position_of[x], weight) if x in position_of else kinds.get(x)
+
+        arrays = [self._arrays(j, grads, state, staged) for j in range(len(self.placement.slots))]
+        return self._run(traced.update, component_of, arrays, layout.known(states, state))
 
     def _run(
         self,
@@ -173,8 +189,12 @@ class StagedOptimizer:
             arrays,
             {**program.trace.constants, **known},
         )
-        run.exports()
+        self._share(run)
         return run
+
+    def _share(self, run: OptimizerRounds) -> None:
+        """Compute what parameters share, before anything that reads it."""
+        run.exports()
 
     def _arrays(
         self, slot: int, grads: Staged, state: StagedState, staged: Staged
@@ -221,6 +241,18 @@ def stage_optimizer(
     Raises:
       ValueError: nothing is trained, or the optimiser lets large values of several parameters meet.
     """
+    check_optimizer(optimizer, trainable)
+    staged = StagedOptimizer(placement, tuple(trainable), mesh, optimizer, shard_over_data)
+    assert staged.traced.leaves
+    return staged
+
+
+def check_optimizer(optimizer: Any, trainable: Sequence[bool]) -> None:
+    """Refuse what optax has not made, and a tree of which nothing is trained.
+
+    Raises:
+      ValueError: naming the one or the other.
+    """
     if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
         raise ValueError(
             f"The optimiser came as {type(optimizer).__name__}; what optax makes is wanted, with "
@@ -232,6 +264,3 @@ def stage_optimizer(
             "No parameter is trained, so that there is nothing to optimise. Freeze fewer "
             "parameters."
         )
-    staged = StagedOptimizer(placement, tuple(trainable), mesh, optimizer, shard_over_data)
-    assert staged.traced.leaves
-    return staged

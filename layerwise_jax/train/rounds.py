@@ -117,9 +117,9 @@ class OptimizerRounds:
         for weight, (j, row) in self._first_copies.items():
             for n, x in enumerate(by_leaf.get(weight.leaf, ())):
                 parts.setdefault(x, []).append(row_of[j, Component("exported", n)](row))
-        self.known.update({x: self._combined(x, rows) for x, rows in parts.items()})
+        self.known.update({x: self.combined(x, rows) for x, rows in parts.items()})
 
-    def _combined(self, value: Value, parts: Sequence[Any]) -> Any:
+    def combined(self, value: Value, parts: Sequence[Any]) -> Any:
         """A leaf's value from those of its slices."""
         if len(parts) == 1:
             return parts[0]

@@ -142,7 +142,7 @@ class StateLayout:
                 (everywhere,) * len(self.shared),
                 {
                     slot.name: tuple(
-                        self._sharding((len(slot.weights), *c.shape)) for c in self.components[j]
+                        self.sharding((len(slot.weights), *c.shape)) for c in self.components[j]
                     )
                     for j, slot in enumerate(self.placement.slots)
                 },
@@ -154,7 +154,7 @@ class StateLayout:
         # Copies: what a training step is given is donated, and the user's own state must stay.
         shared = tuple(jax.device_put(jnp.copy(x), everywhere) for x in found.shared)
         placed = {
-            name: tuple(jax.device_put(x, self._sharding(x.shape)) for x in arrays)
+            name: tuple(jax.device_put(x, self.sharding(x.shape)) for x in arrays)
             for name, arrays in found.placed.items()
         }
         return StagedState(shared, placed)
@@ -202,7 +202,7 @@ class StateLayout:
         """
         placed = {
             slot.name: tuple(
-                lax.with_sharding_constraint(x, self._sharding(x.shape))
+                lax.with_sharding_constraint(x, self.sharding(x.shape))
                 for x in (made[j][component] for component in self.components[j])
             )
             for j, slot in enumerate(self.placement.slots)
@@ -220,7 +220,7 @@ class StateLayout:
                     rows[row] = xp.asarray(weight.of(leaves[position]), component.dtype)
         return xp.stack(rows)
 
-    def _sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+    def sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         """Rows of state over the stages and, if asked for, the first axis that divides over the
         replicas.
         """
