@@ -183,6 +183,21 @@ def blocks_of(array: jax.Array) -> list[tuple[int, np.ndarray]]:
     ]
 
 
+def copies_on(array: jax.Array, mesh: Mesh) -> jax.Array:
+    """A replicated array on some of its devices, those of `mesh`. Nothing is copied."""
+    devices = set(mesh.devices.flat)
+    shards = [shard.data for shard in array.addressable_shards if shard.device in devices]
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
+
+
+def joined_copies(arrays: Sequence[jax.Array], mesh: Mesh) -> jax.Array:
+    """The inverse of `copies_on`: equal arrays on sub-meshes as one, replicated over `mesh`."""
+    shards = [shard.data for array in arrays for shard in array.addressable_shards]
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.make_array_from_single_device_arrays(arrays[0].shape, sharding, shards)
+
+
 def spread(mesh: Mesh, aval: Any) -> NamedSharding:
     """The sharding of an array over all devices: its first axis if they divide it, else replicated.
 

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from layerwise_jax._jax import Tracer
 from layerwise_jax.host.column_optimizer import ColumnOptimizer, export_levels
 from layerwise_jax.host.placement import HostPlacement, HostStaged
+from layerwise_jax.processes import copies_on, joined_copies
 from layerwise_jax.stage.placement import Staged
 from layerwise_jax.trace.program import Weight
 from layerwise_jax.train.leaf_program import LeafProgram
@@ -159,27 +160,17 @@ class HostOptimizer(StagedOptimizer):
 
     def _state_on(self, state: StagedState, column: int) -> StagedState:
         """A column's part of the state; what is shared is there already, so nothing is copied."""
-        mesh = self.meshes[column]
-        devices = set(mesh.devices.flat)
-
-        def here(x: Any) -> Any:
-            shards = [s.data for s in x.addressable_shards if s.device in devices]
-            sharding = NamedSharding(mesh, EVERYWHERE)
-            return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
-
-        return StagedState(tuple(map(here, state.shared)), self._own(state.placed, column))
+        shared = tuple(copies_on(x, self.meshes[column]) for x in state.shared)
+        return StagedState(shared, self._own(state.placed, column))
 
     def _joined(self, states: Sequence[StagedState]) -> StagedState:
         """The state of all columns; each has computed what is shared, with equal bits."""
-        everywhere = NamedSharding(self.mesh, EVERYWHERE)
         columns = [NamedSharding(mesh, EVERYWHERE) for mesh in self.meshes]
         shared = []
         for copies in zip(*(state.shared for state in states), strict=True):
             # A program without arguments (a count's first value) runs on the default device.
             held = [jax.device_put(x, own) for x, own in zip(copies, columns, strict=True)]
-            shards = [shard.data for x in held for shard in x.addressable_shards]
-            shape = copies[0].shape
-            shared.append(jax.make_array_from_single_device_arrays(shape, everywhere, shards))
+            shared.append(joined_copies(held, self.mesh))
         placed = {name: x for state in states for name, x in state.placed.items()}
         return StagedState(tuple(shared), placed)
 
@@ -221,7 +212,7 @@ class HostTrainStep:
           (placed parameters, state, value), as `TrainStep` does.
         """
         value, grads = self.pipeline.value_and_grad(staged, *inputs)
-        if self.pipeline.loop.state:
+        if self.pipeline.loop.has_state:
             value, staged = value
         staged, state = self.optimizer.apply(grads, state, staged)
         return staged, state, value
