@@ -1,6 +1,5 @@
 """From a curve of read bandwidth over working sets to the figures of a `DeviceSpec`."""
 
-import dataclasses
 from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
@@ -78,6 +77,5 @@ def calibrated(spec: DeviceSpec, found: Calibration, how: str) -> DeviceSpec:
         "l2_bandwidth": found.l2_bandwidth,
         "memory_bandwidth": found.memory_bandwidth,
     }
-    return dataclasses.replace(
-        spec, **measured, sources={**spec.sources, **dict.fromkeys(measured, how)}
-    )
+    sources = {**spec.sources, **dict.fromkeys(measured, how)}
+    return spec.updated(**measured, sources=sources)

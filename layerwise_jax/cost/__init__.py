@@ -4,11 +4,13 @@ from layerwise_jax.cost.capacity import WIDTHS, CapacityBound, capacity_bound, s
 from layerwise_jax.cost.device import DeviceSpec
 from layerwise_jax.cost.devices import A100, B200, CPU, DEVICES, H100, H200, L4, L40S, device_named
 from layerwise_jax.cost.layer_cost import LayerCost, total
+from layerwise_jax.cost.memory import MemoryLevel
 
 __all__ = [
     "LayerCost",
     "total",
     "DeviceSpec",
+    "MemoryLevel",
     "A100",
     "B200",
     "CPU",

@@ -10,13 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from layerwise_jax import _json
+from layerwise_jax.cost.memory import (
+    FIGURES,
+    LEVELS,
+    MemoryLevel,
+    figure_name,
+    figures_of,
+    levels_of,
+)
 
-SPEC_VERSION = 1
+SPEC_VERSION = 2
 
 # dtype -> wider dtype that a device without units for the first computes in: weights are stored
 # narrow and widened to multiply. dtypes that no device has units for get the rate of real numbers
 # of their width.
-WIDER = {
+WIDER_DTYPE = {
     "float4": "float8",
     "float8": "float16",
     "int4": "int8",
@@ -36,14 +44,11 @@ WIDER = {
 class DeviceSpec:
     """Sizes and speeds of one kind of device.
 
+    `DeviceSpec.of` makes one from flat figures, and `updated` replaces some of them.
+
     Attributes:
       name: the kind as JAX reports it (`jax.Device.device_kind`).
-      l2_bytes: the last-level cache, as the device reports it.
-      usable_l2_bytes: the largest working set that is still read at the cache's bandwidth (the
-        knee).
-      memory_bytes: device memory.
-      memory_bandwidth: bytes a second from device memory.
-      l2_bandwidth: bytes a second from the cache, for a working set within `usable_l2_bytes`.
+      levels: memory levels, fastest first; "l2" and "memory" among them.
       flops_per_second: dtype -> floating-point operations a second of dense matrix products. A key
         covers all dtypes that begin with it: "float8" covers float8_e4m3fn.
       link_bandwidth: bytes a second to one other device, in one direction.
@@ -52,15 +57,15 @@ class DeviceSpec:
         NVIDIA GPUs.
       multiprocessors: streaming multiprocessors of a GPU, cores of a CPU.
       clock_hz: cycles a second.
-      sources: field -> origin of its figure.
+      sources: origin of each figure, by its flat name.
+
+    Raises:
+      ValueError: a figure of a wrong type or not positive, a level missing or out of order, or a
+        figure without a source.
     """
 
     name: str
-    l2_bytes: int
-    usable_l2_bytes: int
-    memory_bytes: int
-    memory_bandwidth: float
-    l2_bandwidth: float
+    levels: tuple[MemoryLevel, ...]
     flops_per_second: Mapping[str, float] = field(hash=False)
     link_bandwidth: float
     link_latency: float
@@ -71,22 +76,80 @@ class DeviceSpec:
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            _check_field(self.name, each.name, getattr(self, each.name), str(each.type))
-        if self.usable_l2_bytes > self.l2_bytes:
+            if each.name != "levels":
+                _check_field(self.name, each.name, getattr(self, each.name), str(each.type))
+        names = [level.name for level in self.levels]
+        if names not in (["l2", "memory"], ["shared", "l2", "memory"]):
             raise ValueError(
-                f"{self.name}: usable_l2_bytes must be at most l2_bytes, {self.l2_bytes}, got "
-                f"{self.usable_l2_bytes}."
+                f"{self.name}: levels must be 'l2' and 'memory', in this order, with 'shared' "
+                f"before them or without it, got {names}."
             )
-        unsourced = (
-            {each.name for each in dataclasses.fields(self)}
-            - {"name", "sources"}
-            - set(self.sources)
-        )
+        unsourced = set(_figure_names(self)) - set(self.sources)
         if unsourced:
             raise ValueError(
-                f"{self.name}: sources must have an entry for every field, got none for "
+                f"{self.name}: sources must have an entry for every figure, got none for "
                 f"{sorted(unsourced)}. Name the origin of each figure."
             )
+
+    @classmethod
+    def of(cls, name: str, **figures: Any) -> DeviceSpec:
+        """A spec from flat figures.
+
+        Args:
+          name: name of the device.
+          **figures: `<level>_bytes`, `usable_<level>_bytes` and `<level>_bandwidth` of the levels
+            "l2" and "memory", and of "shared" if the device has it, and all other fields.
+
+        Raises:
+          TypeError: a field is missing or unknown.
+          ValueError: as the constructor.
+        """
+        own = {each.name for each in dataclasses.fields(cls)}
+        levels = levels_of({key: value for key, value in figures.items() if key not in own})
+        known = own | {figure_name(level, figure) for level in LEVELS for figure in FIGURES}
+        unknown = sorted(set(figures) - known)
+        if unknown:
+            raise TypeError(f"figures must be those of a DeviceSpec, got {', '.join(unknown)}.")
+        rest = {key: value for key, value in figures.items() if key in own}
+        return cls(name=name, levels=levels, **rest)
+
+    def updated(self, **figures: Any) -> DeviceSpec:
+        """A copy with some figures replaced, by flat name (`usable_l2_bytes=...`) or field name."""
+        mine = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        mine |= figures_of(mine.pop("levels"))
+        return DeviceSpec.of(**mine | figures)
+
+    def level(self, name: str) -> MemoryLevel:
+        """The memory level of a name.
+
+        Raises:
+          ValueError: the device has no such level.
+        """
+        for level in self.levels:
+            if level.name == name:
+                return level
+        known = ", ".join(repr(level.name) for level in self.levels)
+        raise ValueError(f"A memory level of {self.name} must be one of {known}, got {name!r}.")
+
+    @property
+    def l2_bytes(self) -> int:
+        return self.level("l2").bytes
+
+    @property
+    def usable_l2_bytes(self) -> int:
+        return self.level("l2").usable_bytes
+
+    @property
+    def l2_bandwidth(self) -> float:
+        return self.level("l2").bandwidth
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.level("memory").bytes
+
+    @property
+    def memory_bandwidth(self) -> float:
+        return self.level("memory").bandwidth
 
     def rate(self, dtype: str) -> float:
         """FLOP/s of dense matrix products in `dtype`, or in the next wider dtype with a rate.
@@ -94,10 +157,10 @@ class DeviceSpec:
         Raises:
           ValueError: neither the dtype nor a wider one has a rate.
         """
-        named = [name for name in {*WIDER, *self.flops_per_second} if dtype.startswith(name)]
+        named = [name for name in {*WIDER_DTYPE, *self.flops_per_second} if dtype.startswith(name)]
         narrowest = max(named, key=len, default=None)
         while narrowest is not None and narrowest not in self.flops_per_second:
-            narrowest = WIDER.get(narrowest)
+            narrowest = WIDER_DTYPE.get(narrowest)
         if narrowest is None:
             known = ", ".join(self.flops_per_second)
             raise ValueError(
@@ -145,7 +208,33 @@ class DeviceSpec:
         Raises:
           ValueError: not JSON, another version, or fields missing, unknown or of a wrong type.
         """
-        return _json.read(cls, text, SPEC_VERSION, "Calibrate again.")
+        return _json.read(cls, text, SPEC_VERSION, "Calibrate again.", _upgraded)
+
+
+def _upgraded(entries: dict[str, Any], version: int) -> dict[str, Any]:
+    """Entries of version 1, which had the figures of L2 and memory as fields, with levels."""
+    flat = ("l2_bytes", "usable_l2_bytes", "l2_bandwidth", "memory_bytes", "memory_bandwidth")
+    missing = sorted(set(flat) - set(entries))
+    if missing:
+        raise ValueError(
+            f"A DeviceSpec's JSON of version 1 must have all fields, got no {missing}."
+        )
+    levels = levels_of({name: entries[name] for name in flat})
+    rest = {name: value for name, value in entries.items() if name not in flat}
+    return {**rest, "levels": [dataclasses.asdict(level) for level in levels]}
+
+
+def _figure_names(spec: DeviceSpec) -> list[str]:
+    """Flat names of all figures that need a source."""
+    own = [each.name for each in dataclasses.fields(spec)]
+    fields = [name for name in own if name not in ("name", "levels", "sources")]
+    sized = [
+        figure_name(level.name, figure)
+        for level in spec.levels
+        for figure in FIGURES
+        if not (figure == "usable_bytes" and level.name == "memory")
+    ]
+    return [*fields, *sized]
 
 
 def _check_field(device: str, name: str, value: Any, annotation: str) -> None:

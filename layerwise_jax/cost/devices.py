@@ -22,6 +22,7 @@ from layerwise_jax.cost.rates import (
     PERMUTE_SECONDS,
     TARGET_SOURCE,
     UNMEASURED_SHARE,
+    gpu,
     sources_of,
     tera,
 )
@@ -42,7 +43,7 @@ __all__ = [
     "DeviceSpec",
     "device_named",
 ]
-A100_40 = DeviceSpec(
+A100_40 = gpu(
     name="NVIDIA A100-SXM4-40GB",
     l2_bytes=40 * MIB,
     usable_l2_bytes=A100_KNEE,
@@ -61,7 +62,7 @@ A100_40 = DeviceSpec(
         l2_bandwidth="2.9 times the memory's, published (gpu-benches, gpu-l2-cache)",
     ),
 )
-A100 = DeviceSpec(
+A100 = gpu(
     name="NVIDIA A100-SXM4-80GB",
     l2_bytes=40 * MIB,
     usable_l2_bytes=A100_KNEE,
@@ -80,7 +81,7 @@ A100 = DeviceSpec(
         l2_bandwidth="as the A100 of 40 GB, whose processor it shares",
     ),
 )
-H100_PCIE = DeviceSpec(
+H100_PCIE = gpu(
     name="NVIDIA H100 PCIe",
     l2_bytes=50 * MIB,
     usable_l2_bytes=H100_KNEE,
@@ -103,7 +104,7 @@ H100_PCIE = DeviceSpec(
         clock_hz=TARGET_SOURCE,
     ),
 )
-H100 = DeviceSpec(
+H100 = gpu(
     name="NVIDIA H100 80GB HBM3",
     l2_bytes=50 * MIB,
     usable_l2_bytes=H100_KNEE,
@@ -125,7 +126,7 @@ H100 = DeviceSpec(
         clock_hz=TARGET_SOURCE,
     ),
 )
-H200 = DeviceSpec(
+H200 = gpu(
     name="NVIDIA H200",
     l2_bytes=60 * MIB,
     usable_l2_bytes=H200_KNEE,
@@ -153,7 +154,7 @@ H200 = DeviceSpec(
         clock_hz=TARGET_SOURCE,
     ),
 )
-B200 = DeviceSpec(
+B200 = gpu(
     name="NVIDIA B200",
     l2_bytes=132644864,
     usable_l2_bytes=int(132644864 * UNMEASURED_SHARE),
@@ -178,7 +179,7 @@ B200 = DeviceSpec(
         clock_hz=TARGET_SOURCE,
     ),
 )
-L4 = DeviceSpec(
+L4 = gpu(
     name="NVIDIA L4",
     l2_bytes=48 * MIB,
     usable_l2_bytes=int(48 * MIB * ADA_SHARE),
@@ -200,7 +201,7 @@ L4 = DeviceSpec(
         link_bandwidth=PCIE_SOURCE,
     ),
 )
-L40S = DeviceSpec(
+L40S = gpu(
     name="NVIDIA L40S",
     l2_bytes=96 * MIB,
     usable_l2_bytes=91 * MIB,
@@ -224,7 +225,7 @@ L40S = DeviceSpec(
         link_bandwidth=PCIE_SOURCE,
     ),
 )
-RTX_4090 = DeviceSpec(
+RTX_4090 = gpu(
     name="NVIDIA GeForce RTX 4090",
     l2_bytes=72 * MIB,
     usable_l2_bytes=int(72 * MIB * ADA_SHARE),
@@ -246,7 +247,7 @@ RTX_4090 = DeviceSpec(
         link_bandwidth=PCIE_SOURCE,
     ),
 )
-RTX_5090 = DeviceSpec(
+RTX_5090 = gpu(
     name="NVIDIA GeForce RTX 5090",
     l2_bytes=96 * MIB,
     usable_l2_bytes=int(96 * MIB * UNMEASURED_SHARE),
@@ -273,7 +274,7 @@ RTX_5090 = DeviceSpec(
         link_bandwidth=PCIE_SOURCE,
     ),
 )
-CPU = DeviceSpec(
+CPU = DeviceSpec.of(
     name="cpu",
     l2_bytes=32 * MIB,
     usable_l2_bytes=int(32 * MIB * UNMEASURED_SHARE),

@@ -1,9 +1,13 @@
-"""Rates, cache knees and sources shared by the table of known devices."""
+"""Rates, cache knees, shared memory and sources, for the table of known devices."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+from layerwise_jax.cost.device import DeviceSpec
+
+KIB = 2**10
 MIB = 2**20
 GIB = 2**30
 
@@ -32,11 +36,39 @@ PCIE_SOURCE = "PCI Express 16 lanes, one direction, by the standard"
 TARGET_SOURCE = "OpenXLA's target description of this device"
 
 
+# Shared memory of a multiprocessor, and the most that one block may use, in KiB, by compute
+# capability.
+SHARED_KIB = {
+    "8.0": (164, 163),
+    "8.9": (100, 99),
+    "9.0": (228, 227),
+    "10.0": (228, 227),
+    "12.0": (100, 99),
+}
+SHARED_BYTES_PER_CLOCK = 128
+CUDA_GUIDE = "CUDA C++ programming guide, by compute capability"
+
+
+def gpu(**figures: Any) -> DeviceSpec:
+    """A spec from flat figures, with shared memory by compute capability and multiprocessors."""
+    whole, usable = SHARED_KIB[figures["compute_capability"]]
+    multiprocessors = figures["multiprocessors"]
+    return DeviceSpec.of(
+        shared_bytes=multiprocessors * whole * KIB,
+        usable_shared_bytes=multiprocessors * usable * KIB,
+        shared_bandwidth=multiprocessors * SHARED_BYTES_PER_CLOCK * figures["clock_hz"],
+        **figures,
+    )
+
+
 def sources_of(data_sheet: str, **particular: str) -> Mapping[str, str]:
     """Field -> source: the data sheet and usual sources, overridden by `particular`."""
     usual = {
         "l2_bytes": f"{data_sheet}; cudaDeviceProp.l2CacheSize",
         "usable_l2_bytes": UNMEASURED_KNEE_SOURCE,
+        "shared_bytes": CUDA_GUIDE,
+        "usable_shared_bytes": CUDA_GUIDE,
+        "shared_bandwidth": "128 bytes a clock and multiprocessor, not measured",
         "memory_bytes": data_sheet,
         "memory_bandwidth": data_sheet,
         "l2_bandwidth": "not measured",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 
 from layerwise_jax import processes
 from layerwise_jax.cost.device import DeviceSpec
@@ -45,8 +44,7 @@ def as_reported(spec: DeviceSpec, l2_bytes: int, multiprocessors: int) -> Device
             f"{spec.sources['usable_l2_bytes']}; taken as a share of the cache reported here"
         )
     }
-    return dataclasses.replace(
-        spec,
+    return spec.updated(
         l2_bytes=l2_bytes,
         usable_l2_bytes=spec.usable_l2_bytes * l2_bytes // spec.l2_bytes,
         multiprocessors=multiprocessors,

@@ -204,7 +204,7 @@ def test_what_falls_as_the_microbatch_grows_does_not_fall_below_zero() -> None:
 
 def test_a_layer_takes_the_longer_of_computing_and_reading_and_a_boundary_its_bytes() -> None:
     layers = trace_layers(run, PARAMS, examples(2))
-    device = replace(CPU, flops_per_second={"float32": 1e3}, l2_bandwidth=1e2, link_bandwidth=1e4)
+    device = CPU.updated(flops_per_second={"float32": 1e3}, l2_bandwidth=1e2, link_bandwidth=1e4)
     costs = [
         LayerCost(name, 10, 0, 0, flops=flops)
         for name, flops in zip(layers.names, (0, 50, 200, 0), strict=True)

@@ -337,7 +337,7 @@ def test_positions_that_are_not_there_are_named():
 
 
 def test_the_target_says_what_the_spec_says():
-    text = target_config(dataclasses.replace(H200, l2_bytes=60 * 2**20, multiprocessors=77))
+    text = target_config(H200.updated(l2_bytes=60 * 2**20, multiprocessors=77))
     assert "l2_cache_size: 62914560" in text
     assert "core_count: 77" in text
     assert "major: 9 minor: 0" in text
