@@ -24,6 +24,7 @@ def draw(pipeline: Pipeline, losses: Sequence[Losses], path: Path) -> Path:
     draw_losses(panels["losses"], losses)
     simulation = simulate_schedule(pipeline.schedule, forward_seconds=1, backward_seconds=2)
     draw_timeline(simulation, panels["timeline"])
+    panels["timeline"].set_title(f"timeline of a step, bubble {simulation.bubble_share:.1%}")
     panels["timeline"].set_xlabel("time; one forward takes 1, one backward takes 2")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
