@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from layerwise_jax.build import build_pipeline
-from layerwise_jax.schedule.generators import ScheduleName
+from layerwise_jax.schedule.registry import ScheduleName
 from layerwise_jax.stage.cut import cut_stages, run_stage
 from layerwise_jax.trace.layers import LayerSequence, trace_layers
 from tests.models.random_programs import RandomProgram, programs

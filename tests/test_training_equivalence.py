@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import pytest
 
-from layerwise_jax.schedule.generators import ScheduleName
+from layerwise_jax.schedule.registry import ScheduleName
 from tests.models.zoo import CASES
 from tests.support.staging import (
     assert_trees_close,

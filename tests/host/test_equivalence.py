@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from layerwise_jax.schedule.generators import ScheduleName
+from layerwise_jax.schedule.registry import ScheduleName
 from tests.models.zoo import CASES
 from tests.support.host import on_host, run_on_host
 from tests.support.staging import (
