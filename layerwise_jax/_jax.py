@@ -1,7 +1,6 @@
-"""The one door to what is unstable in JAX.
+"""Compatibility shim: the only module that uses non-public JAX APIs.
 
-Every name that JAX does not promise to keep enters the package here.
-The package is written for jax 0.11.2 to 0.12.
+Written for jax 0.11.2 to 0.12.
 """
 
 from __future__ import annotations
@@ -38,8 +37,12 @@ __all__ = [
 
 
 def bind(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    """Apply an equation's primitive to `operands`, in the context (precision, keys) in which it was
-    traced.
+    """Apply an equation's primitive to `operands`, in the context that it was traced in.
+
+    The context holds the matmul precision, the PRNG implementation and the name stack.
+
+    Returns:
+      The results as a list, also where the primitive has a single one.
     """
     params = eqn.primitive.get_bind_params(eqn.params)
     stack = _source_info.current_name_stack() + eqn.source_info.name_stack
@@ -49,17 +52,17 @@ def bind(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
 
 
 def effects_but_axes(eqn: JaxprEqn, axes: Collection[str]) -> set[Any]:
-    """An equation's effects, but for that it communicates over one of these mesh axes."""
+    """Effects of an equation, without those of collectives over these mesh axes."""
     return {e for e in eqn.effects if not (isinstance(e, _NamedAxisEffect) and e.name in axes)}
 
 
 def avals_of(variables: Sequence[Any]) -> list[Any]:
-    """The types of an equation's variables."""
+    """Types of an equation's variables."""
     return [variable.aval for variable in variables]
 
 
 def inner_jaxpr(eqn: JaxprEqn) -> Jaxpr:
-    """The body of a call, remat or scan equation; what a high-level operation comes down to."""
+    """Body of a call, remat or scan equation, or the lowered form of a high-level operation."""
     if eqn.primitive.name == "call_hi_primitive":  # JAX 0.12: an operation such as searchsorted
         lowered: Any = eqn.primitive
         return jax.make_jaxpr(lambda *args: lowered.to_lojax(*args, **eqn.params))(
@@ -69,7 +72,7 @@ def inner_jaxpr(eqn: JaxprEqn) -> Jaxpr:
 
 
 def inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr]:
-    """Every jaxpr among an equation's parameters, the branches of a cond included."""
+    """Jaxprs among an equation's parameters, branches of a cond included."""
     found = []
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
@@ -90,7 +93,7 @@ def source_line(eqn: JaxprEqn) -> str:
 
 
 def is_key(aval: Any) -> bool:
-    """Whether a type (or array) is of random keys, which collectives and arithmetic do not take."""
+    """Whether a type or array has random keys; collectives and arithmetic refuse them."""
     return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -100,20 +103,21 @@ def key_implementation(aval: Any) -> str:
 
 
 def wrap_key(data: Any, aval: Any) -> Any:
-    """Key data as random keys of the type `aval`."""
+    """Random keys of type `aval` from uint32 key data."""
     # `jax.random.key_impl` takes arrays of keys, but not their type.
     return jax.random.wrap_key_data(data, impl=key_implementation(aval))
 
 
 def key_paths(tree: Any) -> tuple[list[tuple[Any, ...]], list[Any], Any]:
-    """A pytree as (path of every leaf, leaves, structure)."""
+    """Flatten a pytree into (path of every leaf, leaves, structure)."""
     flat, structure = jax.tree_util.tree_flatten_with_path(tree)
     return [path for path, _ in flat], [leaf for _, leaf in flat], structure
 
 
 def is_partitionable(eqn: JaxprEqn) -> bool:
-    """Whether an equation was traced with random numbers that do not depend on how arrays are
-    sharded.
+    """Whether an equation was traced with `jax_threefry_partitionable`.
+
+    Its random numbers then do not depend on how arrays are sharded.
     """
     return bool(eqn.ctx.threefry_partitionable)
 

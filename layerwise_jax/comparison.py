@@ -134,7 +134,7 @@ def _layer_works(
     for layer, cost, cached, sent in zip(
         layers.layers, costs, cache_bytes, layers.boundary_bytes[1:], strict=True
     ):
-        operations = [layers.program.ops[i].name for i in layer.anchors]
+        operations = [layers.program.ops[i].name for i in layer.pinned]
         num_products = sum(name in LAYER_STARTS for name in operations)
         weights = cost.weight_bytes - cached
         works.append(

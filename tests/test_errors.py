@@ -288,7 +288,9 @@ EMPTY = {
 
 @pytest.mark.parametrize(("function", "params"), EMPTY.values(), ids=EMPTY)
 def test_an_empty_model(function: Function, params: Any) -> None:
-    refuses(lambda: stage(function, params), "no layer", "first argument")
+    refuses(
+        lambda: stage(function, params), "reads both a parameter and an input", "first argument"
+    )
 
 
 def test_a_function_that_closes_over_a_traced_array() -> None:

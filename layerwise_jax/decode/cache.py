@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from layerwise_jax.decode.step import StepFunction, check_step_outputs, step_inputs
-from layerwise_jax.trace.flatten import flatten
+from layerwise_jax.trace.flatten import FORWARD_ONLY, flatten
 from layerwise_jax.trace.program import Weight
 
 
@@ -97,9 +97,7 @@ def find_cache_layers(
     leaves, tree = jax.tree.flatten(cache)
     num_params = len(jax.tree.leaves(params))
     spans: dict[int, list[Weight]] = {}
-    for weight in flatten(
-        jaxpr, num_params + len(leaves), is_differentiable=False
-    ).weights.values():
+    for weight in flatten(jaxpr, num_params + len(leaves), FORWARD_ONLY).weights.values():
         spans.setdefault(weight.leaf - num_params, []).append(weight)
     is_stacked = [
         all(w.start is not None and w.stop == w.start + 1 for w in spans[i])

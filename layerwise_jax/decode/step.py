@@ -27,7 +27,7 @@ from layerwise_jax.stage.slots import assign_slots
 from layerwise_jax.stage.staged_program import StagedProgram
 from layerwise_jax.stage.state import check_carried
 from layerwise_jax.stage.wiring import wire
-from layerwise_jax.trace.flatten import flatten
+from layerwise_jax.trace.flatten import FORWARD_ONLY, flatten
 from layerwise_jax.trace.layer_search import find_layers
 from layerwise_jax.trace.layers import LayerSequence, Signature
 from layerwise_jax.trace.modules import modules_of, path_names
@@ -104,7 +104,7 @@ def trace_step(
     traced = jax.make_jaxpr(step, axis_env=list((axes or {}).items()), return_shape=True)
     jaxpr, outputs = traced(both, *inputs)
     # No gradient is taken; a derivative's rule could only keep equal layers apart.
-    program = flatten(jaxpr, len(leaves), is_differentiable=False)
+    program = flatten(jaxpr, len(leaves), FORWARD_ONLY)
     program = renew_early(program, range(1, len(program.outputs)))
     output_leaves, outputs_tree = jax.tree.flatten(outputs)
     avals = [var.aval for var in jaxpr.invars]

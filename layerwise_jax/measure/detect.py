@@ -1,4 +1,4 @@
-"""The device at hand, as JAX and its driver report it."""
+"""Spec of the local device, from JAX and the CUDA driver."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ L2_CACHE_SIZE = 38
 
 
 def detect_device() -> DeviceSpec:
-    """The spec of JAX's first local device.
+    """Spec of JAX's first local device.
 
-    A GPU's figures come from the table in `layerwise_jax.devices`, but its cache and
-    multiprocessors are as the driver reports them: a part of a GPU (MIG) has a part of both. The
-    usable share of the cache is then the table's.
+    A GPU's numbers come from `layerwise_jax.cost.devices`. Bytes of L2 and the number of
+    multiprocessors come from the CUDA driver, since a MIG slice has a part of both; the usable
+    fraction of L2 stays the table's.
 
     Raises:
-      ValueError: it is neither a CPU nor a GPU of the table.
+      ValueError: the device is neither a CPU nor a GPU of the table.
     """
     device = processes.local_device()
     if device.platform == "cpu":
@@ -35,13 +35,13 @@ def detect_device() -> DeviceSpec:
 
 
 def as_reported(spec: DeviceSpec, l2_bytes: int, multiprocessors: int) -> DeviceSpec:
-    """The spec with what a driver reports, where that differs from the table."""
+    """Spec with the driver's bytes of L2 and multiprocessors, where they differ from the table."""
     if (l2_bytes, multiprocessors) == (spec.l2_bytes, spec.multiprocessors):
         return spec
     source = "as the CUDA driver reports it"
     usable = {
         "usable_l2_bytes": (
-            f"{spec.sources['usable_l2_bytes']}; taken as a share of the cache reported here"
+            f"{spec.sources['usable_l2_bytes']}; scaled to the L2 that the driver reports"
         )
     }
     return spec.updated(
@@ -53,12 +53,14 @@ def as_reported(spec: DeviceSpec, l2_bytes: int, multiprocessors: int) -> Device
 
 
 def _driver_attributes(ordinal: int) -> tuple[int, int] | None:
-    """(bytes of L2, multiprocessors) of a GPU, or None where there is no CUDA driver to ask."""
+    """(bytes of L2, multiprocessors) of a GPU; None without a CUDA driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
-    device, l2_bytes, multiprocessors = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    device = ctypes.c_int()
+    l2_bytes = ctypes.c_int()
+    multiprocessors = ctypes.c_int()
     failures = (
         driver.cuInit(0),
         driver.cuDeviceGet(ctypes.byref(device), ordinal),

@@ -1,6 +1,4 @@
-"""What layers and stages hold and do, read from programs compiled for the device that was asked
-for.
-"""
+"""Memory footprint and work of layers and stages, from programs compiled for the given device."""
 
 from __future__ import annotations
 
@@ -18,6 +16,7 @@ from layerwise_jax.cost.layer_cost import LayerCost
 from layerwise_jax.plan import Sizes
 from layerwise_jax.stage.cut import Stage, cut_stages
 from layerwise_jax.trace.canonical import CanonicalOps, canonicalize
+from layerwise_jax.trace.derivative import is_inexact, vjp_wrt
 from layerwise_jax.trace.flops import count_work
 from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.trace.program import Operand, Value, evaluate, nbytes
@@ -27,29 +26,29 @@ from layerwise_jax.xla.aot import CompiledProgram, can_compile_for_absent_gpus, 
 def measure_costs(
     layers: LayerSequence, device: DeviceSpec | None = None, *, backward: bool = False
 ) -> tuple[LayerCost, ...]:
-    """Compile every structurally distinct layer once and read its cost; no weight is in memory.
+    """Cost of every layer; equal layers are compiled once, and no array is made.
 
     Args:
-      layers: the layers of one microbatch; the sizes are that microbatch's.
-      device: the device to compile for, which need not be there; None for the local one.
-      backward: measure forward plus backward, as training runs a layer, rather than forward alone.
+      layers: layers of one microbatch; sizes are those of this microbatch.
+      device: device to compile for, present or not; None for the local one.
+      backward: compile forward and backward instead of forward.
 
     Returns:
-      A `LayerCost` a layer: bytes of its weights, of what it passes on (the output feature map),
-      and of the workspace that the compiler allocates inside it.
+      One `LayerCost` per layer: bytes of its weights, of the activations that it sends on, and of
+      the workspace that the compiler allocates.
     """
     return CompiledCosts(layers, device, backward=backward).costs()
 
 
 @dataclass(eq=False)
 class CompiledCosts:
-    """Measures layers, and runs of them, for one device; equal runs are compiled once.
+    """Compiled costs of layers and of runs of layers on one device, with a cache of programs.
 
     Attributes:
-      layers: the layers of one microbatch.
-      device: the device to compile for; None for the local one.
-      backward: whether the vjp is measured too.
-      num_compiles: programs compiled so far.
+      layers: layers of one microbatch.
+      device: device to compile for; None for the local one.
+      backward: whether programs include the backward pass.
+      num_compiles: number of programs compiled so far.
     """
 
     layers: LayerSequence
@@ -61,7 +60,7 @@ class CompiledCosts:
 
     @property
     def compiler(self) -> str:
-        """What compiles: the plan says so beside its sizes."""
+        """Name of the compiler and device behind the sizes, for the plan."""
         if self._is_local:
             return f"XLA for the local {processes.local_device().device_kind}"
         if can_compile_for_absent_gpus():
@@ -75,22 +74,21 @@ class CompiledCosts:
 
     @property
     def _is_local(self) -> bool:
-        """Whether the local backend is the device's: a CPU's temporaries say nothing of a GPU's."""
+        """Whether to compile with the local backend: a CPU's workspace tells nothing of a GPU's."""
         if self.device is None or self.device.compute_capability is None:
             return True
         return processes.local_device().device_kind == self.device.name
 
     def costs(self) -> tuple[LayerCost, ...]:
-        """The cost of every layer."""
+        """Cost of every layer."""
         return tuple(
             self._cost(stage) for stage in cut_stages(self.layers, range(len(self.layers) + 1))
         )
 
     def stage_bytes(self, start: int, stop: int) -> int:
-        """Bytes that layers start..stop-1 hold at their peak when they are compiled as one stage.
+        """Peak bytes of layers start..stop-1 compiled as one stage.
 
-        That is less than the sum of their sizes, since workspace is used again by one layer after
-        the other.
+        Less than the sum of the layers' sizes, since layers reuse one workspace.
         """
         boundaries = sorted({0, start, stop, len(self.layers)})
         stage = cut_stages(self.layers, boundaries)[boundaries.index(start)]
@@ -103,7 +101,8 @@ class CompiledCosts:
         return compiled.peak_bytes
 
     def _cost(self, stage: Stage) -> LayerCost:
-        shape, made = self._shape(stage), made_outside(stage)
+        shape = self._shape(stage)
+        made = made_outside(stage)
         compiled = self._compiled(stage, shape)
         avals = self.layers.program.avals
         work = compiled or count_work(
@@ -123,9 +122,7 @@ class CompiledCosts:
         return canonicalize(self.layers.program, stage.ops, self._fingerprints)
 
     def _compiled(self, stage: Stage, shape: CanonicalOps) -> CompiledProgram | None:
-        """The stage's program, compiled the first time that one of its shape is asked for; None
-        without a compiler.
-        """
+        """Compiled program of a stage, from the cache for equal stages; None without a compiler."""
         key = shape.key, tuple(shape.made.index(x) for x in made_outside(stage))
         if key not in self._known:
             self._known[key] = self._compile(stage, shape)
@@ -149,36 +146,31 @@ class CompiledCosts:
         return shapes(shape.weights), shapes(shape.reads)
 
     def _function(self, stage: Stage, shape: CanonicalOps) -> Any:
-        """(weights, reads) to what the stage makes and, backward, its gradients."""
-        program, made = self.layers.program, made_outside(stage)
+        """Function (weights, reads) -> results or, with `backward`, (results, gradients)."""
+        program = self.layers.program
+        made = made_outside(stage)
         names = (*shape.weights, *shape.reads)
 
         def forward(weights: list[Any], reads: list[Any]) -> list[Any]:
             env = {**program.constants, **dict(zip(names, (*weights, *reads), strict=True))}
             return evaluate(stage.ops, env, made)
 
-        def both(weights: list[Any], reads: list[Any]) -> Any:
-            values = [*weights, *reads]
-            moves = [jnp.issubdtype(x.dtype, jnp.inexact) for x in values]
+        def forward_and_backward(weights: list[Any], reads: list[Any]) -> Any:
+            def run(values: dict[int, Any]) -> list[Any]:
+                flat = [values[i] for i in range(len(names))]
+                results = forward(flat[: len(weights)], flat[len(weights) :])
+                return [x for x in results if is_inexact(x)]
 
-            def of_moving(*moving: Any) -> list[Any]:
-                rest = iter(moving)
-                filled = [next(rest) if m else x for m, x in zip(moves, values, strict=True)]
-                outputs = forward(filled[: len(weights)], filled[len(weights) :])
-                return [x for x in outputs if jnp.issubdtype(x.dtype, jnp.inexact)]
+            values = dict(enumerate([*weights, *reads]))
+            moving = [i for i, x in values.items() if is_inexact(x)]
+            results, vjp_fn = vjp_wrt(run, values, moving)
+            return results, vjp_fn([jnp.ones_like(x) for x in results])
 
-            outputs, pull = jax.vjp(
-                of_moving, *(x for m, x in zip(moves, values, strict=True) if m)
-            )
-            return outputs, pull([jnp.ones_like(x) for x in outputs])
-
-        return both if self.backward else forward
+        return forward_and_backward if self.backward else forward
 
 
 def measured_by_shape(layers: LayerSequence) -> Sizes:
-    """Weights and outputs of every layer, without compiling; the workspace is unknown and counted
-    as nothing.
-    """
+    """Sizes of every layer from shapes, without compiling; workspace counts as 0."""
     avals = layers.program.avals
     costs = tuple(
         LayerCost(
@@ -193,7 +185,7 @@ def measured_by_shape(layers: LayerSequence) -> Sizes:
 
 
 def made_outside(stage: Stage) -> tuple[Value, ...]:
-    """The values that a stage makes and others, or the caller, use."""
+    """Values that a stage computes for other stages or as outputs."""
     made = stage.made
     used: list[Operand] = [*stage.sends, *stage.outputs.values()]
     return tuple(dict.fromkeys(x for x in used if not isinstance(x, Literal) and x in made))

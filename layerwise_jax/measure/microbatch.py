@@ -1,6 +1,4 @@
-"""How large a microbatch should be: as large as the stages' cache allows, and small enough to fill
-the pipeline.
-"""
+"""Microbatch size: the largest whose stages fit the capacity and whose count fills the pipeline."""
 
 from __future__ import annotations
 
@@ -15,21 +13,24 @@ from layerwise_jax.partition.solver import CapacityError, Partition, partition_l
 from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.trace.program import nbytes
 
-# With four microbatches for each stage but one, a fifth of the ticks is bubble.
+# 4 (S - 1) microbatches in S stages: (S - 1) of 5 (S - 1) ticks, a fifth, are bubble.
 FULL_PER_STAGE = 4
 
-# The costs of a layer that grow with the microbatch. XLA's sizes are affine in it, to within a
-# tenth of a percent.
+# Costs of a layer that grow with the microbatch. XLA's sizes are affine in it to within 0.1 %.
 GROWING = ("activation_bytes", "buffer_bytes", "flops", "bytes_accessed", "peak_bytes")
 
 
 @dataclass(frozen=True, eq=False)
 class Staging:
-    """A number of microbatches, with the layers at that size, what they cost, and where they are
-    cut.
+    """Staging with a given number of microbatches.
 
-    `stage_bytes` is what each stage holds at its peak, compiled as one program; None where that was
-    not asked for.
+    Attributes:
+      num_microbatches: number of microbatches.
+      layers: layers traced at that microbatch.
+      gauge: compiled costs of these layers.
+      costs: cost of every layer.
+      partition: cut of the layers into stages.
+      stage_bytes: peak bytes of every stage compiled as one program; None without a capacity.
     """
 
     num_microbatches: int
@@ -42,16 +43,16 @@ class Staging:
 
 @dataclass(frozen=True, eq=False)
 class StagingChoices:
-    """What a staging is chosen for.
+    """Constraints under which a staging is chosen.
 
     Attributes:
-      trace: traces the function with microbatches of a number of examples.
+      trace: function from examples per microbatch to the traced layers.
       num_examples: examples on each replica.
-      num_stages: stages.
-      device: the device to compile for, and whose speeds count.
-      capacity: bytes of a stage, or None.
+      num_stages: number of stages.
+      device: device to compile for; its speeds balance the stages.
+      capacity: most bytes of a stage, or None.
       method: "dp" or "greedy".
-      stages_per_device: stages that share a device.
+      stages_per_device: number of stages that share a device.
     """
 
     trace: Callable[[int], LayerSequence]
@@ -64,13 +65,13 @@ class StagingChoices:
     _gauges: dict[int, CompiledCosts] = field(default_factory=dict, repr=False)
 
     def measured(self, num_microbatches: int) -> Staging:
-        """The staging with so many microbatches, its layers compiled at that size.
+        """Staging with this number of microbatches, from layers compiled at that size.
 
-        Under a capacity its stages are compiled too; if one holds more than its layers promised and
-        does not fit, the layers are cut again, by compiled sizes.
+        Under a capacity the stages are compiled too. If a compiled stage exceeds the capacity, the
+        layers are cut again by compiled sizes.
 
         Raises:
-          CapacityError: it does not fit.
+          CapacityError: no cut fits.
         """
         gauge = self.gauge(num_microbatches)
         costs = gauge.costs()
@@ -80,12 +81,10 @@ class StagingChoices:
         large = [run for run in partition.stages if gauge.stage_bytes(*run) > self.capacity]
         if large and self.method == "greedy":
             raise CapacityError(
-                f"Layers {large[0][0]}..{large[0][1] - 1}, which greedy aggregation makes a "
-                "stage, hold "
-                f"{gauge.stage_bytes(*large[0]):,} bytes once compiled, more than the capacity of "
-                f"{self.capacity:,}. "
-                "Greedy aggregation goes by the layers' own sizes; method='dp' cuts again by "
-                "compiled sizes.",
+                f"capacity must hold every compiled stage, got {self.capacity:,} bytes for "
+                f"layers {large[0][0]}..{large[0][1] - 1} of "
+                f"{gauge.stage_bytes(*large[0]):,} bytes. Pass method='dp', which cuts again by "
+                "compiled sizes; greedy aggregation uses the sizes of single layers.",
                 layers=large[0],
                 needed_bytes=gauge.stage_bytes(*large[0]),
                 capacity=self.capacity,
@@ -96,9 +95,7 @@ class StagingChoices:
         return Staging(num_microbatches, gauge.layers, gauge, costs, partition, sizes)
 
     def gauge(self, num_microbatches: int) -> CompiledCosts:
-        """The gauge of the layers at that size; the same one each time, so that nothing is compiled
-        twice.
-        """
+        """Compiled costs at this number of microbatches, cached."""
         if num_microbatches not in self._gauges:
             layers = self.trace(self.num_examples // num_microbatches)
             self._gauges[num_microbatches] = CompiledCosts(layers, self.device)
@@ -107,9 +104,7 @@ class StagingChoices:
     def cut(
         self, layers: LayerSequence, costs: Sequence[LayerCost], scale: float = 1.0, **options: Any
     ) -> Partition:
-        """The best partition of layers with these costs; `scale` times the bytes that the layers
-        send.
-        """
+        """Best partition of layers with these costs; bytes sent are multiplied by `scale`."""
         seconds, cut_seconds = roofline_seconds(layers, costs, self.device, scale)
         return partition_layers(
             costs,
@@ -122,8 +117,9 @@ class StagingChoices:
         )
 
     def counts(self) -> list[int]:
-        """Numbers of microbatches in order of preference: the fewest that fill the pipeline first,
-        then the fuller.
+        """Numbers of microbatches in order of preference.
+
+        First those that fill the pipeline, fewest first; then the others, most first.
         """
         divisors = [m for m in range(1, self.num_examples + 1) if self.num_examples % m == 0]
         full = FULL_PER_STAGE * (self.num_stages - 1)
@@ -131,14 +127,14 @@ class StagingChoices:
 
 
 def choose_staging(choices: StagingChoices) -> Staging:
-    """The largest microbatch that fits among those that fill the pipeline.
+    """Staging with the largest microbatch that fits, among those that fill the pipeline.
 
-    The preferred size is compiled first. If it does not fit, single examples are compiled too,
-    costs in between are taken to be affine, and the sizes that are predicted to fit are compiled
-    until one does.
+    The preferred size is compiled first. If it does not fit, microbatches of one example are
+    compiled too, costs in between are interpolated, and sizes predicted to fit are compiled until
+    one fits.
 
     Raises:
-      CapacityError: nothing fits, not even one example at a time.
+      CapacityError: not even one example at a time fits.
     """
     first, *rest = choices.counts()
     try:
@@ -158,11 +154,9 @@ def choose_staging(choices: StagingChoices) -> Staging:
 
 
 def between(small: LayerCost, large: LayerCost, share: float) -> LayerCost:
-    """The cost of a layer between two measured microbatches: `share` is 0 at the small one, 1 at
-    the large.
+    """Cost of a layer interpolated between two microbatches: `share` 0 is the small, 1 the large.
 
-    Beyond the large one workspace that shrank in between would fall below nothing, and is taken to
-    be none.
+    `share` may exceed 1. A cost that shrinks with the microbatch stops at 0.
     """
     grown: dict[str, Any] = {}
     for name in GROWING:
@@ -178,14 +172,14 @@ def _share(examples: int, largest: int) -> float:
 def roofline_seconds(
     layers: LayerSequence, costs: Sequence[LayerCost], device: DeviceSpec, scale: float = 1.0
 ) -> tuple[list[float], list[float]]:
-    """What layers take on a device, and what crossing each boundary takes.
+    """Roofline time of every layer, and transfer time of every boundary, in seconds.
 
-    A layer takes the longer of its arithmetic and of reading what it holds: from the cache, or from
-    memory if it alone is more than the cache keeps. A boundary takes its bytes over the link's
-    bandwidth. The link's latency is left out: the loop pays it once a tick, wherever the cuts are.
+    A layer takes the longer of its arithmetic and of reading its bytes: from L2 if the layer fits
+    the usable L2, else from device memory. A boundary takes its bytes over the link's bandwidth.
+    The link's latency is left out, since each tick pays it once for any cut.
 
     Returns:
-      Seconds of n layers; seconds of n + 1 boundaries, zero at both ends.
+      Seconds of n layers, and of n + 1 boundaries with 0 at both ends.
     """
     dtype = str(max(layers.signature.params_avals, key=nbytes).dtype)
     seconds = [

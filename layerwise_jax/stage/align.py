@@ -91,9 +91,9 @@ class _Aligner:
         self.program = layers.program
         self.stages = stages
         self.ranges = list(pairwise(boundaries))
-        self.pinned = [i for layer in layers.layers for i in layer.anchors]
+        self.pinned = [i for layer in layers.layers for i in layer.pinned]
         # ends[i]: pinned ops before layer i
-        self.ends = np.cumsum([0, *(len(layer.anchors) for layer in layers.layers)]).tolist()
+        self.ends = np.cumsum([0, *(len(layer.pinned) for layer in layers.layers)]).tolist()
         self.free = free_producers(self.program, pinned_ops(self.program))
         self.fingerprints: dict[int, Any] = {}
         # equal keys = equal computations up to names of values

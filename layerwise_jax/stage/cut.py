@@ -75,7 +75,7 @@ def cut_stages(layers: LayerSequence, boundaries: Sequence[int]) -> tuple[Stage,
     program = layers.program
     # positions of pinned ops, by stage
     pinned = [
-        [i for layer in layers.layers[a:b] for i in layer.anchors] for a, b in pairwise(boundaries)
+        [i for layer in layers.layers[a:b] for i in layer.pinned] for a, b in pairwise(boundaries)
     ]
     free = free_producers(program, pinned_ops(program))
     outputs = _outputs_of_stages(program, pinned, free)

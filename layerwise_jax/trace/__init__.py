@@ -1,4 +1,4 @@
-"""Tracing: from a function to a flat program and its layers."""
+"""Tracing: a function's flat program and its layers."""
 
 from layerwise_jax.trace.flops import Work, count_work
 from layerwise_jax.trace.layer_search import Layer

@@ -1,39 +1,39 @@
-"""When two runs of operations are the same computation, up to weights and literals.
+"""Canonical form of a run of operations: equal for runs that compute the same function.
 
-Equal layers are measured once and, where all stages have them, stand once in the compiled loop. A
-wrong "equal" would be a silent difference, so everything that can change a value or a gradient is
-part of the comparison: primitives and their parameters, nested jaxprs with their constants, the
-derivative rules of `custom_jvp` and `custom_vjp` (compared by what they trace to: two rules may
-hide behind one primal), checkpoints, wiring, shapes and dtypes.
+Equal layers are compiled and measured once, and stages with equal bodies share one loop body. A
+false match would change results silently. The form therefore covers everything that affects a value
+or a gradient: primitives, parameters, nested jaxprs and their constants, `jax.checkpoint` marks,
+wiring, shapes and dtypes. Derivative rules of `custom_jvp` and `custom_vjp` are compared by the
+jaxprs of their forward and backward passes.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from layerwise_jax import _jax
 from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal, is_key
+from layerwise_jax.trace.derivative import is_inexact, ones_cotangent, type_of, vjp_wrt
 from layerwise_jax.trace.primitives import CUSTOM_RULES
 from layerwise_jax.trace.program import Op, Program, Value
 
 
 @dataclass(frozen=True)
 class CanonicalOps:
-    """A run of operations in a form that equal runs share.
+    """Canonical form of a run of operations, up to the numbering of its values.
 
     Attributes:
       key: equal for runs that compute the same function of weights, reads and literals.
-      weights: the weights that the run reads, in order of first use.
-      reads: the other values that it reads from outside, constants included, likewise.
-      made: the values that it makes, in order.
-      literals: the literals among its operands, in order.
+      weights: weights that the run reads, in order of first use.
+      reads: other values from outside, constants included, in order of first use.
+      made: values that the run computes, in order.
+      literals: literal operands, in order.
     """
 
     key: Hashable
@@ -44,17 +44,22 @@ class CanonicalOps:
 
 
 def canonicalize(
-    program: Program, ops: Sequence[Op], fingerprints: dict[int, Hashable]
+    program: Program,
+    ops: Sequence[Op],
+    fingerprints: dict[int, Hashable],
+    weights: Collection[Value] | None = None,
 ) -> CanonicalOps:
-    """The shape of a run of operations.
+    """Canonical form of a run of operations.
 
     Args:
       program: the program that the operations belong to.
       ops: the run.
-      fingerprints: a memory of equations' fingerprints, by identity, shared between calls.
+      fingerprints: cache of equations' fingerprints by `id`, shared between calls.
+      weights: values to number as weights; None for the program's weights.
     """
-    numbers: dict[Value, tuple] = {}
-    weights: list[Value] = []
+    is_weight = program.weights if weights is None else weights
+    numbers: dict[Value, tuple] = {}  # (kind, ordinal of its kind, type)
+    used: list[Value] = []
     reads: list[Value] = []
     made: list[Value] = []
     literals: list[Any] = []
@@ -65,7 +70,7 @@ def canonicalize(
             literals.append(operand.val)
             return "literal", str(operand.aval)
         if operand not in numbers:
-            kind, seen = ("weight", weights) if operand in program.weights else ("read", reads)
+            kind, seen = ("weight", used) if operand in is_weight else ("read", reads)
             numbers[operand] = (kind, len(seen), str(program.avals[operand]))
             seen.append(operand)
         return numbers[operand]
@@ -83,7 +88,7 @@ def canonicalize(
         for value in op.results:
             numbers[value] = ("made", len(made), str(program.avals[value]))
             made.append(value)
-    return CanonicalOps(tuple(rows), tuple(weights), tuple(reads), tuple(made), tuple(literals))
+    return CanonicalOps(tuple(rows), tuple(used), tuple(reads), tuple(made), tuple(literals))
 
 
 def _fingerprint_eqn(eqn: JaxprEqn) -> Hashable:
@@ -95,26 +100,20 @@ def _fingerprint_eqn(eqn: JaxprEqn) -> Hashable:
 
 
 def _fingerprint_rule(eqn: JaxprEqn) -> Hashable:
-    """What a custom derivative does: its primal, and the trace of its forward and backward pass."""
-    avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in _jax.avals_of(eqn.invars)]
-    inexact = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in avals]
+    """Jaxprs of the primal and of the forward and backward pass of a custom derivative rule."""
+    avals = [type_of(aval) for aval in _jax.avals_of(eqn.invars)]
+    moving = [i for i, aval in enumerate(avals) if is_inexact(aval)]
 
-    def both_ways(*args: Any) -> Any:
-        def run(*floats: Any) -> list:
-            rest = iter(floats)
-            return _jax.bind(
-                eqn,
-                [next(rest) if moves else arg for moves, arg in zip(inexact, args, strict=True)],
-            )
+    def forward_and_backward(*args: Any) -> Any:
+        def run(values: dict[int, Any]) -> list[Any]:
+            return _jax.bind(eqn, [values[i] for i in range(len(args))])
 
-        out, pull_back = jax.vjp(
-            run, *(arg for moves, arg in zip(inexact, args, strict=True) if moves)
-        )
-        return out, pull_back(jax.tree.map(_cotangent, out))
+        results, vjp_fn = vjp_wrt(run, dict(enumerate(args)), moving)
+        return results, vjp_fn(jax.tree.map(ones_cotangent, results))
 
     try:
-        traced = jax.make_jaxpr(both_ways)(*avals)
-    except Exception:  # a rule that cannot be traced alone is equal to nothing but itself
+        traced = jax.make_jaxpr(forward_and_backward)(*avals)
+    except Exception:  # a rule that cannot be traced by itself equals only itself
         return id(eqn)
     return tuple(
         (str(jaxpr), tuple(_fingerprint_array(const) for const in jaxpr.consts))
@@ -122,17 +121,10 @@ def _fingerprint_rule(eqn: JaxprEqn) -> Hashable:
     )
 
 
-def _cotangent(x: Any) -> Any:
-    return (
-        jnp.ones_like(x)
-        if jnp.issubdtype(x.dtype, jnp.inexact)
-        else np.zeros(x.shape, jax.dtypes.float0)
-    )
-
-
 def _fingerprint(value: Any) -> Hashable:
-    """A hashable stand-in for an equation's parameter; objects that cannot be hashed are equal to
-    themselves alone.
+    """Hashable stand-in for an equation's parameter.
+
+    Unhashable objects are equal only to themselves.
     """
     if hasattr(value, "eqns"):
         return _fingerprint_jaxpr(value)

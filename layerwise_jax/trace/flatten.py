@@ -1,15 +1,15 @@
-"""Open a jaxpr into a flat `Program`.
+"""Flatten a jaxpr into a `Program` by inlining nested jaxprs.
 
-Opened: `jit` and closed calls; `jax.checkpoint` (its operations keep the mark, and are wrapped
-  again when they run);
-a `scan` over layers, that is a scan whose scanned inputs are parameters, one iteration a time.
-Never opened: `cond`, `while`, scans over data, and, where gradients may be taken, `custom_jvp` and
-`custom_vjp` (that would change them).
+Inlined: `jit` and closed calls; `jax.checkpoint`, whose operations keep a mark; and scans over
+layers, that is scans whose scanned inputs are weights, iteration by iteration. Kept as one
+operation: `while`, scans over data and, depending on the `FlattenPolicy`, `cond` and custom
+derivative rules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -26,16 +26,38 @@ from layerwise_jax.trace.stacked import LayerSlices, leading_spans
 FROM_WEIGHTS, FROM_INPUTS = 1, 2
 
 
-def flatten(jaxpr: Jaxpr, num_weight_leaves: int, *, is_differentiable: bool = True) -> Program:
-    """The flat program of a jaxpr whose first `num_weight_leaves` inputs are parameters.
+@dataclass(frozen=True)
+class FlattenPolicy:
+    """Choice of the equations to inline beyond calls and scans over layers.
 
-    A leaf that is used only in slices along its first axis becomes one weight a slice, so that a
-    stage need not hold the others; a leaf that is used whole anywhere stays whole. Without
-    `is_differentiable` the derivative rules of custom functions are dropped, and these opened too.
+    Attributes:
+      is_differentiable: gradients are taken of the program, so custom derivative rules and
+        `jax.checkpoint` keep their meaning. Otherwise both are inlined without a mark, and slices
+        of arrays that the program stacks are the stacked values.
+      inlines_branches: both branches of a `cond` are inlined, followed by a selection.
+      inlines_placed_calls: `jit` calls with shardings are inlined, dropping the shardings.
+    """
+
+    is_differentiable: bool = True
+    inlines_branches: bool = False
+    inlines_placed_calls: bool = False
+
+
+FOR_GRADIENTS = FlattenPolicy()
+FORWARD_ONLY = FlattenPolicy(is_differentiable=False)
+OPTIMIZER = FlattenPolicy(is_differentiable=False, inlines_branches=True, inlines_placed_calls=True)
+"""Optimizers are cut leaf by leaf, so no operation may hide the leaves that it combines."""
+
+
+def flatten(jaxpr: Jaxpr, num_weight_leaves: int, policy: FlattenPolicy = FOR_GRADIENTS) -> Program:
+    """Flat program of a jaxpr whose first `num_weight_leaves` inputs are parameters.
+
+    A leaf that is read only in slices along its first axis becomes one weight per slice, so that a
+    stage holds only its own slices. A leaf that any operation reads whole stays one weight.
     """
     sliceable = frozenset(range(num_weight_leaves))
     while True:
-        flattener = _Flattener(sliceable, is_differentiable)
+        flattener = _Flattener(sliceable, policy)
         program = flattener.flatten(jaxpr, num_weight_leaves)
         held: dict[int, list[Weight]] = {}
         for weight in program.weights.values():
@@ -47,7 +69,7 @@ def flatten(jaxpr: Jaxpr, num_weight_leaves: int, *, is_differentiable: bool = T
 
 
 def source_flags(program: Program) -> list[int]:
-    """For each value: does it come from weights, from inputs, or both (a bit mask)."""
+    """Bit mask of every value: FROM_WEIGHTS, FROM_INPUTS, both, or 0 for constants."""
     flags = [0] * len(program.avals)
     for value in program.weights:
         flags[value] = FROM_WEIGHTS
@@ -63,18 +85,25 @@ def source_flags(program: Program) -> list[int]:
 
 
 def _are_disjoint(weights: Sequence[Weight]) -> bool:
-    """Whether no row of a leaf is in two of its weights."""
+    """Whether the slices of a leaf do not overlap."""
     in_order = sorted(weights, key=lambda weight: weight.start or 0)
     return all(a.stop is not None and a.stop <= (b.start or 0) for a, b in pairwise(in_order))
 
 
 class _Flattener:
-    """Walks a jaxpr once: env, read, write, one loop."""
+    """One pass over a jaxpr that emits operations and inlines nested jaxprs.
 
-    def __init__(self, sliceable: frozenset[int], is_differentiable: bool):
+    Attributes:
+      sliceable: leaves that may become one weight per slice.
+      slices: value of every slice (start, stop) that is read, by leaf.
+      casts: the convert_element_type operation of every cast value, so that slices of a cast leaf
+        are cast slices.
+    """
+
+    def __init__(self, sliceable: frozenset[int], policy: FlattenPolicy):
         self.sliceable = sliceable
-        self.is_differentiable = is_differentiable
-        self.opened = CALLS | (frozenset() if is_differentiable else CUSTOM_RULES)
+        self.policy = policy
+        self.inlined = CALLS if policy.is_differentiable else CALLS | CUSTOM_RULES | REMATS
         self.ops: list[Op] = []
         self.avals: list[Any] = []
         self.flags: list[int] = []
@@ -106,8 +135,9 @@ class _Flattener:
         )
 
     def _placed_weights(self, ops: Sequence[Op], outputs: Sequence[Operand]) -> dict[Value, Weight]:
-        """Every leaf whole, or in the slices that are used and those between them, so that it can
-        be put together.
+        """Weights by value: each leaf whole, or as the slices that are read and the gaps between.
+
+        The gaps are weights too, so that the leaf can be gathered again.
         """
         placed = {}
         used = {x for op in ops for x in op.values} | {
@@ -126,7 +156,8 @@ class _Flattener:
 
     def _gaps(self, leaf: int, spans: list[tuple[int, int]]) -> dict[Value, Weight]:
         length = self.avals[self.leaf_values[leaf]].shape[0]
-        stops, starts = [0] + [stop for _, stop in spans], [start for start, _ in spans] + [length]
+        stops = [0, *(stop for _, stop in spans)]
+        starts = [*(start for start, _ in spans), length]
         holes = [(stop, start) for stop, start in zip(stops, starts, strict=True) if stop < start]
         return {self._rows_value(leaf, *hole): Weight(leaf, *hole) for hole in holes}
 
@@ -148,34 +179,34 @@ class _Flattener:
 
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
-            env.update(zip(eqn.outvars, self.open(eqn, operands, remats), strict=True))
+            env.update(zip(eqn.outvars, self.inline_or_emit(eqn, operands, remats), strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     def constant(self, const: Any, aval: Any) -> Value:
         if isinstance(const, Tracer):
             raise ValueError(
-                f"The function closes over a traced array ({aval}); a stage's program must know "
-                "all that it reads. "
-                "Pass that array as a parameter or as an input."
+                f"The function must not close over a traced array, got one of type {aval}. "
+                "Pass the array as a parameter or as an input."
             )
         value = self.value(aval)
         self.constants[value] = const
         return value
 
-    def open(
+    def inline_or_emit(
         self, eqn: JaxprEqn, operands: list[Operand], remats: tuple[Remat, ...]
     ) -> Sequence[Operand]:
-        """The values of an equation's results: by opening it, or by one operation of the
-        program.
-        """
+        """Values of an equation's results, after inlining it or emitting it as one operation."""
         name = eqn.primitive.name
-        if name in self.opened and not _names_devices(eqn):
+        keeps_placement = not self.policy.inlines_placed_calls and _names_devices(eqn)
+        if name in self.inlined and not keeps_placement:
             return self.run(_jax.inner_jaxpr(eqn), operands, remats)
         if name in REMATS and not eqn.params["differentiated"]:
             remat = Remat(eqn.params["policy"], eqn.params["prevent_cse"])
             return self.run(_jax.inner_jaxpr(eqn), operands, (*remats, remat))
+        if name == "cond" and self.policy.inlines_branches and not eqn.effects:
+            return self._inline_branches(eqn, operands, remats)
         if name == "scan" and self._scans_layers(eqn, operands):
-            return self._open_scan(eqn, operands, remats)
+            return self._inline_scan(eqn, operands, remats)
         rows = self._rows_taken(eqn, operands, remats)
         return self.emit(eqn, operands, remats) if rows is None else rows
 
@@ -190,14 +221,14 @@ class _Flattener:
         self.ops.append(op)
         if op.name == "convert_element_type":
             self.casts[results[0]] = op
-        if not self.is_differentiable:
+        if not self.policy.is_differentiable:
             self.stacked.note(op)
         return list(results)
 
     def replay(
         self, fn: Callable, operands: Sequence[Operand], remats: tuple[Remat, ...]
     ) -> list[Operand]:
-        """Add the operations of a small function of our own, applied to `operands`."""
+        """Emit the operations of a small JAX function applied to `operands`."""
         avals = [x.aval if isinstance(x, Literal) else self.avals[x] for x in operands]
         return self.run(jax.make_jaxpr(fn)(*avals), operands, remats)
 
@@ -206,17 +237,20 @@ class _Flattener:
         flags = [0 if isinstance(x, Literal) else self.flags[x] for x in scanned]
         return any(flag == FROM_WEIGHTS for flag in flags) and not _jax.inner_jaxpr(eqn).effects
 
-    def _open_scan(
+    def _inline_scan(
         self, eqn: JaxprEqn, operands: list[Operand], remats: tuple[Remat, ...]
     ) -> list[Operand]:
+        """Iterations of a scan one after the other; outputs are stacked along a new first axis."""
         consts, carry, scanned = _jax.scan_parts(eqn, operands)
-        length, body = eqn.params["length"], _jax.inner_jaxpr(eqn)
+        length = eqn.params["length"]
+        body = _jax.inner_jaxpr(eqn)
         order = range(length - 1, -1, -1) if eqn.params["reverse"] else range(length)
         collected: dict[int, list[Operand]] = {}
         for i in order:
             rows = [self._row(x, i, remats) for x in scanned]
             results = self.run(body, [*consts, *carry, *rows], remats)
-            carry, collected[i] = results[: len(carry)], results[len(carry) :]
+            collected[i] = results[len(carry) :]
+            carry = results[: len(carry)]
         stacked = [
             self.replay(
                 lambda *rows: jnp.stack(rows), [collected[i][j] for i in range(length)], remats
@@ -225,7 +259,27 @@ class _Flattener:
         ]
         return [*carry, *stacked]
 
+    def _inline_branches(
+        self, eqn: JaxprEqn, operands: list[Operand], remats: tuple[Remat, ...]
+    ) -> list[Operand]:
+        """Results of a cond: all branches, then a selection of each result by the index."""
+        index, *args = operands
+        branches = eqn.params["branches"]
+        if isinstance(index, Literal):
+            taken = int(np.clip(int(index.val), 0, len(branches) - 1))
+            return self.run(branches[taken], args, remats)
+        results = [self.run(branch, args, remats) for branch in branches]
+
+        def select(index: Any, *options: Any) -> Any:
+            return jax.lax.select_n(index if len(options) > 2 else index > 0, *options)
+
+        return [
+            self.replay(select, [index, *options], remats)[0]
+            for options in zip(*results, strict=True)
+        ]
+
     def _row(self, operand: Operand, i: int, remats: tuple[Remat, ...]) -> Operand:
+        """Slice i of an operand's first axis, without that axis."""
         if (rows := self.stacked.rows(operand)) is not None:
             return rows[i]
         view = self._rows_of(operand, i, i + 1)
@@ -237,10 +291,12 @@ class _Flattener:
     def _rows_taken(
         self, eqn: JaxprEqn, operands: list[Operand], remats: tuple[Remat, ...]
     ) -> Sequence[Operand] | None:
-        """Rows of a parameter leaf, or of what was stacked, where an equation takes such; None
-        where it does not.
+        """Results of an equation that slices a parameter leaf or an array stacked here; else None.
+
+        The results are the slices' own values, so that nothing reads the whole array.
         """
-        name, spans = eqn.primitive.name, leading_spans(eqn) or []
+        name = eqn.primitive.name
+        spans = leading_spans(eqn) or []
         if name == "squeeze" and eqn.params["dimensions"] == (0,):
             row = self.stacked.row_in(operands[0])
             return None if row is None else [row]
@@ -256,8 +312,9 @@ class _Flattener:
         return [view for view in views if view is not None] if views and None not in views else None
 
     def _rows_of(self, operand: Operand, start: int, stop: int) -> Value | None:
-        """The rows of a parameter leaf, of rows of one, or of a cast of either (the cast then
-        follows the slice).
+        """Value of the slices [start, stop) of a parameter leaf, or of a cast of one; else None.
+
+        A cast leaf is sliced first and cast afterwards.
         """
         if isinstance(operand, Literal):
             return None
@@ -293,13 +350,13 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _names_devices(eqn: JaxprEqn) -> bool:
-    """Whether a nested jit fixes where its arguments or results live."""
+    """Whether a nested jit has shardings for its arguments or results."""
     shardings = (*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ()))
     return any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)
 
 
 def without_dead_code(ops: Sequence[Op], outputs: Sequence[Operand]) -> list[Op]:
-    """Drop operations whose results nothing uses and that have no effect."""
+    """Operations that an output or an effect depends on, in order."""
     used = {x for x in outputs if not isinstance(x, Literal)}
     kept = []
     for op in reversed(ops):

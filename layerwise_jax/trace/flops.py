@@ -1,7 +1,6 @@
-"""Count what a traced program computes and moves, with every loop body counted as often as it runs.
+"""FLOPs and memory traffic of a jaxpr, with loop bodies counted once per iteration.
 
-XLA's own `cost_analysis` counts the body of a loop once and is empty for a device that is not
-there, so it is not used.
+XLA's `cost_analysis` counts a loop body once and gives nothing for absent devices.
 """
 
 from __future__ import annotations
@@ -34,15 +33,14 @@ ONE_JAXPR = CALLS | REMATS | {"custom_jvp_call"}
 
 @dataclass(frozen=True)
 class Work:
-    """What a program does.
+    """Work of a program.
 
     Attributes:
-      flops: floating-point operations (a multiply-add is two).
-      bytes_accessed: bytes read and written by the operations that XLA does not fuse away
-        (products, convolutions, reductions, gathers, scatters, sorts).
-      uncounted: operations whose work is not known, in the order in which they are met: calls of
-        libraries and kernels (counted as their arguments read and results written), and loops whose
-        number of turns is not known before they run (counted as one turn).
+      flops: floating-point operations; a multiply-add is two.
+      bytes_accessed: bytes read and written by operations that XLA does not fuse: products,
+        convolutions, reductions, gathers, scatters, sorts.
+      uncounted: names of operations with unknown work, in order. Library and kernel calls count as
+        their operands read and results written; loops of unknown length count as one iteration.
     """
 
     flops: float = 0.0
@@ -60,7 +58,7 @@ class Work:
         return Work(self.flops * repeats, self.bytes_accessed * repeats, self.uncounted)
 
     def __or__(self, other: Work) -> Work:
-        """Either of the two: the larger in each respect."""
+        """Work of a choice between two programs: the larger of each number."""
         return Work(
             max(self.flops, other.flops),
             max(self.bytes_accessed, other.bytes_accessed),
@@ -69,14 +67,15 @@ class Work:
 
 
 def count_work(jaxpr: Any) -> Work:
-    """The work of a jaxpr (closed or not) on one device.
+    """Work of a jaxpr, closed or not, on one device.
 
-    Inputs are read and outputs written at least once, but of an input that is only looked up in (an
-    embedding table) just the rows. What no output depends on is left out, as XLA leaves it out. A
-    `shard_map` counts as one device's share, a `cond` as the larger branch in each respect.
+    Inputs are read and outputs written at least once; an embedding table that is only looked up
+    counts the rows read. Equations that no output depends on are not counted. A `shard_map` counts
+    one device's share, a `cond` the larger branch.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    work, whole = _body(jaxpr), _read_whole(jaxpr)
+    work = _body(jaxpr)
+    whole = _read_whole(jaxpr)
     boundary = sum(_nbytes(x) for i, x in enumerate(jaxpr.invars) if i in whole) + sum(
         map(_nbytes, jaxpr.outvars)
     )
@@ -88,7 +87,7 @@ def _body(jaxpr: Any) -> Work:
 
 
 def _live_equations(jaxpr: Any) -> list[Any]:
-    """The equations that an output or an effect depends on."""
+    """Equations that an output or an effect depends on."""
     needed = {id(x) for x in jaxpr.outvars}
     live = []
     for eqn in reversed(jaxpr.eqns):
@@ -99,7 +98,7 @@ def _live_equations(jaxpr: Any) -> list[Any]:
 
 
 def _read_whole(jaxpr: Any) -> set[int]:
-    """The positions of the inputs that some operation reads more of than rows."""
+    """Positions of the inputs that some operation reads other than by slices."""
     whole: set[int] = set()
     for eqn in _live_equations(getattr(jaxpr, "jaxpr", jaxpr)):
         inner = [each for each in _jaxprs(eqn.params.values()) if eqn.primitive.name in ONE_JAXPR]
@@ -142,22 +141,21 @@ def _dot(eqn: Any) -> Work:
 
 
 def _ragged_dot(eqn: Any) -> Work:
-    """Rows in groups, each against its group's matrix: a row meets one matrix, however many there
-    are.
-    """
+    """Grouped product: each row is multiplied by the matrix of its group only."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (contracted, _), _ = numbers.dot_dimension_numbers
     rows, groups = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     ragged_contraction = set(numbers.lhs_ragged_dimensions) & set(contracted)
     summed = math.prod(rows[i] for i in contracted)
-    # Where the groups part the summed dimension, each group's result sums its own share only.
+    # Groups along the contracted dimension: each group sums its own part of it.
     results = math.prod(groups[1:]) if ragged_contraction else math.prod(groups)
     return Work(2.0 * results * summed, _traffic(eqn))
 
 
 def _convolution(eqn: Any) -> Work:
-    """Each output element sums over the kernel; zeros that dilation puts between inputs cost
-    nothing, padding does.
+    """Convolution: each output element sums over the kernel.
+
+    Zeros inserted by input dilation are not counted; padding is.
     """
     kernel = eqn.invars[1].aval.shape
     summed = math.prod(kernel) / max(1, kernel[eqn.params["dimension_numbers"].rhs_spec[0]])
@@ -194,7 +192,7 @@ def _cond(eqn: Any) -> Work:
 
 
 def _opaque(eqn: Any) -> Work:
-    """What the call says of itself, as Pallas kernels may; else its traffic alone."""
+    """Cost estimate that the call carries, as Pallas kernels may; else its traffic."""
     estimate = eqn.params.get("cost_estimate")
     if estimate is not None:
         return Work(float(estimate.flops), float(estimate.bytes_accessed))
@@ -215,7 +213,7 @@ _RULES: dict[str, Callable[[Any], Work]] = {
 
 
 def _jaxprs(values: Any) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters, in tuples too."""
+    """Jaxprs among parameters, also inside tuples and lists."""
     for value in values:
         if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
             yield value
@@ -236,6 +234,6 @@ def _traffic(eqn: Any) -> float:
 
 
 def _nbytes(x: Any) -> float:
-    """Bytes of an array; tokens have none."""
+    """Bytes of an array; 0 for tokens."""
     dtype = getattr(x.aval, "dtype", None)
     return 0.0 if dtype is None else _elements(x) * dtype.itemsize

@@ -1,10 +1,8 @@
-"""Find the layers of a program.
+"""Layer search: splits the pinned operations of a program into layers.
 
-No annotation is needed. The operations that meet both parameters and data are walked in the order
-of the trace; each belongs to the module whose parameters it reads, and between the last use of one
-module's parameters and the first use of the next's the program is cut where the fewest bytes are
-alive. Operations that meet no data, or no parameters (masks, casts, keys), have no place of their
-own: they go with whatever uses them.
+No annotation is needed. Pinned operations are visited in trace order. Each belongs to the module
+whose parameters it reads. Between the last use of one module's parameters and the first use of the
+next module's, the program is cut where the fewest bytes are alive.
 """
 
 from __future__ import annotations
@@ -24,47 +22,50 @@ WeightsOf = Mapping[Value, frozenset[Weight]]
 
 @dataclass(frozen=True)
 class Layer:
-    """A run of anchored operations: `program.ops[i]` for i in `anchors`."""
+    """Layer: its name and its run of pinned operations, `program.ops[i]` for i in `pinned`."""
 
     name: str
-    anchors: tuple[int, ...]
+    pinned: tuple[int, ...]
 
 
 def find_layers(program: Program, modules: Sequence[Module | None]) -> tuple[Layer, ...]:
-    """The layers of a program, given the module of every parameter leaf; None for state, which
-    belongs to its user.
+    """Layers of a program.
+
+    Args:
+      program: the program.
+      modules: the module of every parameter leaf; None for state, which belongs to the layer that
+        reads it.
     """
-    anchors, weights_of = pinned_ops(program), _weights_behind(program)
-    runs = _runs_of_modules(program, anchors, modules, weights_of)
+    pinned = pinned_ops(program)
+    weights_of = _weights_behind(program)
+    runs = _runs_of_modules(program, pinned, modules, weights_of)
     if not runs:
         return ()
-    widths, parted = (
-        live_bytes(program, anchors),
-        _positions_that_part_state(program, anchors, modules, weights_of),
-    )
+    widths = live_bytes(program, pinned)  # [len(pinned) + 1]
+    parted = _positions_that_part_state(program, pinned, modules, weights_of)
     starts = [0]
     for (_, _, last), (_, first, _) in pairwise(runs):
         candidates = range(last + 1, first + 1)
         starts.append(
             min(candidates, key=lambda position: (position in parted, widths[position], -position))
         )
-    stops = [*starts[1:], len(anchors)]
+    stops = [*starts[1:], len(pinned)]
     names = _unique([name for name, _, _ in runs])
     return tuple(
-        Layer(name, tuple(anchors[start:stop]))
+        Layer(name, tuple(pinned[start:stop]))
         for name, start, stop in zip(names, starts, stops, strict=True)
     )
 
 
 def _positions_that_part_state(
     program: Program,
-    anchors: Sequence[int],
+    pinned: Sequence[int],
     modules: Sequence[Module | None],
     weights_of: WeightsOf,
 ) -> set[int]:
-    """The positions at which a cut would leave uses of one leaf of state on both sides."""
+    """Boundaries at which a cut would separate two uses of one leaf of state."""
     uses: dict[Weight, list[int]] = {}
-    for position, i in enumerate(anchors):
+    for position, i in enumerate(pinned):
         for weight in set().union(*(weights_of.get(x, frozenset()) for x in program.ops[i].values)):
             if modules[weight.leaf] is None:
                 uses.setdefault(weight, []).append(position)
@@ -73,17 +74,18 @@ def _positions_that_part_state(
 
 def _runs_of_modules(
     program: Program,
-    anchors: Sequence[int],
+    pinned: Sequence[int],
     modules: Sequence[Module | None],
     weights_of: WeightsOf,
 ) -> list[tuple[str, int, int]]:
-    """(module, first, last): maximal runs of anchored positions that read one module's
-    parameters.
+    """Runs of pinned positions that read one module's parameters, as (name, first, last).
+
+    A module that is used again after a contraction with the same weights starts another run.
     """
     with_state = _contractions_with_state(program, weights_of, modules)
     runs: list[tuple[str, int, int]] = []
     contracted: set[Weight] = set()
-    for position, i in enumerate(anchors):
+    for position, i in enumerate(pinned):
         op = program.ops[i]
         behind = set().union(*(weights_of.get(x, frozenset()) for x in op.values))
         weights = {weight for weight in behind if modules[weight.leaf] is not None}
@@ -108,8 +110,9 @@ def _runs_of_modules(
 def _contractions_with_state(
     program: Program, weights_of: WeightsOf, modules: Sequence[Module | None]
 ) -> set[Value]:
-    """What comes from contractions of weights with state, which meet no data: a recurrent layer may
-    begin with one.
+    """Values computed by contractions of weights with state, without inputs.
+
+    A recurrent layer may begin with such a contraction, which is then its first use.
     """
     found: set[Value] = set()
     for op in program.ops:
@@ -122,7 +125,7 @@ def _contractions_with_state(
 
 
 def _weights_behind(program: Program) -> WeightsOf:
-    """For every value that comes from weights alone: which."""
+    """Weights that every value depends on, for values that depend on weights only."""
     flags = source_flags(program)
     behind = {value: frozenset([weight]) for value, weight in program.weights.items()}
     for op in program.ops:
@@ -133,7 +136,7 @@ def _weights_behind(program: Program) -> WeightsOf:
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    """Names told apart where a module is used more than once."""
+    """Names with `(use n)` appended where a module is used more than once."""
     seen: dict[str, int] = {}
     result = []
     for name in names:

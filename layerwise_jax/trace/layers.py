@@ -1,4 +1,4 @@
-"""A traced function as a sequence of layers."""
+"""Layer sequence of a traced function."""
 
 from __future__ import annotations
 
@@ -49,20 +49,21 @@ class Signature:
 
     @property
     def params_names(self) -> tuple[str, ...]:
-        """The path of every parameter, as JAX prints it."""
+        """Path of every parameter leaf as `jax.tree_util.keystr` prints it."""
         return tuple(jax.tree_util.keystr(path) for path in self.params_paths)
 
 
 @dataclass(frozen=True, eq=False)
 class LayerSequence:
-    """A traced function as layers in order; calling it runs them one after the other, operation by
-    operation.
+    """Traced function as an ordered sequence of layers.
+
+    Calling it runs the traced operations one by one and returns what `fn` returns.
 
     Attributes:
-      fn: the function that was traced, `fn(params, *inputs)`.
-      program: its flat program, at the shapes it was traced with.
-      layers: contiguous runs that together hold every anchored operation once.
-      signature: trees and types of what goes in and comes out.
+      fn: the traced function, `fn(params, *inputs)`.
+      program: its flat program at the traced shapes.
+      layers: contiguous runs of pinned operations; each pinned operation is in one layer.
+      signature: trees and types of parameters, inputs and outputs.
     """
 
     fn: Callable[..., Any]
@@ -71,17 +72,18 @@ class LayerSequence:
     signature: Signature
 
     def __call__(self, params: Any, *inputs: Any) -> Any:
-        """`fn(params, *inputs)`, evaluated layer by layer.
+        """`fn(params, *inputs)`, operation by operation.
 
         Raises:
-          ValueError: the trees of parameters or inputs are not the traced ones.
+          ValueError: parameters or inputs have another tree than the traced ones.
         """
         program = self.program
-        came = jax.tree.structure(params), jax.tree.structure(inputs)
-        wanted = self.signature.params_tree, self.signature.inputs_tree
-        if came != wanted:
+        given = jax.tree.structure(params), jax.tree.structure(inputs)
+        traced = self.signature.params_tree, self.signature.inputs_tree
+        if given != traced:
             raise ValueError(
-                f"The layers were traced with parameters and inputs {wanted}; these are {came}."
+                f"params and inputs must have the traced trees {traced[0]} and {traced[1]}, got "
+                f"{given[0]} and {given[1]}. Pass what trace_layers was given."
             )
         leaves = jax.tree.leaves(params)
         env = dict(program.constants)
@@ -92,7 +94,7 @@ class LayerSequence:
         return self.signature.outputs(evaluate(program.ops, env, program.outputs))
 
     def with_program(self, program: Program) -> LayerSequence:
-        """The same layers over a program whose operations are the same ones in the same places."""
+        """These layers over a program with the same operations at the same positions."""
         assert len(program.ops) == len(self.program.ops)
         return replace(self, program=program)
 
@@ -105,17 +107,15 @@ class LayerSequence:
 
     @cached_property
     def boundary_bytes(self) -> tuple[int, ...]:
-        """Bytes alive at each boundary 0..n between layers (both ends are 0): what a cut there
-        would send.
-        """
-        widths = live_bytes(self.program, [i for layer in self.layers for i in layer.anchors])
-        ends = np.cumsum([0] + [len(layer.anchors) for layer in self.layers])
+        """Bytes sent if the function is cut at each of the n + 1 boundaries; 0 at both ends."""
+        widths = live_bytes(self.program, [i for layer in self.layers for i in layer.pinned])
+        ends = np.cumsum([0] + [len(layer.pinned) for layer in self.layers])
         return tuple(widths[end] for end in ends)
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.names)
         rows = [
-            f"{name:{width}}  {len(layer.anchors):4} operations  {cut:>12,} bytes out"
+            f"{name:{width}}  {len(layer.pinned):4} operations  {cut:>12,} bytes out"
             for name, layer, cut in zip(
                 self.names, self.layers, self.boundary_bytes[1:], strict=True
             )
@@ -127,13 +127,13 @@ def trace_layers(fn: Callable[..., Any], params: Any, *inputs: Any) -> LayerSequ
     """Trace `fn(params, *inputs)` and find its layers.
 
     Args:
-      fn: any JAX function of a tree of parameters and inputs: a Flax model's `apply`, or plain JAX.
-      params: the parameters, as arrays or `jax.ShapeDtypeStruct`; nothing is computed.
-      *inputs: one microbatch of inputs, likewise.
+      fn: JAX function of a tree of parameters and of inputs, such as a Flax model's `apply`.
+      params: parameters as arrays or `jax.ShapeDtypeStruct`; nothing is computed.
+      *inputs: inputs of one microbatch, as arrays or `jax.ShapeDtypeStruct`.
 
     Raises:
-      ValueError: the function reads no parameter in any operation on its inputs (there is nothing
-        to stage), returns nothing, or closes over a traced array.
+      ValueError: no operation reads both a parameter and an input, the function returns nothing, or
+        it closes over a traced array.
     """
     paths, leaves, params_tree = _jax.key_paths(params)
     input_leaves, inputs_tree = jax.tree.flatten(inputs)
@@ -156,8 +156,8 @@ def trace_layers(fn: Callable[..., Any], params: Any, *inputs: Any) -> LayerSequ
     layers = find_layers(program, modules_of([path_names(path) for path in paths]))
     if not layers or not outputs_tree.num_leaves:
         raise ValueError(
-            "The function has no layer: no operation on its inputs reads a parameter. "
-            "Give the model's parameters as the first argument, and return what is computed from "
-            "them."
+            "fn must have an operation that reads both a parameter and an input, and an output, "
+            f"got {len(program.ops)} operations and {outputs_tree.num_leaves} outputs. Pass the "
+            "model's parameters as the first argument, and return what is computed from them."
         )
     return LayerSequence(mutating if mutating and mutated else fn, program, layers, signature)

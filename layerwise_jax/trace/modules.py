@@ -1,10 +1,8 @@
-"""Which parameters belong together: the modules of a model, read off the paths of its parameter
-tree.
+"""Module of every parameter leaf, found from the paths of the parameter tree.
 
-A layer is what people call a layer: one element of a repeated family (`Block_3`, `layers[3]`), or a
-module that stands alone (`embed`, `head`). Containers (the root, `encoder`, a list of blocks) are
-opened, elements of a family are not, unless they are themselves lists of blocks (the stages of a
-ResNet).
+A module is an element of a repeated family (`Block_3`, `layers[3]`) or a single module (`embed`,
+`head`). Containers (the root, `encoder`, a list of blocks) are split into their children. Elements
+of a family are not, unless they are lists of blocks themselves (the stages of a ResNet).
 """
 
 from __future__ import annotations
@@ -19,9 +17,7 @@ WRAPPERS = ("value", "raw_value")
 
 @dataclass(frozen=True)
 class Module:
-    """A module's name, and whether it is no module but a bare array (a bias, a table of
-    positions).
-    """
+    """Module: its name, and whether it is a bare array (a bias, a position table)."""
 
     name: str
     is_bare: bool
@@ -43,7 +39,7 @@ class _Node:
 
 
 def path_names(path: Sequence[Any]) -> tuple[str, ...]:
-    """A key path of `jax.tree_util` as names; flax's variable wrappers are left out."""
+    """Names along a key path of `jax.tree_util`, without Flax's variable wrappers."""
     names = [
         str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path
     ]
@@ -53,14 +49,13 @@ def path_names(path: Sequence[Any]) -> tuple[str, ...]:
 
 
 def modules_of(paths: Sequence[tuple[str, ...]]) -> list[Module]:
-    """The module that every parameter leaf belongs to.
+    """Module of every parameter leaf.
 
     Args:
-      paths: the names on the way to each leaf, as `path_names` gives them.
+      paths: names along the path to each leaf, from `path_names`.
 
     Returns:
-      A module a leaf, its name with `/` between the parts and without the prefix that all leaves
-      share.
+      One module per leaf. Names have `/` between parts and no prefix shared by all leaves.
     """
     root = _Node()
     for leaf, path in enumerate(_without_collections(paths)):
@@ -77,11 +72,10 @@ def modules_of(paths: Sequence[tuple[str, ...]]) -> list[Module]:
 
 
 def _without_collections(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Drop the first name where it is a collection: parts of one tree side by side, as {params,
-    batch_stats}.
+    """Paths without their first name where that is a collection, as in {params, batch_stats}.
 
-    Each collection holds leaves of its own; modules side by side, as {encoder, decoder}, hold
-    leaves of the same names.
+    Collections hold different leaves of the same modules. Modules side by side, as in {encoder,
+    decoder}, hold leaves of the same names and keep their first name.
     """
     below: dict[str, set[str]] = {}
     for path in paths:
@@ -115,9 +109,10 @@ def _assign(
 
 
 def _opens(node: _Node, is_element: bool) -> bool:
-    """Whether a node below the root is a container.
+    """Whether a node below the root is a container, to be split into its children.
 
-    An element that holds a list besides other modules (a block with attention and experts) is none.
+    A family's element that holds a list beside other modules (a block with attention and experts)
+    is not a container.
     """
     if not is_element:
         return node.is_list_of_arrays or _holds_family(node)
@@ -136,7 +131,7 @@ def _is_list_of_blocks(node: _Node) -> bool:
 
 
 def _holds_family(node: _Node) -> bool:
-    """Whether a node, or a lone module below it, is a list of modules of one kind."""
+    """Whether a node, or an only child below it, is a list of modules of one family."""
     families = _families(node)
     modules = {name: child for name, child in node.children.items() if child.children}
     if len(modules) > 1 and len({_stem(name) for name in modules}) == 1:
@@ -150,7 +145,7 @@ def _holds_family(node: _Node) -> bool:
 
 
 def _families(node: _Node) -> dict[str, int]:
-    """How many children share each stem (a name without its number)."""
+    """Number of children per stem (a name without its number)."""
     counts: dict[str, int] = {}
     for name, child in node.children.items():
         if child.children:

@@ -1,4 +1,8 @@
-"""Which operations of a program have a place of their own, and which go with whatever uses them."""
+"""Pinned and free operations of a program.
+
+A pinned operation runs in exactly one stage. A free operation is recomputed in every stage that
+needs its result: it reads weights only or inputs only (masks, casts, keys), and it is cheap.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,14 @@ from layerwise_jax.trace.program import Program, Value, nbytes
 
 
 def pinned_ops(program: Program) -> list[int]:
-    """Positions of the operations that stay where the trace put them; all others go with their
-    users.
+    """Positions of the operations that run in one stage only, in trace order.
 
-    Anchored is what meets both parameters and data, what is too costly to repeat, what has an
-    effect, and what depends on any of these.
+    Pinned are operations that read both weights and inputs, expensive operations on inputs,
+    operations with effects, and all operations that depend on a pinned one.
     """
     flags = source_flags(program)
-    anchored, made = [], set()
+    pinned: list[int] = []
+    made: set[Value] = set()  # results of pinned operations
     for i, op in enumerate(program.ops):
         flag = 0
         for x in op.values:
@@ -33,22 +37,23 @@ def pinned_ops(program: Program) -> list[int]:
             or op.eqn.effects
             or made.intersection(op.values)
         ):
-            anchored.append(i)
+            pinned.append(i)
             made.update(op.results)
-    return anchored
+    return pinned
 
 
-def live_bytes(program: Program, anchors: Sequence[int]) -> list[int]:
-    """Bytes alive before each anchored operation, and after the last: values made by one and used
-    by a later one.
+def live_bytes(program: Program, pinned: Sequence[int]) -> list[int]:
+    """Bytes of the values alive at each of the len(pinned) + 1 boundaries of pinned operations.
+
+    Alive is what an earlier pinned operation computes and a later one reads.
     """
-    last_use: dict[Value, tuple[int, int]] = {}
-    for position, i in enumerate(anchors):
+    last_use: dict[Value, tuple[int, int]] = {}  # (position of producer, of last reader)
+    for position, i in enumerate(pinned):
         last_use.update(dict.fromkeys(program.ops[i].results, (position, position)))
         for x in program.ops[i].values:
             if x in last_use:
                 last_use[x] = (last_use[x][0], position)
-    change = np.zeros(len(anchors) + 1, dtype=np.int64)
+    change = np.zeros(len(pinned) + 1, dtype=np.int64)  # bytes added at each boundary
     for x, (made, used) in last_use.items():
         if used > made:
             change[made + 1] += nbytes(program.avals[x])
@@ -57,12 +62,12 @@ def live_bytes(program: Program, anchors: Sequence[int]) -> list[int]:
 
 
 def free_ops_behind(program: Program, operands: Sequence[Any], free: dict[Value, int]) -> set[int]:
-    """Positions of the unanchored operations that `operands` depend on.
+    """Positions of the free operations that `operands` depend on.
 
     Args:
       program: the program.
       operands: values or literals.
-      free: the position of the unanchored operation that makes each value.
+      free: position of the free operation that computes each value.
     """
     found: set[int] = set()
     stack = [x for x in operands if not isinstance(x, Literal)]
@@ -74,7 +79,7 @@ def free_ops_behind(program: Program, operands: Sequence[Any], free: dict[Value,
     return found
 
 
-def free_producers(program: Program, anchors: Sequence[int]) -> dict[Value, int]:
-    """The position of the unanchored operation that makes each value."""
-    anchored = set(anchors)
-    return {x: i for i, op in enumerate(program.ops) if i not in anchored for x in op.results}
+def free_producers(program: Program, pinned: Sequence[int]) -> dict[Value, int]:
+    """Position of the free operation that computes each value."""
+    is_pinned = set(pinned)
+    return {x: i for i, op in enumerate(program.ops) if i not in is_pinned for x in op.results}

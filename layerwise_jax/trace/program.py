@@ -1,10 +1,9 @@
-"""A traced function as a flat list of operations over numbered values.
+"""Flat program of a traced function: a list of operations over numbered values.
 
-A jaxpr hides layers in nested equations (`jit`, `remat`, `scan`). `layerwise_jax.flatten` opens
-those that may be opened; what it yields is a `Program`: operations in the order of the trace, each
-a jaxpr equation whose operands and results are value numbers. Programs are never edited, only read
-and replayed: `evaluate` binds the same primitives with the same parameters, so a replay is the
-traced computation, operation by operation.
+A jaxpr nests layers in equations such as `jit`, `remat` and `scan`. `trace.flatten` inlines them.
+The result is a `Program`: operations in trace order, each a jaxpr equation whose operands and
+results are value numbers. Programs are immutable. `evaluate` binds the same primitives with the
+same parameters, so it repeats the traced computation operation by operation.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ Operand = int | Literal
 
 @dataclass(frozen=True, eq=False)
 class Remat:
-    """One use of `jax.checkpoint` in the traced function: its operations are wrapped again wherever
-    they end up.
+    """Mark of one `jax.checkpoint` call of the traced function.
+
+    `evaluate` wraps the marked operations in `jax.checkpoint` again, in whichever stage they run.
     """
 
     policy: Any
@@ -36,10 +36,10 @@ class Remat:
 
 @dataclass(frozen=True)
 class FullRows:
-    """How an operation that draws by shape (random bits, an iota) is run on one microbatch.
+    """Full-batch form of an operation whose values depend on its shape (random bits, an iota).
 
-    The operation is bound at the full batch (`eqn`), and the microbatch's rows are sliced out along
-    `axis`, so that a row gets the value that it has in the unstaged program.
+    A microbatch binds `eqn`, at the full batch, and slices its own rows along `axis`. Each row then
+    has the value that it has in the unstaged program.
     """
 
     eqn: JaxprEqn
@@ -48,7 +48,15 @@ class FullRows:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One equation of the flattened program."""
+    """Operation of a program: one jaxpr equation with its value numbers.
+
+    Attributes:
+      eqn: the equation; its primitive and parameters are bound again when the operation runs.
+      operands: a value number or a literal for each operand.
+      results: the value number of each result.
+      remats: the `jax.checkpoint` calls around the operation, outermost first.
+      full_rows: the full-batch form, for operations whose values depend on the batch size.
+    """
 
     eqn: JaxprEqn
     operands: tuple[Operand, ...]
@@ -62,16 +70,16 @@ class Op:
 
     @property
     def values(self) -> tuple[Value, ...]:
-        """The operands that are values, not literals."""
+        """Value numbers among the operands; literals are left out."""
         return tuple(x for x in self.operands if not isinstance(x, Literal))
 
 
 @dataclass(frozen=True)
 class Weight:
-    """What is placed as one array: a leaf of the parameters, or the rows [start, stop) of one.
+    """Unit of placement: a parameter leaf, or the slices [start, stop) of its first axis.
 
-    Rows arise where a program uses a stacked leaf slice by slice (a scan over layers, `w[i]` in a
-    loop).
+    Slices occur where a program reads a stacked leaf layer by layer (a scan over layers, or `w[i]`
+    in a Python loop).
     """
 
     leaf: int
@@ -79,21 +87,21 @@ class Weight:
     stop: int | None = None
 
     def of(self, leaf: Any) -> Any:
-        """This weight's part of the leaf's array."""
+        """This weight's part of the leaf's array: the leaf itself, or its slices."""
         return leaf if self.start is None else leaf[self.start : self.stop]
 
 
 @dataclass(frozen=True)
 class Program:
-    """A flattened function of parameters and inputs.
+    """Flat function of parameters and inputs.
 
     Attributes:
-      ops: the operations, in the order of the trace.
-      avals: shape and dtype of every value, by value number.
-      weights: the value of every weight (a leaf or rows of a leaf).
-      inputs: the value of every input leaf.
-      outputs: value or literal of every output leaf.
-      constants: arrays that the function closed over, by value.
+      ops: operations in trace order.
+      avals: shape and dtype of every value, indexed by value number.
+      weights: weight by value number.
+      inputs: value number of every input leaf.
+      outputs: value number or literal of every output leaf.
+      constants: arrays that the function closes over, by value number.
     """
 
     ops: tuple[Op, ...]
@@ -104,16 +112,16 @@ class Program:
     constants: Mapping[Value, Any] = field(default_factory=dict)
 
     def aval(self, operand: Operand) -> Any:
-        """The type of a value or a literal."""
+        """Shape and dtype of a value or a literal."""
         return operand.aval if isinstance(operand, Literal) else self.avals[operand]
 
     def producers(self) -> dict[Value, int]:
-        """The position of the operation that makes each value."""
+        """Position in `ops` of the operation that computes each value."""
         return {value: i for i, op in enumerate(self.ops) for value in op.results}
 
 
 def nbytes(aval: Any) -> int:
-    """Bytes of a value of this shape and dtype (a random key counts its key data)."""
+    """Bytes of a value of this shape and dtype; a random key has the bytes of its key data."""
     if isinstance(aval, AbstractRef):
         return nbytes(aval.inner_aval)
     if is_key(aval):
@@ -125,7 +133,7 @@ def nbytes(aval: Any) -> int:
 
 @dataclass(frozen=True)
 class BatchSlice:
-    """Which rows of the full batch a microbatch is: the `index`-th of the parts of equal size."""
+    """Position of a microbatch in the full batch: part `index` of parts of equal size."""
 
     index: Any
 
@@ -138,14 +146,13 @@ def evaluate(
 ) -> list:
     """Run `ops` in order and return the `wanted` values.
 
-    Operations that the user had under `jax.checkpoint` are run under it again, neighbours of one
-    use together.
+    Neighbouring operations of one `jax.checkpoint` call run under one `jax.checkpoint` again.
 
     Args:
-      ops: operations, each after those that make its operands.
-      env: values known beforehand.
-      wanted: what to return, in order.
-      rows: the microbatch, where an operation needs it.
+      ops: operations, each after the producers of its operands.
+      env: known values by value number: weights, inputs, constants.
+      wanted: values to return, in order.
+      rows: the microbatch that operations with a full-batch form slice; None runs `ops` as traced.
     """
     wanted = list(wanted)
     known = dict(env)
@@ -173,7 +180,7 @@ def _run(op: Op, known: dict[Value, Any], rows: BatchSlice | None) -> None:
         operands = [
             _repeat_to(x, aval.shape, start) for x, aval in zip(operands, full_avals, strict=True)
         ]
-        whole = bind(op.full_rows.eqn, operands)
+        whole = bind(op.full_rows.eqn, operands)  # [.., parts * size, ..]
         results = [lax.dynamic_slice_in_dim(x, start, size, op.full_rows.axis) for x in whole]
     known.update(zip(op.results, results, strict=True))
 
@@ -194,8 +201,9 @@ def _repeat_to(x: Any, shape: Sequence[int], start: Any) -> Any:
 def _remat_groups(
     ops: Sequence[Op], wanted: Sequence[Operand]
 ) -> list[tuple[list[Op], set[Value]]]:
-    """Neighbouring operations of one outermost checkpoint, with the values of each group that are
-    used after it.
+    """Runs of neighbouring operations with the same outermost checkpoint.
+
+    Each run comes with all values that later operations or `wanted` read.
     """
     groups: list[list[Op]] = []
     for op in ops:
@@ -214,6 +222,7 @@ def _run_rematerialised(
 ) -> None:
     """Run a group under its outermost `jax.checkpoint`; inner checkpoints follow by recursion."""
     remat = group[0].remats[0]
+    # Only values that are used after the group leave it: all others are recomputed in backward.
     inner = [Op(op.eqn, op.operands, op.results, op.remats[1:], op.full_rows) for op in group]
     made = [x for op in group for x in op.results]
     reads = list(dict.fromkeys(x for op in group for x in op.values if x not in set(made)))

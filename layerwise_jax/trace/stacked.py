@@ -1,4 +1,4 @@
-"""Rows of arrays that are stacked over layers: which an equation takes, and what was put there."""
+"""Layer slices of stacked arrays: recognises operations that stack values and that slice them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ Span = tuple[int, int]
 
 
 class LayerSlices:
-    """Arrays that a program stacks, and the rows that it takes out of them again."""
+    """Stacked arrays of a program, with the value of each slice.
+
+    A program that stacks new caches and slices them again then reads the values themselves.
+    """
 
     def __init__(self) -> None:
         self._rows: dict[Value, tuple[Operand, ...]] = {}
         self._row_of: dict[Value, Operand] = {}
 
     def note(self, op: Op) -> None:
-        """Remember what an operation stacks; JAX 0.11 has concatenations of arrays of one row for
-        it.
+        """Record the operation if it stacks values along a new first axis.
+
+        JAX 0.12 has a `stack` primitive; JAX 0.11 concatenates arrays of shape (1, ...).
         """
         if op.name == "stack" and op.eqn.params["axis"] == 0:
             self._rows[op.results[0]] = op.operands
@@ -35,17 +39,18 @@ class LayerSlices:
                 self._row_of[op.results[0]] = self._rows[op.values[0]][start]
 
     def rows(self, operand: Operand) -> tuple[Operand, ...] | None:
-        """What was stacked to make an array."""
+        """Values of an array's slices along its first axis; None if it was not stacked here."""
         return None if isinstance(operand, Literal) else self._rows.get(operand)
 
     def row_in(self, operand: Operand) -> Operand | None:
-        """The row of an array that has just this one, if that was there before the array."""
+        """Value of the one slice of an array of shape (1, ...); None if it is not known."""
         return None if isinstance(operand, Literal) else self._row_of.get(operand)
 
 
 def leading_spans(eqn: JaxprEqn) -> list[Span] | None:
-    """(start, stop) in the first axis of every result, where an equation takes whole rows of its
-    first operand.
+    """(start, stop) of every result along the first operand's first axis.
+
+    None for equations that do anything else than slice the first axis.
     """
     name, params = eqn.primitive.name, eqn.params
     if name == "unstack" and params["axis"] == 0:
@@ -68,7 +73,7 @@ def leading_spans(eqn: JaxprEqn) -> list[Span] | None:
 
 
 def _adds_leading_axis(eqn: JaxprEqn) -> bool:
-    """Whether a broadcast makes an array the one row of another."""
+    """Whether a broadcast_in_dim adds an axis of size 1 in front."""
     shape = avals_of(eqn.invars)[0].shape
     axes = tuple(range(1, len(shape) + 1))
     return eqn.params["shape"] == (1, *shape) and eqn.params["broadcast_dimensions"] == axes

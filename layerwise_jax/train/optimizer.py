@@ -1,10 +1,10 @@
-"""optax on placed parameters: row by row what the optimiser does on the user's own tree.
+"""Optax on placed parameters: shard by shard the same update as on the user's own tree.
 
-Run on slots as they are, an optimiser that is not elementwise goes wrong: a global norm counts a
-tied weight once a copy, factored moments and trust ratios see (rows, *shape), masks see other
-paths. So the user's optimiser is traced on the user's tree (`optimizer_program`), cut by leaves,
-and each leaf's part is run on the rows where it lives (`optimizer_rows`), as is its state
-(`optimizer_state`). What no leaf owns, such as a step count or a global norm, is computed once.
+An optimizer that is not elementwise is wrong on slots as they are: a global norm would count tied
+weights once per copy, factored moments and trust ratios would see (shards, *shape), and masks would
+see other paths. So the optimizer is traced on the user's tree (`optimizer_trace`) and cut by leaves
+(`leaf_program`). Each leaf's part runs on the shards that hold it (`slot_update`), and so does its
+state (`state`). Values of no leaf, such as a step count or a global norm, are computed once.
 """
 
 from __future__ import annotations
@@ -34,16 +34,14 @@ ComponentOf = Callable[[Value, Weight], Component | None]
 
 @dataclass(frozen=True, eq=False)
 class StagedOptimizer:
-    """An optimiser of the user's tree that takes and gives placed trees; `init` and `update` make
-    it optax's.
+    """Optax optimizer of placed trees, with optax's `init` and `update`.
 
     Attributes:
-      placement: where the weights live.
-      trainable: for every leaf of the user's parameters, whether it is trained.
-      mesh: the mesh, with an axis `stage`.
-      optimizer: the optimiser of the user's tree, in which leaves that are not trained are
-        `optax.MaskedNode`.
-      shard_over_data: whether state is shared out over the replicas of a mesh axis `data`.
+      placement: placement of the weights.
+      trainable: whether each leaf of the user's parameters is trained.
+      mesh: mesh with an axis `stage`.
+      optimizer: optimizer of the user's tree; untrained leaves are `optax.MaskedNode` there.
+      shard_over_data: whether state is sharded over the replicas of a mesh axis `data`.
     """
 
     placement: Placement
@@ -53,17 +51,18 @@ class StagedOptimizer:
     shard_over_data: bool = False
 
     def init(self, staged: Staged) -> StagedState:
-        """The state for placed parameters."""
+        """Initial state for placed parameters."""
         self.placement.check_staged(staged)
         return self._jitted_init(staged)
 
     def update(
         self, grads: Staged, state: StagedState, staged: Staged | None = None
     ) -> tuple[Staged, StagedState]:
-        """Placed updates from placed gradients, zeros for what is not trained, and the next state.
+        """Placed updates, zeros for untrained weights, and the next state.
 
         Raises:
-          ValueError: the parameters are missing, or gradients or state are not this optimiser's.
+          ValueError: the parameters are missing, or gradients or state belong to another pipeline
+            or optimizer.
         """
         placed, floating = self._checked(grads, state, staged)
         return self._jitted_update(floating, state, placed)
@@ -74,39 +73,39 @@ class StagedOptimizer:
         """
         if staged is None:
             raise ValueError(
-                "The optimiser got no parameters. Call update(gradients, state, placed_parameters)."
+                "staged must be the placed parameters, got None. Call update(gradients, state, "
+                "placed_parameters)."
             )
         self._layout.check(state)
         if not isinstance(grads, dict) or not set(grads) <= {
             slot.name for slot in self.placement.slots
         }:
             raise ValueError(
-                "These are no placed gradients of this optimiser's pipeline. Take those of "
-                "pipeline.value_and_grad, or "
-                "place them with pipeline.place."
+                "grads must be placed gradients of this optimizer's pipeline, got "
+                f"{_keys_of(grads)}. Pass those of pipeline.value_and_grad, or place a tree of "
+                "gradients with pipeline.place."
             )
         return staged, {n: grad for n, grad in grads.items() if grad.dtype != jax.dtypes.float0}
 
     def gather_state(self, state: StagedState) -> Any:
-        """The state that the optimiser has for the user's tree, a copy: see `place_state`.
+        """State of the user's tree, a copy; the inverse of `place_state`.
 
         Raises:
-          ValueError: the state is not this optimiser's.
+          ValueError: the state belongs to another optimizer or pipeline.
         """
         return self._layout.gather(state)
 
     def place_state(self, state: Any) -> StagedState:
-        """The inverse of `gather_state`, which also takes the state of an unstaged run or of other
-        stages.
+        """Placed state from the state of the user's tree, of an unstaged run or of other stages.
 
         Raises:
-          ValueError: this is not a state of the optimiser for the trained part of the user's tree.
+          ValueError: the state has another tree than the optimizer's for the trained parameters.
         """
         return self._layout.place(state)
 
     @property
     def trained_slots(self) -> tuple[str, ...]:
-        """The names of the slots that hold a trained weight."""
+        """Names of the slots that hold a trained weight."""
         weights = (
             (slot.name, w) for slot in self.placement.slots for w in slot.weights if w is not None
         )
@@ -135,12 +134,12 @@ class StagedOptimizer:
         self, grads: Staged, state: StagedState, staged: Staged
     ) -> tuple[Staged, StagedState]:
         run = self._rounds_of_update(grads, state, staged)
-        traced, trained, layout = self.traced, len(self.traced.leaves), self._layout
-        trace = traced.update.trace
-        updates, next_state = (
-            dict(zip(traced.leaves, trace.outputs[:trained], strict=True)),
-            trace.outputs[trained:],
-        )
+        traced = self.traced
+        layout = self._layout
+        trained = len(traced.leaves)
+        trace = traced.update.trace  # outputs: updates, state
+        updates = dict(zip(traced.leaves, trace.outputs[:trained], strict=True))
+        next_state = trace.outputs[trained:]
         wanted_state = layout.wanted(next_state)
 
         def wanted(weight: Weight) -> list[tuple[Component, Operand]]:
@@ -179,7 +178,7 @@ class StagedOptimizer:
         arrays: Sequence[Mapping],
         known: Mapping[Value, Any],
     ) -> OptimizerRounds:
-        """A run of a traced function, with all that is shared already computed."""
+        """Run of a traced function in which the shared values are computed already."""
         classifier = Classifier(program, self.placement.signature.params_names, component_of)
         run = OptimizerRounds(
             program,
@@ -212,7 +211,7 @@ class StagedOptimizer:
 
     @cached_property
     def traced(self) -> TracedOptimizer:
-        """The optimiser on the user's tree."""
+        """Trace of the optimizer on the user's tree."""
         return trace_optimizer(self.placement, self.trainable, self.optimizer)
 
     @cached_property
@@ -228,18 +227,18 @@ def stage_optimizer(
     *,
     shard_over_data: bool = False,
 ) -> StagedOptimizer:
-    """An optax optimiser of the user's tree as one of placed trees.
+    """Optimizer of placed trees from an optax optimizer of the user's tree.
 
     Args:
-      placement: where the weights live.
-      trainable: for every leaf of the user's parameters, whether it is trained.
-      mesh: the mesh, with an axis `stage`.
-      optimizer: what optax makes: any chain. Where parameters meet, they may meet in scalars only.
-      shard_over_data: share state out over the replicas of the mesh axis `data` (ZeRO-1,
+      placement: placement of the weights.
+      trainable: whether each leaf of the user's parameters is trained.
+      mesh: mesh with an axis `stage`.
+      optimizer: any optax chain that combines parameters in small values only (a global norm).
+      shard_over_data: shard the state over the replicas of the mesh axis `data` (ZeRO-1,
         arXiv:1910.02054).
 
     Raises:
-      ValueError: nothing is trained, or the optimiser lets large values of several parameters meet.
+      ValueError: nothing is trained, or the optimizer combines large values of several parameters.
     """
     check_optimizer(optimizer, trainable)
     staged = StagedOptimizer(placement, tuple(trainable), mesh, optimizer, shard_over_data)
@@ -255,12 +254,15 @@ def check_optimizer(optimizer: Any, trainable: Sequence[bool]) -> None:
     """
     if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
         raise ValueError(
-            f"The optimiser came as {type(optimizer).__name__}; what optax makes is wanted, with "
-            "init and update: "
-            "optax.adam(1e-3), say."
+            "optimizer must be an optax GradientTransformation with init and update, got "
+            f"{type(optimizer).__name__}. Pass optax.adam(1e-3), for example."
         )
     if not any(trainable):
         raise ValueError(
-            "No parameter is trained, so that there is nothing to optimise. Freeze fewer "
-            "parameters."
+            "trainable must have at least one True, got none. Freeze fewer parameters."
         )
+
+
+def _keys_of(tree: Any) -> str:
+    """Description of a tree for a message: its keys if it is a dict, else its type."""
+    return f"a dict of {sorted(map(str, tree))}" if isinstance(tree, dict) else type(tree).__name__

@@ -1,4 +1,4 @@
-"""An optimiser traced on the user's tree, and which leaf owns which part of its state."""
+"""Trace of an optimizer on the user's tree, with the owner of every leaf of its state."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from typing import Any
 import jax
 import optax
 
+from layerwise_jax._jax import key_paths
 from layerwise_jax.stage.placement import Placement
-from layerwise_jax.train.leaf_program import FlatTrace, LeafProgram, find_owners, flatten_trace
+from layerwise_jax.trace.flatten import OPTIMIZER, flatten
+from layerwise_jax.trace.program import Program
+from layerwise_jax.train.leaf_program import LeafProgram, find_owners
 
 
 @dataclass(frozen=True, eq=False)
 class TracedOptimizer:
-    """`init` and `update` of an optimiser, traced on the user's tree.
+    """`init` and `update` of an optimizer, traced on the user's tree.
 
     Attributes:
-      leaves: the leaves of the parameters that are trained; all others are `optax.MaskedNode` in
-        the trace.
-      init: from the trained leaves to the state.
-      update: from gradients, state and trained leaves to updates and state.
-      state_owners: for every leaf of the state, the parameter it belongs to, or None.
-      state_avals: the type of every leaf of the state.
-      state_tree: the state's tree.
+      leaves: trained leaves of the parameters; all others are `optax.MaskedNode` in the trace.
+      init: trained leaves -> state.
+      update: gradients, state, trained leaves -> updates, state.
+      state_owners: parameter leaf that each leaf of the state belongs to, or None.
+      state_avals: type of every leaf of the state.
+      state_paths: key path of every leaf of the state.
+      state_tree: tree structure of the state.
     """
 
     leaves: tuple[int, ...]
@@ -32,17 +35,18 @@ class TracedOptimizer:
     update: LeafProgram
     state_owners: tuple[int | None, ...]
     state_avals: tuple[Any, ...]
+    state_paths: tuple[Any, ...]
     state_tree: Any
 
 
 def trace_optimizer(
     placement: Placement, trainable: Sequence[bool], optimizer: optax.GradientTransformation
 ) -> TracedOptimizer:
-    """Trace an optimiser on the trained part of the user's tree.
+    """Trace an optimizer on the trained part of the user's tree.
 
     Raises:
-      ValueError: the optimiser lets large values of several parameters meet, or wants the loss or
-        its function.
+      ValueError: the optimizer combines large values of several parameters, or its update takes the
+        loss or the loss function.
     """
     signature = placement.signature
     leaves = tuple(i for i, trains in enumerate(trainable) if trains)
@@ -58,32 +62,41 @@ def trace_optimizer(
         if "required keyword-only argument" not in str(error):
             raise
         raise ValueError(
-            f"The optimiser's update takes more than gradients, state and parameters ({error}), "
-            "which a staged step "
-            "does not give. Leave that part of the chain out, and do its work between steps."
+            "optimizer must be updated from gradients, state and parameters alone, got one that "
+            f"takes more ({error}). Leave that part of the chain out, and do its work between "
+            "steps."
         ) from error
-    update = flatten_trace(traced)
-    state_avals, state_tree = jax.tree.flatten(state)
+    update = flatten(traced, 0, OPTIMIZER)
+    state_paths, state_avals, state_tree = key_paths(state)
     sliced = frozenset(weight.leaf for weight in placement.copies() if weight.start is not None)
-    init_program = find_owners(flatten_trace(init), leaves, sliced)
+    init_program = find_owners(flatten(init, 0, OPTIMIZER), leaves, sliced)
     owners = tuple(init_program.owner(x) for x in init_program.trace.outputs)
     owners, update_program = _settle(update, leaves, owners, sliced)
     return TracedOptimizer(
-        leaves, init_program, update_program, owners, tuple(state_avals), state_tree
+        leaves=leaves,
+        init=init_program,
+        update=update_program,
+        state_owners=owners,
+        state_avals=tuple(state_avals),
+        state_paths=tuple(state_paths),
+        state_tree=state_tree,
     )
 
 
 def _settle(
-    update: FlatTrace,
+    update: Program,
     leaves: tuple[int, ...],
     owners: tuple[int | None, ...],
     sliced: frozenset[int],
 ) -> tuple[tuple[int | None, ...], LeafProgram]:
-    """State that an update makes from a leaf belongs to it from the start: owners of state, until
-    they stay.
+    """Owners of the state, and the update's program: a fixed point.
+
+    State that an update computes from one leaf belongs to that leaf, which may give other state an
+    owner; repeated until no owner changes.
     """
     while True:
-        program = find_owners(update, (*leaves, *owners, *leaves), sliced)
+        readers = (*leaves, *owners)  # of updates and state
+        program = find_owners(update, (*leaves, *owners, *leaves), sliced, readers)
         made = tuple(program.owner(x) for x in update.outputs[len(leaves) :])
         settled = tuple(new if old is None else old for old, new in zip(owners, made, strict=True))
         if settled == owners:

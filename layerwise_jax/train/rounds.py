@@ -1,5 +1,7 @@
-"""A traced optimiser run over all slots: what is shared once, what belongs to leaves row by row, in
-rounds.
+"""Run of a traced optimizer over all slots: shared values once, values of leaves shard by shard.
+
+Values that leaves export are gathered in rounds: a round computes the shared values that are known
+so far, then the exports that depend on them.
 """
 
 from __future__ import annotations
@@ -28,15 +30,15 @@ ShardOwner = tuple[int, Component]
 
 @dataclass
 class OptimizerRounds:
-    """One run of a traced optimiser.
+    """One run of a traced optimizer.
 
     Attributes:
-      program: the traced optimiser.
-      placement: where the weights live.
-      mesh: the mesh.
-      classifier: tells which rows of a slot run the same.
-      arrays: for every slot, its arrays.
-      known: shared values, filled as the run goes.
+      program: the traced optimizer.
+      placement: placement of the weights.
+      mesh: mesh with an axis `stage`.
+      classifier: sorts the shards of a slot into classes that run the same operations.
+      arrays: arrays of every slot, by component.
+      known: shared values, added as they are computed.
     """
 
     program: LeafProgram
@@ -47,7 +49,7 @@ class OptimizerRounds:
     known: dict[Value, Any]
 
     def exports(self) -> None:
-        """Compute all that is shared, in the order of the trace."""
+        """Compute all shared and exported values, in trace order."""
         levels = self.program.levels
         rounds = max(levels, default=0) + 1
         exported: list[list[Value]] = [[] for _ in range(rounds)]
@@ -63,7 +65,7 @@ class OptimizerRounds:
             self._export(leaving)
 
     def shared(self, operand: Operand) -> Any:
-        """A value that no leaf owns."""
+        """Shared value; computed when first read."""
         if isinstance(operand, Literal):
             return operand.val
         if operand not in self.known:
@@ -75,8 +77,11 @@ class OptimizerRounds:
     def placed(
         self, wanted: Callable[[Weight], Wanted], *, copies: bool = True
     ) -> list[dict[Component, Any]]:
-        """For every slot the wanted components, for every copy of a weight or for the first
-        alone.
+        """Wanted components of every slot.
+
+        Args:
+          wanted: components and values that a weight's shard computes.
+          copies: compute them on every copy of a weight, not only on the first.
         """
         first = set(self._first_copies.values())
         results = []
@@ -96,9 +101,7 @@ class OptimizerRounds:
         return {weight: places[0] for weight, places in self.placement.copies().items()}
 
     def _export(self, values: Sequence[Value]) -> None:
-        """Make values of leaves known to all, each from the first copy of its weight, or of all its
-        slices.
-        """
+        """Gather exported values, each from the first copy of its weight or of its slices."""
         by_leaf: dict[int, list[Value]] = {}
         for x in values:
             by_leaf.setdefault(self.program.exported[x], []).append(x)
@@ -120,7 +123,7 @@ class OptimizerRounds:
         self.known.update({x: self.combined(x, rows) for x, rows in parts.items()})
 
     def combined(self, value: Value, parts: Sequence[Any]) -> Any:
-        """A leaf's value from those of its slices."""
+        """Value of a leaf, combined from the values of its slices."""
         if len(parts) == 1:
             return parts[0]
         producer = self.program.producers.get(value)
@@ -128,10 +131,9 @@ class OptimizerRounds:
         if name not in COMBINE:
             leaf = self.placement.signature.params_names[self.program.exported[value]]
             raise ValueError(
-                f"The optimiser reads the result of {name} on {leaf} together with other "
-                "parameters, but the layers of "
-                f"{leaf} are stacked and live on several stages. Keep layers apart instead of "
-                "stacking them."
+                f"optimizer must combine {leaf} with other parameters by a reduction "
+                f"({', '.join(COMBINE)}), since its layers are stacked and live on several stages, "
+                f"got {name}. Use one parameter per layer."
             )
         return COMBINE[name](jnp.stack(parts), axis=0).astype(parts[0].dtype)
 
@@ -143,8 +145,10 @@ def _task(weight: Weight, wanted: Wanted) -> Task | None:
 def gather_rows(
     arrays: Mapping[ShardOwner, Any], mesh: Mesh
 ) -> dict[ShardOwner, Callable[[int], Any]]:
-    """For small arrays (rows, ...), what reads a row of them on every device: all of one dtype
-    travel as one array.
+    """Replicate small arrays [shards, ...]; arrays of one dtype are sent as one concatenated array.
+
+    Returns:
+      For each array, a function from a shard's number to that shard, on every device.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_dtype: dict[Any, dict[ShardOwner, Any]] = {}

@@ -1,8 +1,8 @@
-"""One leaf's part of an optimiser, run once for all rows of a slot that have the same part.
+"""Update of one slot: each leaf's part of an optimizer, vectorized over the slot's shards.
 
-The rows of a slot mostly run one program, of weights in the same place of equal layers; `vmap` over
-the rows runs it. Where rows differ (one's weight decays and the other's does not), each kind is run
-on the whole slot, and every row keeps the result that is its own.
+The shards of a slot mostly run one program, since they are weights at the same place of equal
+layers; `vmap` over the shards runs it. Where shards differ (one weight decays, another does not),
+every class runs on the whole slot, and each shard keeps its own class's result.
 """
 
 from __future__ import annotations
@@ -19,19 +19,17 @@ import numpy as np
 from layerwise_jax._jax import Literal
 from layerwise_jax.stage.placement import Slot
 from layerwise_jax.trace.canonical import canonicalize
-from layerwise_jax.trace.program import Op, Operand, Program, Value, Weight
+from layerwise_jax.trace.program import Op, Operand, Value, Weight
 from layerwise_jax.train.leaf_program import LeafProgram, check_sliced, run_op
 
 
 class Component(NamedTuple):
-    """Which of a slot's arrays: its gradients, its parameters, one of its state, or one that is
-    made to be exported.
+    """Name of one of a slot's arrays: gradients, parameters, a part of the state, or an export.
 
     Attributes:
       kind: "gradient", "parameter", "state" or "exported".
-      ordinal: tells components of one kind apart; for state, it counts those of equal shape and
-        dtype.
-      shape, dtype: the type of a row of state.
+      ordinal: number among components of equal kind, shape and dtype.
+      shape, dtype: type of one shard of state.
     """
 
     kind: str
@@ -46,9 +44,7 @@ PARAMETER = Component("parameter")
 
 @dataclass(frozen=True)
 class Task:
-    """What the weight of one row computes: the wanted values of its leaf, each with the component
-    it becomes.
-    """
+    """Work of one shard: its weight, and the values to compute with their components."""
 
     weight: Weight
     wanted: tuple[tuple[Component, Operand], ...]
@@ -60,15 +56,15 @@ class Task:
 
 @dataclass
 class RowClass:
-    """Rows of a slot that run the same operations.
+    """Class of a slot's shards that run the same operations.
 
     Attributes:
-      ops: the operations of the first of the rows.
-      placed: the values that the operations read from the slot, with their components.
-      wanted: the components to make, and their values.
-      is_slice: whether the rows' weights are slices of their leaves.
-      rows: the rows.
-      reads: for every row, the shared values that it reads, in one order.
+      ops: operations of the first shard of the class.
+      placed: values that the operations read from the slot, with their components.
+      wanted: components to compute, and their values.
+      is_slice: whether the shards' weights are slices of their leaves.
+      rows: numbers of the shards.
+      reads: shared values that each shard reads, in the same order for all shards.
     """
 
     ops: Sequence[Op]
@@ -81,8 +77,9 @@ class RowClass:
     def run(
         self, arrays: Mapping[Component, Any], shared: Mapping[Value, Any], num_rows: int
     ) -> list[Any]:
-        """The wanted values for all rows of the slot; those of rows of other classes mean
-        nothing.
+        """Wanted values for all shards of the slot, each [num_rows, ...].
+
+        Shards of other classes hold garbage, which `run_slot` masks.
         """
         placed = [arrays[component] for component in self.placed.values()]
         columns = list(zip(*self.reads, strict=True))
@@ -122,13 +119,13 @@ class RowClass:
 
 @dataclass
 class Classifier:
-    """Sorts the rows of slots by what they run.
+    """Sorts the shards of slots into classes that run the same operations.
 
     Attributes:
-      program: the traced optimiser.
-      names: the names of all leaves.
-      component_of: the component of an input that a weight's leaf owns; None for other values.
-      fingerprints: a memory of equations' fingerprints.
+      program: the traced optimizer.
+      names: names of all leaves.
+      component_of: component of a value that a weight reads from its slot; None for other values.
+      fingerprints: cache of equations' fingerprints.
     """
 
     program: LeafProgram
@@ -137,7 +134,7 @@ class Classifier:
     fingerprints: dict[int, Hashable] = field(default_factory=dict)
 
     def classes(self, tasks: Sequence[Task | None]) -> list[RowClass]:
-        """The rows of one slot, given what each computes; None for rows that compute nothing."""
+        """Classes of one slot's shards, given the task of each; None for shards without one."""
         classes: dict[Hashable, RowClass] = {}
         for row, task in enumerate(tasks):
             if task is None:
@@ -154,11 +151,9 @@ class Classifier:
     def _describe(
         self, task: Task, ops: Sequence[Op]
     ) -> tuple[Hashable, dict[Value, Component], tuple[Value, ...]]:
-        """(what equal rows share, the components that the row reads, the shared values that it
-        reads).
-        """
+        """(key of the class, components that the shard reads, shared values that it reads)."""
         placed = self._placed(task, ops)
-        shape = canonicalize(_as_program(self.program, placed), ops, self.fingerprints)
+        shape = canonicalize(self.program.trace, ops, self.fingerprints, weights=placed)
         wanted = [x for _, x in task.wanted if not isinstance(x, Literal)]
         inside = {*shape.made, *placed}
         reads = tuple(dict.fromkeys((*shape.reads, *(x for x in wanted if x not in inside))))
@@ -172,7 +167,7 @@ class Classifier:
         return key, {x: placed[x] for x in own}, reads
 
     def _placed(self, task: Task, ops: Sequence[Op]) -> dict[Value, Component]:
-        """The values that a row reads from its slot, with their components."""
+        """Values that a shard reads from its slot, with their components."""
         mine = {x for op in ops for x in op.values} | {
             x for _, x in task.wanted if not isinstance(x, Literal)
         }
@@ -182,11 +177,6 @@ class Classifier:
             for x in own
             if (component := self.component_of(x, task.weight)) is not None
         }
-
-
-def _as_program(program: LeafProgram, placed: Mapping[Value, Component]) -> Program:
-    trace = program.trace
-    return Program(trace.ops, trace.avals, dict.fromkeys(placed), trace.inputs, trace.outputs)  # type: ignore[arg-type]
 
 
 def _plain(literal: Any) -> Hashable:
@@ -200,10 +190,12 @@ def run_slot(
     arrays: Mapping[Component, Any],
     shared: Mapping[Value, Any],
 ) -> dict[Component, Any]:
-    """All components that the rows of a slot make; rows that do not make one keep what is there, or
-    get zero.
+    """Components that the shards of a slot compute, each [shards, ...].
+
+    A shard that does not compute a component keeps its state, or gets zeros.
     """
-    num_rows, results = len(slot.weights), dict[Component, Any]()
+    num_rows = len(slot.weights)
+    results: dict[Component, Any] = {}
     for rows in classes:
         for (component, _), array in zip(
             rows.wanted, rows.run(arrays, shared, num_rows), strict=True

@@ -1,6 +1,4 @@
-"""Where an optimiser's state lies: what belongs to a parameter with each of its copies, the rest
-once for all.
-"""
+"""Optimizer state on stages: state of a parameter is placed with it, the rest is replicated."""
 
 from __future__ import annotations
 
@@ -17,6 +15,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerwise_jax import processes
+from layerwise_jax._jax import key_paths
 from layerwise_jax.mesh import DATA, STAGE
 from layerwise_jax.stage.placement import Placement, Slot
 from layerwise_jax.trace.program import Operand, Value, Weight
@@ -26,11 +25,11 @@ from layerwise_jax.train.slot_update import Component
 
 
 class StagedState(NamedTuple):
-    """An optimiser's state, placed as the parameters are.
+    """Placed state of an optimizer.
 
     Attributes:
-      shared: what belongs to no parameter, in the order of the user's state.
-      placed: for every slot, the arrays (rows, *shape) of what belongs to the parameters in it.
+      shared: replicated state that belongs to no parameter, in the order of the user's state.
+      placed: arrays [shards, *shape] of the parameters' state, by slot name.
     """
 
     shared: tuple[Any, ...]
@@ -39,14 +38,13 @@ class StagedState(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StateLayout:
-    """Which arrays the slots hold of an optimiser's state, and which part of the user's state each
-    of them is.
+    """Layout of an optimizer's state: the arrays of every slot, and their part of the user's state.
 
     Attributes:
-      placement: where the weights live.
-      traced: the optimiser on the user's tree.
-      mesh: the mesh, with an axis `stage`.
-      shard_over_data: whether state is shared out over the replicas of a mesh axis `data`.
+      placement: placement of the weights.
+      traced: the optimizer, traced on the user's tree.
+      mesh: mesh with an axis `stage`.
+      shard_over_data: whether state is sharded over the replicas of a mesh axis `data`.
     """
 
     placement: Placement
@@ -55,9 +53,7 @@ class StateLayout:
     shard_over_data: bool
 
     def component(self, position: int, weight: Weight) -> Component:
-        """The array of a slot that holds, for a weight, what stands at this position of the user's
-        state.
-        """
+        """Component of a slot that holds this leaf of the user's state for this weight."""
         aval = self.traced.state_avals[position]
         shape = aval.shape
         if weight.start is not None and weight.stop is not None and shape:
@@ -66,7 +62,7 @@ class StateLayout:
 
     @cached_property
     def components(self) -> list[list[Component]]:
-        """The components of every slot's state."""
+        """State components of every slot."""
         return [
             list(
                 dict.fromkeys(
@@ -81,37 +77,41 @@ class StateLayout:
 
     @property
     def shared(self) -> list[int]:
-        """The positions of what belongs to no parameter."""
+        """Positions of the state leaves that belong to no parameter."""
         return [position for position, leaf in enumerate(self.traced.state_owners) if leaf is None]
 
     def check(self, state: Any) -> None:
-        """Refuse what was not placed by this layout."""
-        wanted = {
+        """Check that a state was placed by this layout.
+
+        Raises:
+          ValueError: the state belongs to another optimizer or pipeline.
+        """
+        expected = {
             slot.name: len(layout)
             for slot, layout in zip(self.placement.slots, self.components, strict=True)
         }
         if isinstance(state, StagedState):
-            came = {name: len(arrays) for name, arrays in state.placed.items()}
-            if came == wanted and len(state.shared) == len(self.shared):
+            given = {name: len(arrays) for name, arrays in state.placed.items()}
+            if given == expected and len(state.shared) == len(self.shared):
                 return
-            what = "the state of another optimiser or pipeline"
+            what = "the state of another optimizer or pipeline"
         else:
             what = type(state).__name__
         raise ValueError(
-            f"The optimiser's state came as {what}. Call init(placed_parameters), or "
-            "place_state(state) with that of "
-            "an unstaged run."
+            f"state must be a placed state of this optimizer, got {what}. Call "
+            "init(placed_parameters), or place_state(state) with the state of an unstaged run."
         )
 
     def gather(self, state: StagedState) -> Any:
-        """The state of the user's tree, a copy."""
+        """State of the user's tree, a copy."""
         self.check(state)
         if processes.is_partial(state):
             return processes.compute(self._gathered, self.mesh, state)
         return self._gathered(state)
 
     def _gathered(self, state: StagedState) -> Any:
-        shared, homes = map(jnp.copy, state.shared), self._homes
+        shared = map(jnp.copy, state.shared)
+        homes = self._homes
         leaves = []
         for position, leaf in enumerate(self.traced.state_owners):
             if leaf is None:
@@ -128,13 +128,13 @@ class StateLayout:
         return jax.tree.unflatten(self.traced.state_tree, leaves)
 
     def place(self, state: Any) -> StagedState:
-        """The inverse of `gather`."""
-        leaves, tree = jax.tree.flatten(state)
+        """Placed state from a state of the user's tree; the inverse of `gather`."""
+        paths, leaves, tree = key_paths(state)
         if tree != self.traced.state_tree:
             raise ValueError(
-                f"The optimiser's state has another tree.\n  came:   {tree}\n  wanted: "
-                f"{self.traced.state_tree}\n"
-                "Pass the state that this optimiser has for the trained part of the parameters."
+                "state must have the tree of this optimizer's state for the trained parameters, "
+                f"got another: {_difference(paths, self.traced.state_paths)}. Pass the state of "
+                "the same optimizer."
             )
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         if processes.is_partial(leaves):
@@ -170,8 +170,10 @@ class StateLayout:
     def wanted(
         self, outputs: Sequence[Operand]
     ) -> Callable[[Weight], list[tuple[Component, Operand]]]:
-        """What a weight's part of a program has to make, if these are the program's outputs for the
-        user's state.
+        """Components that a weight's shard computes, with their values.
+
+        Args:
+          outputs: the program's outputs for the user's state.
         """
         return lambda weight: [
             (self.component(position, weight), outputs[position])
@@ -179,11 +181,11 @@ class StateLayout:
         ]
 
     def known(self, inputs: Sequence[Value], state: StagedState) -> dict[Value, Any]:
-        """What belongs to no parameter, by the program's inputs for the user's state."""
+        """Replicated state by value: the program's inputs for the user's state."""
         return dict(zip([inputs[position] for position in self.shared], state.shared, strict=True))
 
     def arrays(self, slot: int, state: StagedState) -> dict[Component, Any]:
-        """A slot's arrays by component."""
+        """State arrays of a slot by component."""
         held = state.placed[self.placement.slots[slot].name]
         return dict(zip(self.components[slot], held, strict=True))
 
@@ -193,12 +195,12 @@ class StateLayout:
         outputs: Sequence[Operand],
         made: Sequence[Mapping[Component, Any]],
     ) -> StagedState:
-        """The state that a run has made.
+        """State computed by a run.
 
         Args:
           run: the run.
           outputs: the program's outputs for the user's state.
-          made: for every slot, what it made.
+          made: components computed by every slot.
         """
         placed = {
             slot.name: tuple(
@@ -212,7 +214,7 @@ class StateLayout:
         )
 
     def _filled(self, xp: Any, slot: Slot, component: Component, leaves: Sequence[Any]) -> Any:
-        """An array [rows, *shape] of a slot's state from the leaves of the user's state."""
+        """State array [shards, *shape] of a slot, from the leaves of the user's state."""
         rows = [xp.zeros(component.shape, component.dtype)] * len(slot.weights)
         for row, weight in enumerate(slot.weights):
             for position in self._positions.get(weight.leaf, ()) if weight else ():
@@ -221,8 +223,9 @@ class StateLayout:
         return xp.stack(rows)
 
     def sharding(self, shape: tuple[int, ...]) -> NamedSharding:
-        """Rows of state over the stages and, if asked for, the first axis that divides over the
-        replicas.
+        """Sharding of a state array [shards, ...]: shards over the stages.
+
+        With `shard_over_data` the first other axis that the replicas divide is sharded over them.
         """
         spec: list[str | None] = [STAGE]
         if self.shard_over_data and DATA in self.mesh.axis_names:
@@ -234,7 +237,7 @@ class StateLayout:
 
     @cached_property
     def _positions(self) -> dict[int, list[int]]:
-        """The positions in the user's state of what belongs to each trained leaf."""
+        """Positions in the user's state of each trained leaf's state."""
         positions: dict[int, list[int]] = {leaf: [] for leaf in self.traced.leaves}
         for position, leaf in enumerate(self.traced.state_owners):
             if leaf is not None:
@@ -243,7 +246,7 @@ class StateLayout:
 
     @cached_property
     def _homes(self) -> dict[int, list[tuple[Weight, int, int]]]:
-        """(weight, slot, row) of the first copy of every weight, by leaf."""
+        """(weight, slot, shard) of the first copy of every weight, by leaf."""
         homes: dict[int, list[tuple[Weight, int, int]]] = {}
         for weight, ((slot, row), *_) in self.placement.copies().items():
             homes.setdefault(weight.leaf, []).append((weight, slot, row))
@@ -251,7 +254,7 @@ class StateLayout:
 
     @cached_property
     def _ordinals(self) -> dict[int, int]:
-        """Which of its leaf's state of equal type each position is."""
+        """Number of each position among its leaf's state of equal shape and dtype."""
         seen: Counter[tuple] = Counter()
         ordinals = {}
         for position, leaf in enumerate(self.traced.state_owners):
@@ -260,3 +263,17 @@ class StateLayout:
             ordinals[position] = seen[key]
             seen[key] += 1
         return ordinals
+
+
+def _difference(given: Sequence[Any], expected: Sequence[Any]) -> str:
+    """Paths that only one of two trees has; for equal paths, that the trees' nodes differ."""
+    given_names, expected_names = (
+        {jax.tree_util.keystr(path) for path in x} for x in (given, expected)
+    )
+    if given_names == expected_names:
+        return "the same leaves in other nodes, or other empty nodes"
+    parts = {
+        "missing": sorted(expected_names - given_names),
+        "unexpected": sorted(given_names - expected_names),
+    }
+    return "; ".join(f"{word} {', '.join(names)}" for word, names in parts.items() if names)

@@ -1,6 +1,4 @@
-"""A training step of a pipeline: gradients by its schedule, optax on placed parameters, one
-compiled function.
-"""
+"""Training step: the pipeline's gradients and an optax update in one compiled function."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from layerwise_jax.train.optimizer import StagedOptimizer, StagedState, stage_op
 
 
 class Trains(Protocol):
-    """What a training step needs of a pipeline."""
+    """Interface of a pipeline that a training step uses."""
 
     @property
     def mesh(self) -> Mesh: ...
@@ -37,29 +35,29 @@ class Trains(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TrainStep:
-    """One step of training: call it with placed parameters, the optimiser's state and a batch.
+    """Training step: call it with placed parameters, optimizer state and a batch.
 
     Attributes:
-      pipeline: the pipeline, of a loss.
-      optimizer: the optimiser, of placed trees.
+      pipeline: pipeline of a loss function.
+      optimizer: optimizer of placed trees.
     """
 
     pipeline: Trains
     optimizer: StagedOptimizer
 
     def init(self, staged: Staged) -> StagedState:
-        """The optimiser's state for placed parameters."""
+        """Initial optimizer state for placed parameters."""
         return self.optimizer.init(staged)
 
     def __call__(
         self, staged: Staged, state: StagedState, *inputs: Any
     ) -> tuple[Staged, StagedState, Any]:
-        """Train on one batch. `staged` and `state` are donated: use what comes back in their stead.
+        """Train on one batch. `staged` and `state` are donated: use the returned ones.
 
         Returns:
-          (placed parameters, state, value): new state of the model, such as batch statistics, is
-          among the parameters, and the value is what the function returns (with None in place of
-          new state).
+          (placed parameters, optimizer state, value). New model state, such as batch statistics,
+          is among the parameters. The value is what the loss function returns, with None in place
+          of new model state.
         """
         return self._jitted(staged, state, *inputs)
 
@@ -82,15 +80,15 @@ class TrainStep:
 def train_step(
     pipeline: Trains, optimizer: optax.GradientTransformation, *, shard_over_data: bool = False
 ) -> TrainStep:
-    """A compiled training step.
+    """Compiled training step.
 
     Args:
-      pipeline: the pipeline of a function whose first output is the loss.
-      optimizer: what optax makes, for the user's own tree.
-      shard_over_data: share the optimiser's state out over the replicas of the mesh axis `data`.
+      pipeline: pipeline of a function whose first output is the loss.
+      optimizer: optax optimizer of the user's own tree.
+      shard_over_data: shard the optimizer's state over the replicas of the mesh axis `data`.
 
     Raises:
-      ValueError: nothing is trained, or the optimiser lets large values of several parameters meet.
+      ValueError: nothing is trained, or the optimizer combines large values of several parameters.
     """
     staged = stage_optimizer(
         pipeline.placement,

@@ -66,20 +66,20 @@ def test_states_of_others(straight: lw.Pipeline, interleaved: lw.Pipeline, tmp_p
     staged, state = straight.place(PARAMS), step.init(straight.place(PARAMS))
     foreign = other.init(interleaved.place(PARAMS))
     for came, what in (
-        (foreign, "another optimiser or pipeline"),
+        (foreign, "another optimizer or pipeline"),
         (TX.init(PARAMS), "as tuple"),
         (None, "NoneType"),
     ):
         with pytest.raises(ValueError, match=rf"{what}.*place_state"):
             step(staged, came, X)
-    with pytest.raises(ValueError, match="no placed gradients"):
+    with pytest.raises(ValueError, match="must be placed gradients"):
         step.optimizer.update(PARAMS, state, staged)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="another optimiser or pipeline"):
+    with pytest.raises(ValueError, match="another optimizer or pipeline"):
         lw.save_checkpoint(tmp_path, 1, straight, staged, state, optimizer=other.optimizer)
     with pytest.raises(ValueError, match=r"came as TrainStep.*step\.optimizer"):
         lw.save_checkpoint(tmp_path, 1, straight, staged, state, optimizer=step)  # type: ignore[arg-type]
     lw.save_checkpoint(tmp_path, 1, straight, staged, state, optimizer=step.optimizer)
-    with pytest.raises(ValueError, match="another optimiser or pipeline"):
+    with pytest.raises(ValueError, match="another optimizer or pipeline"):
         lw.restore_checkpoint(tmp_path, interleaved, foreign, optimizer=step.optimizer)
     found = lw.restore_checkpoint(tmp_path, interleaved, foreign, optimizer=other.optimizer)
     for got, want in zip(interleaved.gather(found.params), PARAMS, strict=True):

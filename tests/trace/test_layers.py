@@ -83,8 +83,8 @@ def test_only_the_residual_stream_crosses(name: str) -> None:
 )
 def test_layers_hold_every_anchored_operation_once_and_in_order(name: str) -> None:
     layers = layers_of(name)
-    assert [i for layer in layers.layers for i in layer.anchors] == pinned_ops(layers.program)
-    assert all(layer.anchors for layer in layers.layers)
+    assert [i for layer in layers.layers for i in layer.pinned] == pinned_ops(layers.program)
+    assert all(layer.pinned for layer in layers.layers)
     assert layers.boundary_bytes[0] == layers.boundary_bytes[-1] == 0
 
 

@@ -130,7 +130,7 @@ def test_refuses_large_values_of_several_parameters(stage_mesh: Callable) -> Non
 
     _, pipeline = pipeline_of("gpt", stage_mesh(2))
     tx = optax.GradientTransformation(lambda params: (), mix)
-    with pytest.raises(ValueError, match="several parameters at once"):
+    with pytest.raises(ValueError, match=r"optimizer must combine parameters .* got add at"):
         stage_optimizer(pipeline.placement, pipeline.trainable, pipeline.mesh, tx)
 
 
