@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from layerwise_jax.trace.flatten import without_dead_code
-from layerwise_jax.trace.program import Program, Value
+from layerwise_jax.trace.program import Program, Value, without_dead_code
 
 
 def renew_early(program: Program, state_outputs: Collection[int]) -> Program:

@@ -20,10 +20,18 @@ import numpy as np
 from layerwise_jax import _jax
 from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal, ShapedArray, Tracer
 from layerwise_jax.trace.primitives import CALLS, CUSTOM_RULES, REMATS
-from layerwise_jax.trace.program import Op, Operand, Program, Remat, Value, Weight
+from layerwise_jax.trace.program import (
+    FROM_INPUTS,
+    FROM_WEIGHTS,
+    Op,
+    Operand,
+    Program,
+    Remat,
+    Value,
+    Weight,
+    without_dead_code,
+)
 from layerwise_jax.trace.stacked import LayerSlices, leading_spans
-
-FROM_WEIGHTS, FROM_INPUTS = 1, 2
 
 
 @dataclass(frozen=True)
@@ -66,22 +74,6 @@ def flatten(jaxpr: Jaxpr, num_weight_leaves: int, policy: FlattenPolicy = FOR_GR
         if not blocked:
             return program
         sliceable -= blocked
-
-
-def source_flags(program: Program) -> list[int]:
-    """Bit mask of every value: FROM_WEIGHTS, FROM_INPUTS, both, or 0 for constants."""
-    flags = [0] * len(program.avals)
-    for value in program.weights:
-        flags[value] = FROM_WEIGHTS
-    for value in program.inputs:
-        flags[value] = FROM_INPUTS
-    for op in program.ops:
-        mask = 0
-        for value in op.values:
-            mask |= flags[value]
-        for value in op.results:
-            flags[value] = mask
-    return flags
 
 
 def _are_disjoint(weights: Sequence[Weight]) -> bool:
@@ -353,14 +345,3 @@ def _names_devices(eqn: JaxprEqn) -> bool:
     """Whether a nested jit has shardings for its arguments or results."""
     shardings = (*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ()))
     return any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)
-
-
-def without_dead_code(ops: Sequence[Op], outputs: Sequence[Operand]) -> list[Op]:
-    """Operations that an output or an effect depends on, in order."""
-    used = {x for x in outputs if not isinstance(x, Literal)}
-    kept = []
-    for op in reversed(ops):
-        if op.eqn.effects or any(x in used for x in op.results):
-            used.update(op.values)
-            kept.append(op)
-    return kept[::-1]

@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from layerwise_jax.trace.flatten import FROM_WEIGHTS, source_flags
 from layerwise_jax.trace.modules import Module
 from layerwise_jax.trace.pinned import live_bytes, pinned_ops
 from layerwise_jax.trace.primitives import LAYER_STARTS
-from layerwise_jax.trace.program import Program, Value, Weight
+from layerwise_jax.trace.program import FROM_WEIGHTS, Program, Value, Weight, source_flags
 
 WeightsOf = Mapping[Value, frozenset[Weight]]
 

@@ -12,9 +12,15 @@ from typing import Any
 import numpy as np
 
 from layerwise_jax._jax import Literal
-from layerwise_jax.trace.flatten import FROM_INPUTS, FROM_WEIGHTS, source_flags
 from layerwise_jax.trace.primitives import EXPENSIVE
-from layerwise_jax.trace.program import Program, Value, nbytes
+from layerwise_jax.trace.program import (
+    FROM_INPUTS,
+    FROM_WEIGHTS,
+    Program,
+    Value,
+    nbytes,
+    source_flags,
+)
 
 
 def pinned_ops(program: Program) -> list[int]:

@@ -17,10 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from layerwise_jax._jax import AbstractRef, JaxprEqn, Literal, avals_of, bind, is_key
+from layerwise_jax._jax import (
+    AbstractRef,
+    JaxprEqn,
+    Literal,
+    avals_of,
+    bind,
+    is_key,
+)
 
 Value = int
 Operand = int | Literal
+FROM_WEIGHTS, FROM_INPUTS = 1, 2  # bits of `source_flags`
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,3 +243,30 @@ def _run_rematerialised(
 
     checkpointed = jax.checkpoint(body, policy=remat.policy, prevent_cse=remat.prevent_cse)
     known.update(zip(kept, checkpointed(index, *(known[x] for x in reads)), strict=True))
+
+
+def source_flags(program: Program) -> list[int]:
+    """Bit mask of every value: FROM_WEIGHTS, FROM_INPUTS, both, or 0 for constants."""
+    flags = [0] * len(program.avals)
+    for value in program.weights:
+        flags[value] = FROM_WEIGHTS
+    for value in program.inputs:
+        flags[value] = FROM_INPUTS
+    for op in program.ops:
+        mask = 0
+        for value in op.values:
+            mask |= flags[value]
+        for value in op.results:
+            flags[value] = mask
+    return flags
+
+
+def without_dead_code(ops: Sequence[Op], outputs: Sequence[Operand]) -> list[Op]:
+    """Operations that an output or an effect depends on, in order."""
+    used = {x for x in outputs if not isinstance(x, Literal)}
+    kept = []
+    for op in reversed(ops):
+        if op.eqn.effects or any(x in used for x in op.results):
+            used.update(op.values)
+            kept.append(op)
+    return kept[::-1]

@@ -67,7 +67,7 @@ def test_states_of_others(straight: lw.Pipeline, interleaved: lw.Pipeline, tmp_p
     foreign = other.init(interleaved.place(PARAMS))
     for came, what in (
         (foreign, "another optimizer or pipeline"),
-        (TX.init(PARAMS), "as tuple"),
+        (TX.init(PARAMS), "got tuple"),
         (None, "NoneType"),
     ):
         with pytest.raises(ValueError, match=rf"{what}.*place_state"):
@@ -87,9 +87,9 @@ def test_states_of_others(straight: lw.Pipeline, interleaved: lw.Pipeline, tmp_p
 
 
 def test_what_is_no_optimiser_for_a_step(straight: lw.Pipeline) -> None:
-    with pytest.raises(ValueError, match=r"came as function.*optax\.adam\(1e-3\)"):
+    with pytest.raises(ValueError, match=r"got function.*optax\.adam\(1e-3\)"):
         straight.train_step(optax.adam)
-    with pytest.raises(ValueError, match=r"'value'.*does not give"):
+    with pytest.raises(ValueError, match=r"'value'.*between steps"):
         straight.train_step(optax.chain(optax.sgd(1e-2), optax.contrib.reduce_on_plateau()))
 
 
