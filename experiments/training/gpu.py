@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -35,6 +36,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments import command
 from experiments.training import gpu_rivals as rivals
+from experiments.training.gpu_host import host_driven
 from experiments.training.gpu_measure import (
     Compiled,
     compile_step,
@@ -55,6 +57,12 @@ PRESETS = {
 }
 RIVALS = ("one", "replicas", "tensor", "fsdp")
 LAYER_WISE = ("stored", "recomputed")
+# Executor `host` by what backward goes by: all residuals, products and attention, or nothing.
+HOST: dict[str, Literal["cheap", "stage"] | None] = {
+    "host": None,
+    "host_cheap": "cheap",
+    "host_recomputed": "stage",
+}
 # The share of the time after which nothing more is compiled, so that what is compiled can still
 # run.
 COMPILING_SHARE = 0.6
@@ -74,7 +82,7 @@ MICROBATCHES = flags.DEFINE_list(
     "microbatches", None, "numbers of microbatches to run layer-wise with"
 )
 STRATEGIES = flags.DEFINE_list(
-    "strategies", [*RIVALS, *LAYER_WISE], f"of {', '.join((*RIVALS, *LAYER_WISE))}"
+    "strategies", [*RIVALS, *LAYER_WISE], f"of {', '.join((*RIVALS, *LAYER_WISE, *HOST))}"
 )
 ACCUMULATE = flags.DEFINE_integer(
     "accumulate", 2, "microbatches over which the one device adds up gradients"
@@ -127,9 +135,7 @@ def main(argv: list[str]) -> None:
         f"{model}, {model.num_parameters / 1e9:.3f} billion parameters, {examples} examples a step",
     )
     params = everywhere(model, devices)
-    compiled = compile_all(
-        builders(model, devices, examples, microbatches), batches, results, clock
-    )
+    compiled = compile_all(builders(model, devices, examples, microbatches), results, clock)
     take_turns(compiled, params, batches, results, clock)
     print_table(results)
     draw(results, output_path().with_suffix(".png"))
@@ -193,23 +199,32 @@ def everywhere(model: Model, devices: list[Any]) -> Any:
 
 def builders(
     model: Model, devices: list[Any], examples: int, microbatches: list[int]
-) -> dict[str, Callable[[], Strategy]]:
-    """What makes each strategy that was asked for, by name, what matters most first."""
+) -> dict[str, Callable[[], Compiled]]:
+    """What compiles each strategy that was asked for, by name, what matters most first."""
     options = SCHEDULER if HIDE_LATENCY.value and devices[0].platform == "gpu" else {}
+    shape = (examples, model.sequence + 1)
     makers: dict[str, Callable[[], Strategy]] = {
         "one": lambda: rivals.one_device(model, devices[0], ACCUMULATE.value, options),
         "replicas": lambda: rivals.replicas(model, devices, options),
         "fsdp": lambda: rivals.fully_sharded(model, devices, options),
         "tensor": lambda: rivals.tensor_parallel(model, devices, options),
     }
-    wanted = {name: make for name, make in makers.items() if name in STRATEGIES.value}
-    remats: dict[str, Literal["stage"] | None] = {"stored": None, "recomputed": "stage"}
-    staged = {
-        f"{kind}, M = {count}": _layer_wise(model, devices, examples, count, remat, options)
-        for count in microbatches
-        for kind, remat in remats.items()
-        if kind in STRATEGIES.value
+    wanted = {
+        name: partial(_compile, make, shape)
+        for name, make in makers.items()
+        if name in STRATEGIES.value
     }
+    remats: dict[str, Literal["stage"] | None] = {"stored": None, "recomputed": "stage"}
+    staged: dict[str, Callable[[], Compiled]] = {}
+    for count in microbatches:
+        sizes = (model, devices, examples, count)
+        for kind, remat in remats.items():
+            if kind in STRATEGIES.value:
+                make = partial(layer_wise, *sizes, remat, options)
+                staged[f"{kind}, M = {count}"] = partial(_compile, make, shape)
+        for kind, kept in HOST.items():
+            if kind in STRATEGIES.value:
+                staged[f"{kind}, M = {count}"] = partial(host_driven, *sizes, kept, options)
     # What all losses are compared with comes first, then one layer-wise run, then its rivals, then
     # its variants.
     order = sorted(
@@ -219,30 +234,22 @@ def builders(
     return {name: (wanted | staged)[name] for name in order}
 
 
-def _layer_wise(
-    model: Model,
-    devices: list[Any],
-    examples: int,
-    count: int,
-    remat: Literal["stage"] | None,
-    options: dict[str, Any],
-) -> Callable[[], Strategy]:
-    return lambda: layer_wise(model, devices, examples, count, remat, options)
+def _compile(make: Callable[[], Strategy], tokens_shape: tuple[int, ...]) -> Compiled:
+    return compile_step(make(), tokens_shape)
 
 
 def compile_all(
-    makers: dict[str, Callable[[], Strategy]],
-    batches: np.ndarray,
+    makers: dict[str, Callable[[], Compiled]],
     results: dict[str, Any],
     clock: Clock,
 ) -> list[Compiled]:
     """Compile all strategies for which there is time; failures go into the results."""
 
-    def compile_one(make: Callable[[], Strategy]) -> Compiled | str:
+    def compile_one(make: Callable[[], Compiled]) -> Compiled | str:
         if clock.is_past(COMPILING_SHARE):
             return "not compiled: the time was up"
         try:
-            return compile_step(make(), batches.shape[1:])
+            return make()
         except Exception as error:
             return _reason(error)
 

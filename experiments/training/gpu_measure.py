@@ -24,12 +24,12 @@ class Compiled:
     """A strategy's step, compiled.
 
     Attributes:
-      strategy: what it does.
+      strategy: a `Strategy`, or what has its name, figures and `start`.
       call: (state, tokens) to (state, loss).
       figures: what compiling told, for results.
     """
 
-    strategy: Strategy
+    strategy: Any
     call: Callable[..., Any]
     figures: dict[str, Any]
 

@@ -1,6 +1,7 @@
 """The same model layer-wise: two stages, or as many as there are devices, by the schedule 1F1B."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -14,16 +15,32 @@ from experiments.training.gpu_model import Model
 from experiments.training.gpu_strategies import Strategy
 
 
-def layer_wise(
-    model: Model,
-    devices: Sequence[Any],
-    examples: int,
-    microbatches: int,
-    remat: Literal["stage"] | None,
-    options: dict[str, Any],
-) -> Strategy:
-    """Contiguous layers on each device, balanced by their arithmetic; backward recomputes a stage
-    or has residuals.
+@dataclass(frozen=True)
+class StagedModel:
+    """The model as a pipeline, with what results say of it.
+
+    Attributes:
+      pipeline: the pipeline.
+      how: stages, schedule and bubble, in words.
+      figures: cut points, loads and bubble.
+    """
+
+    pipeline: Any
+    how: str
+    figures: dict[str, Any]
+
+
+def stage_model(
+    model: Model, devices: Sequence[Any], examples: int, microbatches: int, **choices: Any
+) -> StagedModel:
+    """Contiguous layers on each device, balanced by their arithmetic, by the schedule 1F1B.
+
+    Args:
+      model: the model.
+      devices: a stage on each.
+      examples: of a global batch.
+      microbatches: how many.
+      **choices: options of `lw.build_pipeline`.
     """
     tokens = jax.ShapeDtypeStruct((examples // microbatches, model.sequence + 1), jnp.int32)
     layers = lw.trace_layers(model.loss, model.shapes(), tokens)
@@ -37,23 +54,42 @@ def layer_wise(
         microbatches,
         reduce="mean",
         schedule="1f1b",
-        remat=remat,
         # The analysis of microbatching cannot look into cuDNN's kernel, which treats each example
         # alone.
         batch_statistics="per_microbatch" if model.attention == "cudnn" else None,
+        **choices,
     )
-    shapes = pipeline.place(model.shapes())
-    whole = NamedSharding(mesh, PartitionSpec())
     bubble = (len(devices) - 1) / (microbatches + len(devices) - 1)
+    figures = {
+        "microbatches": microbatches,
+        "boundaries": list(partition.boundaries),
+        "layers": [layer.name for layer in layers.layers],
+        "stage_loads": _stage_loads(seconds, partition.boundaries),
+        "bubble": bubble,
+    }
+    how = f"{len(devices)} stages, 1F1B, {microbatches} microbatches, bubble {bubble:.1%}"
+    return StagedModel(pipeline, how, figures)
+
+
+def layer_wise(
+    model: Model,
+    devices: Sequence[Any],
+    examples: int,
+    microbatches: int,
+    remat: Literal["stage"] | None,
+    options: dict[str, Any],
+) -> Strategy:
+    """All stages in one program; backward recomputes a stage or has residuals."""
+    staged = stage_model(model, devices, examples, microbatches, remat=remat, executor="loop")
+    pipeline = staged.pipeline
+    shapes = pipeline.place(model.shapes())
+    whole = NamedSharding(pipeline.mesh, PartitionSpec())
     backward = (
         "backward recomputes its stage" if remat == "stage" else "residuals stored for backward"
     )
     return Strategy(
         name=f"layer-wise, M = {microbatches}, {'recomputed' if remat == 'stage' else 'stored'}",
-        how=(
-            f"{len(devices)} stages, 1F1B, {microbatches} microbatches, bubble {bubble:.1%}, "
-            f"{backward}"
-        ),
+        how=f"{staged.how}, {backward}",
         devices=len(devices),
         shapes=shapes,
         place=pipeline.place,
@@ -63,12 +99,8 @@ def layer_wise(
         tokens=whole,
         options=options,
         figures={
-            "microbatches": microbatches,
-            "boundaries": list(partition.boundaries),
-            "layers": [layer.name for layer in layers.layers],
-            "stage_loads": _stage_loads(seconds, partition.boundaries),
+            **staged.figures,
             "body_layers": pipeline.loop.alignment.num_layers,
-            "bubble": bubble,
             "padding_bytes": pipeline.placement.padding_bytes,
         },
     )

@@ -16,6 +16,8 @@ from layerwise_jax.host.column_run import ColumnRun
 from layerwise_jax.host.columns import Column, in_one_thread
 from layerwise_jax.host.library import Library, Progress
 from layerwise_jax.host.mailbox import Mailboxes, StoppedError
+from layerwise_jax.host.measured_memory import column_memory
+from layerwise_jax.host.memory import ColumnMemory
 from layerwise_jax.host.placement import HostPlacement, HostStaged
 from layerwise_jax.host.program import HostProgram
 from layerwise_jax.host.workers import Workers
@@ -61,6 +63,13 @@ class HostExecutor:
         kinds = {(step.stage, step.kind) for column in self._columns(trains) for step in column}
         wanted = [(stage, "E" if kind == "F" and not trains else kind) for stage, kind in kinds]
         self.library.compile(sorted(wanted), self.progress)
+
+    def memory(self, optimizer_state: Any = None) -> list[ColumnMemory]:
+        """Peak bytes on each device of every column in a training step, which is compiled if it is
+        not yet: see `column_memory`.
+        """
+        self.compile(trains=True)
+        return column_memory(self.program, self.library, optimizer_state)
 
     def evaluate(self, staged: Staged, inputs: Sequence[Any]) -> tuple[list[Any], HostStaged]:
         """All outputs for the batch, and the placed parameters with new state.
