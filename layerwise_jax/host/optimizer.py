@@ -19,11 +19,11 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from layerwise_jax._jax import Tracer
-from layerwise_jax.host.column_optimizer import ColumnOptimizer, export_levels
 from layerwise_jax.host.placement import HostPlacement, HostStaged
 from layerwise_jax.processes import copies_on, joined_copies
 from layerwise_jax.stage.placement import Staged
 from layerwise_jax.trace.program import Weight
+from layerwise_jax.train.column_optimizer import ColumnOptimizer, export_levels
 from layerwise_jax.train.leaf_program import LeafProgram
 from layerwise_jax.train.optimizer import StagedOptimizer, check_optimizer
 from layerwise_jax.train.state import StagedState
