@@ -1,0 +1,73 @@
+"""Several processes give the results of one: see `worker.py` for the checks that each runs."""
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.multihost.launch import free_port
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 2e-6  # float32, entries of about 1
+
+
+@functools.cache
+def found(processes: int, devices: int) -> list[dict[str, Any]]:
+    """What every process found."""
+    with tempfile.TemporaryDirectory() as directory:
+        port = free_port()
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.processes.worker"]
+                + [str(x) for x in (process, processes, port, directory, devices)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for process in range(processes)
+        ]
+        texts = [process.communicate()[0] for process in running]
+    lines = [[x for x in text.splitlines() if x.startswith("FOUND ")] for text in texts]
+    assert all(lines), "\n".join(texts)[-6000:]
+    return [json.loads(line[-1].removeprefix("FOUND ")) for line in lines]
+
+
+def check(results: list[dict[str, Any]], num_devices: int) -> None:
+    own = "a_process_holds_only_its_stages"
+    for result in results:
+        for name in (
+            "value_and_gradients",
+            "gradients_of_a_call",
+            "place_takes_global_arrays",
+            "place_takes_a_process_s_own_stages",
+            "a_batch_as_each_process_s_own_rows",
+            "compile_with_trials",
+        ):
+            assert result[name] < TOLERANCE, name
+        assert max(result["training_and_checkpoints"].values()) < 10 * TOLERANCE
+        assert result["gather_to_shardings_that_are_asked_for"] == [True, False]
+        assert result["devices_without_a_mesh"] == num_devices
+        held, whole = result[own]
+        assert held * len(results) == whole
+        # Plans, programs and tokens: equal on all processes.
+        same = {name: value for name, value in result.items() if name != own}
+        assert same == {name: value for name, value in results[0].items() if name != own}
+
+
+def test_two_processes_with_two_devices_each() -> None:
+    results = found(2, 2)
+    check(results, 4)
+    assert [len(tokens) for tokens in results[0]["tokens"]] == [5, 5, 5]
+
+
+@pytest.mark.slow
+def test_four_processes_with_two_devices_each_generate_the_same_tokens() -> None:
+    results = found(4, 2)
+    check(results, 8)
+    assert results[0]["tokens"] == found(2, 2)[0]["tokens"] == found(1, 4)[0]["tokens"]

@@ -1,0 +1,238 @@
+"""One of several processes: runs every check below and prints what it found as a line of JSON.
+
+python -m tests.processes.worker PROCESS PROCESSES PORT DIRECTORY DEVICES
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import layerwise_jax as lw
+
+WIDTH, DEPTH, BATCH = 16, 8, 16
+CHECKS: dict[str, Callable[..., Any]] = {}
+
+
+def check(function: Callable[..., Any]) -> Callable[..., Any]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def loss_fn(params: Any, x: Any, y: Any) -> Any:
+    for weight, bias in params:
+        x = jnp.tanh(x @ weight + bias)
+    return jnp.mean((x - y) ** 2)
+
+
+def decode(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
+    x, kept = params["embed"][tokens], []
+    for weight, state in zip(params["layers"], cache, strict=True):
+        state = 0.9 * state + x
+        x = x + jnp.tanh(state @ weight)
+        kept.append(state)
+    return x @ params["embed"].T, kept
+
+
+class Case:
+    """The model, its data and its unstaged results, equal on all processes."""
+
+    def __init__(self, directory: Path):
+        draw = np.random.default_rng(0)
+        shape = (WIDTH, WIDTH)
+        self.params = [
+            (draw.normal(size=shape).astype("f") / 4, np.zeros(WIDTH, "f")) for _ in range(DEPTH)
+        ]
+        self.x = draw.normal(size=(BATCH, WIDTH)).astype("f")
+        self.y = draw.normal(size=(BATCH, WIDTH)).astype("f")
+        self.directory = directory
+        self.mesh = mesh(stage=jax.device_count())
+        self.pipeline = staged(self, self.mesh)
+        self.expected = jax.value_and_grad(loss_fn)(self.params, self.x, self.y)
+
+
+def mesh(**axes: int) -> Mesh:
+    devices = np.array(jax.devices()).reshape(*axes.values())
+    return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def staged(case: Case, on: Mesh | None, **options: Any) -> lw.Pipeline:
+    """Equal stages over the axis `stage` of a mesh, or what `layerwise` chooses without one."""
+    if on is None:
+        return lw.layerwise(loss_fn, case.params, case.x, case.y, capacity=None, reduce="mean")
+    rows = BATCH // 4 // on.shape.get("data", 1)
+    layers = lw.trace_layers(loss_fn, case.params, case.x[:rows], case.y[:rows])
+    boundaries = range(0, DEPTH + 1, DEPTH // on.shape["stage"])
+    return lw.build_pipeline(layers, tuple(boundaries), on, 4, reduce="mean", **options)
+
+
+def farthest(found: Any, expected: Any) -> float:
+    """The largest difference of two trees, of which the first may be spread over processes."""
+    everywhere = jax.tree.map(
+        lambda x: (
+            jax.jit(lambda a: a, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(
+                x
+            ).addressable_data(0)
+            if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding)
+            else x
+        ),
+        found,
+    )
+    pairs = zip(jax.tree.leaves(everywhere), jax.tree.leaves(expected), strict=True)
+    return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
+
+
+@check
+def value_and_gradients(case: Case) -> float:
+    found = jax.jit(case.pipeline.value_and_grad)(case.pipeline.place(case.params), case.x, case.y)
+    return farthest((found[0], case.pipeline.gather(found[1])), case.expected)
+
+
+@check
+def gradients_of_a_call(case: Case) -> float:
+    placed = case.pipeline.place(case.params)
+    found = jax.jit(jax.grad(case.pipeline))(placed, case.x, case.y)
+    return farthest(case.pipeline.gather(found), case.expected[1])
+
+
+@check
+def place_takes_global_arrays(case: Case) -> float:
+    spread = NamedSharding(case.mesh, PartitionSpec("stage"))
+    params = jax.tree.map(
+        lambda a: jax.make_array_from_callback(a.shape, spread, lambda i: a[i]), case.params
+    )
+    return farthest(case.pipeline.gather(case.pipeline.place(params)), case.params)
+
+
+@check
+def place_takes_a_process_s_own_stages(case: Case) -> float:
+    layers_of = DEPTH // jax.device_count()
+    owners = [case.mesh.devices[i // layers_of].process_index for i in range(DEPTH)]
+    params = [
+        layer if owner == jax.process_index() else jax.eval_shape(lambda x=layer: x)
+        for layer, owner in zip(case.params, owners, strict=True)
+    ]
+    return farthest(case.pipeline.gather(case.pipeline.place(params)), case.params)
+
+
+@check
+def a_process_holds_only_its_stages(case: Case) -> list[int]:
+    placed = case.pipeline.place(case.params)
+    held = sum(s.data.nbytes for x in placed.values() for s in x.addressable_shards)
+    return [held, sum(x.nbytes for x in jax.tree.leaves(case.params))]
+
+
+@check
+def a_batch_as_each_process_s_own_rows(case: Case) -> float:
+    rows = NamedSharding(case.mesh, PartitionSpec("stage"))
+    size = BATCH // jax.process_count()
+    own = slice(jax.process_index() * size, (jax.process_index() + 1) * size)
+    batch = [jax.make_array_from_process_local_data(rows, a[own]) for a in (case.x, case.y)]
+    value = jax.jit(case.pipeline)(case.pipeline.place(case.params), *batch)
+    return abs(float(value) - float(case.expected[0]))
+
+
+@check
+def gather_to_shardings_that_are_asked_for(case: Case) -> list[bool]:
+    placed = case.pipeline.place(case.params)
+    whole = NamedSharding(case.mesh, PartitionSpec())
+    everywhere = jax.tree.leaves(case.pipeline.gather(placed, out_shardings=whole))
+    spread = jax.tree.leaves(case.pipeline.gather(placed))
+    return [
+        all(x.is_fully_replicated for x in everywhere),
+        any(x.is_fully_replicated for x in spread),
+    ]
+
+
+@check
+def training_and_checkpoints(case: Case) -> dict[str, float]:
+    """Two steps, saved; two more here, and from the checkpoint on replicas of other stages."""
+
+    def trained(pipeline: lw.Pipeline, count: int, start: Any = None) -> Any:
+        step = pipeline.train_step(optax.adamw(1e-2))
+        placed = pipeline.place(case.params)
+        state = step.init(placed)
+        if start is not None:
+            saved = lw.restore_checkpoint(start, pipeline, state, optimizer=step.optimizer)
+            placed, state = saved.params, saved.optimizer_state
+        for _ in range(count):
+            placed, state, _ = step(placed, state, case.x, case.y)
+        return step, placed, state
+
+    folder = case.directory / "steps"
+    step, placed, state = trained(case.pipeline, 2)
+    lw.save_checkpoint(folder, 2, case.pipeline, placed, state, optimizer=step.optimizer)
+    straight = case.pipeline.gather(trained(case.pipeline, 4)[1])
+    again = case.pipeline.gather(trained(case.pipeline, 2, folder)[1])
+    other = staged(case, mesh(data=2, stage=jax.device_count() // 2))
+    elsewhere = other.gather(trained(other, 2, folder)[1])
+
+    tx = optax.adamw(1e-2)
+    params = jax.tree.map(jnp.asarray, case.params)
+    optimizer_state = tx.init(params)
+    for _ in range(4):
+        grads = jax.grad(loss_fn)(params, case.x, case.y)
+        updates, optimizer_state = tx.update(grads, optimizer_state, params)
+        params = optax.apply_updates(params, updates)
+    return {
+        "straight": farthest(straight, params),
+        "restored": farthest(again, params),
+        "restored on replicas": farthest(elsewhere, params),
+    }
+
+
+@check
+def tokens(case: Case) -> list[list[int]]:
+    draw = np.random.default_rng(1)
+    params = {
+        "embed": draw.normal(size=(32, WIDTH)).astype("f"),
+        "layers": [draw.normal(size=(WIDTH, WIDTH)).astype("f") / 6 for _ in range(DEPTH)],
+    }
+    cache = [jax.ShapeDtypeStruct((2, WIDTH), jnp.float32)] * DEPTH
+    ring = lw.decode_ring(decode, params, cache, group_size=2, mesh=case.mesh)
+    generation = ring.generate(ring.place(params), [[1, 2, 3], [4], [5, 6]], max_new_tokens=5)
+    return [np.asarray(x).tolist() for x in generation.tokens]
+
+
+@check
+def compile_with_trials(case: Case) -> float:
+    placed = case.pipeline.place(case.params)
+    compiled = case.pipeline.compile(placed, case.x, case.y, options="auto")
+    return abs(float(compiled(placed, case.x, case.y)) - float(case.expected[0]))
+
+
+@check
+def plans_and_programs(case: Case) -> list[str]:
+    """Digests, which are equal on all processes."""
+    placed = case.pipeline.place(case.params)
+    lowered = jax.jit(case.pipeline.value_and_grad).lower(placed, case.x, case.y)
+    texts = [case.pipeline.plan.to_json(), lowered.as_text()]
+    return [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+
+
+@check
+def devices_without_a_mesh(case: Case) -> int:
+    pipeline = staged(case, None)
+    return pipeline.mesh.devices.size
+
+
+def main(process: int, processes: int, port: int, directory: str, devices: int) -> None:
+    lw.emulate_devices(devices)
+    jax.distributed.initialize(
+        f"127.0.0.1:{port}", processes, process, heartbeat_timeout_seconds=100
+    )
+    case = Case(Path(directory))
+    print("FOUND " + json.dumps({name: run(case) for name, run in CHECKS.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    index, count, at, where, emulated = sys.argv[1:]
+    main(int(index), int(count), int(at), where, int(emulated))
