@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from layerwise_jax._arguments import checked_int
-from layerwise_jax.batch.analysis import analyze_batching
+from layerwise_jax.batch.analysis import BatchOptions, analyze_batching
 from layerwise_jax.measure.layers import measured_by_shape
 from layerwise_jax.mesh import STAGE, check_mesh
 from layerwise_jax.options import PipelineOptions
@@ -70,23 +70,17 @@ def build_pipeline(
     check_stageable(layers.program)
     in_axes = _input_axes(layers, options.in_axes)
     new_values = find_state(layers, options.state)
-    batching = analyze_batching(
-        layers,
-        in_axes,
-        num_microbatches * replicas,
-        reduce=options.reduce,
-        statistics=options.batch_statistics,
-        state=tuple(new_values),
-    )
+    batch_options = BatchOptions(options.reduce, options.batch_statistics, tuple(new_values))
+    parts = num_microbatches * replicas
+    batching = analyze_batching(layers, in_axes, parts, batch_options)
     state = split_state(layers, new_values, [role.kind for role in batching.outputs], replicas)
     check_draws(batching.program, state.carried)
-    layers = layers.with_program(batching.program)
     loop = _staged_program(
-        layers,
+        layers.with_program(batching.program),
         boundaries,
         schedule.num_devices,
         num_microbatches,
-        in_axes=in_axes,
+        in_axes=batching.in_axes,
         state=state,
         options=options,
     )

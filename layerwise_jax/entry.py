@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from layerwise_jax import processes
 from layerwise_jax._arguments import checked_choice, checked_int
-from layerwise_jax.batch.outputs import Reduce
 from layerwise_jax.build import build_pipeline
 from layerwise_jax.cost.capacity import capacity_bound, row_chunks_to_fit, streaming_notes
 from layerwise_jax.cost.device import DeviceSpec
@@ -42,7 +41,7 @@ def layerwise(
     device: DeviceSpec | None = None,
     capacity: Literal["l2"] | int | None = "l2",
     method: Literal["dp", "greedy"] = "dp",
-    reduce: Reduce | None = None,
+    reduce: Any = "auto",
     in_axes: Any = 0,
     state: Callable[[Any], Any] | Literal["mutated"] | None = None,
     batch_statistics: Literal["per_microbatch"] | None = None,
@@ -69,7 +68,8 @@ def layerwise(
         not what training stashes and accumulates (`measure_costs` with `backward=True` counts
         that).
       method: "dp" for the exact optimum, "greedy" for the paper's greedy layer aggregation.
-      reduce: how outputs without a batch axis (a loss) combine over microbatches: "mean" or "sum".
+      reduce: how outputs without a batch axis (a loss) combine over microbatches. "auto" infers it;
+        "mean", "sum", "count", "max" or "min" asserts it, a tree of words for each output.
       in_axes: as in `jax.vmap`, over the inputs: 0 for those that microbatches split, None for
         those that every microbatch gets whole.
       state: picks from fn's outputs new values of some parameters, such as running averages;

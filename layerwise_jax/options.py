@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from layerwise_jax.batch.outputs import Reduce
+from layerwise_jax.batch.outputs import check_words
 from layerwise_jax.schedule.registry import SCHEDULES, ScheduleName
 from layerwise_jax.schedule.table import Schedule
 from layerwise_jax.stage.state import StatePick
@@ -16,7 +16,6 @@ Executor = Literal["auto", "loop", "host"]
 
 # The words of every option that takes one; None is allowed beside them.
 WORDS: Mapping[str, tuple[str, ...]] = {
-    "reduce": get_args(Reduce),
     "batch_statistics": ("per_microbatch",),
     "remat": get_args(Remat),
 }
@@ -30,7 +29,9 @@ class PipelineOptions:
       in_axes: as in `jax.vmap`, over the inputs: 0 for an input that microbatches split along its
         leading axis, None for one that every microbatch gets whole. Random keys and scalars are
         never split.
-      reduce: how outputs without a batch axis combine over microbatches: "mean" or "sum".
+      reduce: how outputs without a batch axis combine over microbatches. "auto" infers it for each;
+        "mean", "sum", "count", "max" or "min" asserts it for all, a tree of words (with "rows" for
+        outputs with a batch axis) for each. None is "auto".
       state: picks from the function's outputs new values of some parameters (running averages): a
         tree with the paths that they have in the parameters. "mutated" takes every nnx Variable
         that the function mutates. A call then returns (value, placed parameters with the new
@@ -58,7 +59,7 @@ class PipelineOptions:
     """
 
     in_axes: Any = 0
-    reduce: Reduce | None = None
+    reduce: Any = "auto"
     state: StatePick = None
     batch_statistics: Literal["per_microbatch"] | None = None
     schedule: ScheduleName | Schedule = "1f1b"
@@ -70,6 +71,7 @@ class PipelineOptions:
     xla_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        check_words(self.reduce)
         for name, words in WORDS.items():
             _check_word(name, getattr(self, name), (*words, None))
         _check_word("executor", self.executor, get_args(Executor))

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from layerwise_jax.batch.analysis import BatchAnalysis
-from layerwise_jax.batch.outputs import Reduction
 from layerwise_jax.host.executor import HostExecutor
 from layerwise_jax.host.optimizer import HostOptimizer, HostTrainStep, host_optimizer
 from layerwise_jax.host.placement import HostPlacement, HostStaged, check_not_traced
@@ -99,7 +98,7 @@ class Pipeline:
         """Cotangent of one microbatch's loss: 1 for a sum, its share of the batch for a mean and
         for a loss that all microbatches have in common.
         """
-        adds = self.options.reduce == "sum" and self.batching.outputs[0].kind == "reduced"
+        adds = self.batching.outputs[0].combine == "sum"
         return 1.0 if adds else 1.0 / self.parts
 
     @property
@@ -121,14 +120,8 @@ class Pipeline:
 
     @cached_property
     def _outputs(self) -> Outputs:
-        roles: tuple[Reduction, ...] = tuple(role.kind for role in self.batching.outputs)
-        return Outputs(
-            self.loop,
-            roles,
-            tuple(self.layers.signature.outputs_avals),
-            self.mesh,
-            self.options.reduce,
-        )
+        avals = tuple(self.layers.signature.outputs_avals)
+        return Outputs(self.loop, self.batching.outputs, avals, self.mesh)
 
     def place(self, params: Any, executor: Executor | None = None) -> Staged:
         """Put every stage's weights on its own devices: see `Placement.place`.
@@ -168,9 +161,14 @@ class Pipeline:
         return self._value(*self._executor_of(staged).evaluate(staged, leaves))
 
     def _checked(self, staged: Any, inputs: tuple[Any, ...]) -> list[Any]:
-        """The leaves of the inputs, if they and the placed parameters are this pipeline's."""
+        """The inputs of the staged program, if they and the placed parameters are this pipeline's.
+
+        Those are the leaves of `inputs`, and what is computed from them for the full batch.
+        """
         self._executor_of(staged).placement.check_staged(staged)
-        leaves = check_inputs(inputs, self.layers.signature, self.loop.in_axes, self.parts)
+        signature = self.layers.signature
+        axes = self.loop.in_axes[: len(signature.inputs_avals)]
+        leaves = self.batching.inputs(check_inputs(inputs, signature, axes, self.parts))
         if isinstance(staged, HostStaged):
             check_not_traced(staged, leaves)
         return leaves
@@ -251,6 +249,10 @@ class Pipeline:
         if aval.shape or not jnp.issubdtype(aval.dtype, jnp.floating):
             raise ValueError(
                 "The first output of the function must be a floating-point scalar (the loss), got "
-                f"{aval.dtype}{list(aval.shape)}. Stage a loss function, with reduce='mean' or "
-                "reduce='sum'."
+                f"{aval.dtype}{list(aval.shape)}. Stage a loss function."
+            )
+        if self.batching.outputs[0].kind == "extreme":
+            raise ValueError(
+                "The first output of the function must be a sum or mean over the examples to be "
+                f"differentiated, got a {self.batching.outputs[0].combine}. Put it after the loss."
             )

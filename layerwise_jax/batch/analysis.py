@@ -1,10 +1,10 @@
-"""What splitting the batch would change, found before it does.
+"""Analysis of whether running a function on parts of the batch is exact.
 
-A pipeline runs a function on equal parts of the batch (microbatches, times replicas) and puts the
-results together. That is exact only where the function treats examples alone, or ends in a sum or
-mean over them. The function is traced on a part and on the full batch, the two traces are walked
-side by side, and every value gets a role (`batch_roles`). What no parts combine to is refused with
-words, never returned changed.
+A pipeline runs a function on parts of the batch (microbatches, times replicas) and puts the results
+together. That is exact only where the function treats each example alone, or ends in a sum, mean,
+maximum or minimum over them. The function is traced on a part and on the full batch, an abstract
+interpreter runs over both traces, and every value gets a role (`batch.lattice`). What no parts
+combine to is refused by name, never returned changed.
 """
 
 from __future__ import annotations
@@ -17,90 +17,133 @@ import jax
 
 from layerwise_jax import _jax
 from layerwise_jax.batch.interpreter import BatchInterpreter
-from layerwise_jax.batch.lattice import Replicated, Role, Split
+from layerwise_jax.batch.lattice import Parts, Replicated, Role, Split
 from layerwise_jax.batch.numbering import mixed_numberings
 from layerwise_jax.batch.outputs import (
     OutputAnalysis,
     OutputRole,
-    Reduce,
     TracedOutput,
-    role_of_one_part,
-    state_of_one_part,
+    output_words,
+    roles_of_one_part,
 )
 from layerwise_jax.batch.pairs import BatchError, ProgramPair, pair_programs
+from layerwise_jax.batch.precompute import Candidates, Precomputed, precomputed_inputs
 from layerwise_jax.batch.rules.draws import Draws
 from layerwise_jax.trace.flatten import flatten
 from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.trace.program import Operand, Program, Value
 
-__all__ = ["BatchError", "BatchAnalysis", "OutputRole", "analyze_batching"]
+__all__ = ["BatchAnalysis", "BatchError", "BatchOptions", "OutputRole", "analyze_batching"]
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """Choices of the analysis.
+
+    With `statistics="per_microbatch"` an operation that mixes examples (the mean that batch
+    normalisation subtracts) mixes those of a part. An output that depends on other mixing
+    operations is judged by its shape: rows if its leading axis is as long as the batch, else as its
+    word says.
+
+    Attributes:
+      reduce: a word of `outputs.Reduce`, or a tree of words that is a prefix of the outputs' tree.
+      statistics: see above; None refuses operations that mix examples.
+      state: positions of the outputs that are new state, which parts update in order.
+      precompute: whether values of inputs alone may be computed for the full batch beforehand.
+    """
+
+    reduce: Any = "auto"
+    statistics: Literal["per_microbatch"] | None = None
+    state: tuple[int, ...] = ()
+    precompute: bool = True
 
 
 @dataclass(frozen=True, eq=False)
 class BatchAnalysis:
-    """How a function runs on parts of the batch.
+    """A function as it runs on parts of the batch.
 
     Attributes:
-      program: the program of a part. Operations that draw by shape are marked to be run at the full
-        batch.
-      outputs: the role of every output leaf.
+      program: program of a part. Operations that draw by shape are marked to be run at the full
+        batch; values computed beforehand are additional inputs, after the function's own.
+      outputs: role of every output leaf.
+      in_axes: for every input of the program, 0 if parts split it, None if each gets it whole.
+      precomputed: makes the additional inputs from the function's own; None if there are none.
     """
 
     program: Program
     outputs: tuple[OutputRole, ...]
+    in_axes: tuple[int | None, ...]
+    precomputed: Precomputed | None = None
+
+    def inputs(self, leaves: Sequence[Any]) -> list[Any]:
+        """Inputs of the program at the full batch, from the function's own input leaves."""
+        return [*leaves, *(self.precomputed(leaves) if self.precomputed else ())]
 
 
 def analyze_batching(
     layers: LayerSequence,
     in_axes: Sequence[int | None],
     parts: int,
-    *,
-    reduce: Reduce | None = None,
-    statistics: Literal["per_microbatch"] | None = None,
-    state: Sequence[int] = (),
+    options: BatchOptions | None = None,
 ) -> BatchAnalysis:
     """Find out how the outputs of the full batch follow from those of its parts.
-
-    With `statistics="per_microbatch"`, what one operation takes from all examples (the mean that
-    batch normalisation subtracts) is taken from those of the part. An output that depends on
-    operations which mix examples in other ways is then judged by its shape: rows if its leading
-    axis is as long as the batch, else reduced.
 
     Args:
       layers: the function, traced on one part.
       in_axes: for every input leaf, 0 if its leading axis is the batch, None if every part gets it
         whole.
       parts: equal parts that the batch is split into.
-      reduce: how outputs without a batch axis combine.
-      statistics: see above; None refuses operations that mix examples.
-      state: positions of the outputs that are new state, which parts update in order.
+      options: see `BatchOptions`.
 
     Raises:
-      BatchError: an output would differ from that of the full batch, or `reduce` is missing or
-        wrong for it.
+      BatchError: an output would differ from that of the full batch, or its word is wrong for it.
+      ValueError: `options.reduce` is no tree of words for the outputs.
     """
-    program = layers.program
+    options = options or BatchOptions()
+    axes = tuple(in_axes)
     if parts == 1:
-        return BatchAnalysis(program, _roles_of_one_part(layers, in_axes, reduce, state))
-    pair = pair_programs(program, _trace_full(layers, in_axes, parts))
-    walk, roles = _interpret(pair, in_axes, parts, statistics is not None)
-    judge = OutputAnalysis(parts, reduce, statistics is not None)
-    outputs = tuple(
-        judge.state(output) if position in state else judge.output(output)
-        for position, output in enumerate(_outputs(layers, pair, roles, in_axes))
+        program = _with_constant_outputs(layers.program)
+        return BatchAnalysis(program, _roles_of_one_part(layers, axes, options), axes)
+    pair = pair_programs(layers.program, _trace_full(layers, axes, parts))
+    walk, roles = _interpret(pair, axes, parts, options)
+    outputs = _traced_outputs(layers, pair, roles, axes, walk.precomputed, options)
+    judge = OutputAnalysis(parts, options.statistics is not None)
+    kinds = tuple(
+        judge.state(output) if position in options.state else judge.output(output)
+        for position, output in enumerate(outputs)
     )
+    program, precomputed = precomputed_inputs(pair, _as_run(pair.micro, walk), walk.precomputed)
+    in_axes = (*axes, *(precomputed.in_axes if precomputed else ()))
+    return BatchAnalysis(_with_constant_outputs(program), kinds, in_axes, precomputed)
+
+
+def _as_run(program: Program, walk: BatchInterpreter) -> Program:
+    """The program as it runs on a part: draws at the full batch, corrected derivative rules."""
     ops = [
         replace(op, eqn=walk.corrected.get(i, op.eqn), full_rows=walk.draws.full_rows.get(i))
         for i, op in enumerate(program.ops)
     ]
-    return BatchAnalysis(replace(program, ops=tuple(ops)), outputs)
+    return replace(program, ops=tuple(ops))
+
+
+def _with_constant_outputs(program: Program) -> Program:
+    """The program with outputs that are literals (`return loss, 0.0`) as constants."""
+    avals = list(program.avals)
+    constants = dict(program.constants)
+    outputs: list[Operand] = []
+    for output in program.outputs:
+        if isinstance(output, _jax.Literal):
+            aval: Any = output.aval
+            constants[len(avals)] = jax.numpy.asarray(output.val, aval.dtype)
+            outputs.append(len(avals))
+            avals.append(aval)
+        else:
+            outputs.append(output)
+    return replace(program, avals=tuple(avals), constants=constants, outputs=tuple(outputs))
 
 
 def _roles_of_one_part(
-    layers: LayerSequence,
-    in_axes: Sequence[int | None],
-    reduce: Reduce | None,
-    state: Sequence[int],
+    layers: LayerSequence, in_axes: Sequence[int | None], options: BatchOptions
 ) -> tuple[OutputRole, ...]:
     signature, program = layers.signature, layers.program
     inputs = zip(signature.inputs_avals, in_axes, strict=True)
@@ -108,13 +151,31 @@ def _roles_of_one_part(
     from_inputs = _values_from(program, program.inputs)
     split = zip(program.inputs, in_axes, strict=True)
     from_batch = _values_from(program, [value for value, axis in split if axis is not None])
-    outputs = zip(_output_names(layers), program.outputs, signature.outputs_avals, strict=True)
-    return tuple(
-        state_of_one_part(from_batch(operand))
-        if i in state
-        else role_of_one_part(name, aval, batch, from_inputs(operand), reduce)
-        for i, (name, operand, aval) in enumerate(outputs)
-    )
+    names = _output_names(layers)
+    words, is_own_word = _words(layers, options)
+    outputs = [
+        TracedOutput(
+            name=name,
+            role=Replicated(),
+            micro=aval,
+            full=aval,
+            from_batch=from_batch(operand),
+            from_inputs=from_inputs(operand),
+            word=word,
+            is_own_word=is_own_word,
+        )
+        for name, operand, aval, word in zip(
+            names, program.outputs, signature.outputs_avals, words, strict=True
+        )
+    ]
+    return roles_of_one_part(outputs, batch, options.state)
+
+
+def _words(layers: LayerSequence, options: BatchOptions) -> tuple[list[str], bool]:
+    tree = layers.signature.outputs_tree
+    outputs = jax.tree.unflatten(tree, list(range(tree.num_leaves)))
+    words, is_own_word = output_words(options.reduce, outputs)
+    return words + ["auto"] * len(layers.signature.mutated), is_own_word
 
 
 def _trace_full(layers: LayerSequence, in_axes: Sequence[int | None], parts: int) -> Program:
@@ -146,44 +207,65 @@ def _abstract(aval: Any, parts: int) -> jax.ShapeDtypeStruct:
 
 
 def _interpret(
-    pair: ProgramPair, in_axes: Sequence[int | None], parts: int, per_microbatch: bool
+    pair: ProgramPair, in_axes: Sequence[int | None], parts: Parts, options: BatchOptions
 ) -> tuple[BatchInterpreter, list[Role]]:
     """The interpreter after its run, and the roles of the outputs.
 
-    Runs again while an iota is found to number the full batch where it must number each part.
+    Runs again while it finds an iota that numbers the full batch and must number each part, or a
+    value of inputs alone that must be computed for the full batch beforehand.
     """
     inputs = zip(pair.full.inputs, in_axes, strict=True)
     given: dict[Value, Role] = dict.fromkeys(pair.full.weights, Replicated())
     given.update({value: Replicated() if axis is None else Split(axis) for value, axis in inputs})
+    per_microbatch = options.statistics is not None
     per_part: frozenset[int] = frozenset()
+    beforehand: dict[Value, Role] = {}
     while True:
-        walk = BatchInterpreter(parts, per_microbatch, Draws(per_part, per_microbatch))
+        draws = Draws(per_part, per_microbatch)
+        candidates = Candidates(pair, parts, beforehand, only_draws=per_microbatch)
+        walk = BatchInterpreter(parts, per_microbatch, draws=draws, candidates=candidates)
         roles = walk.outputs(pair, given)
-        if not per_microbatch:
+        found = frozenset()
+        if per_microbatch:
+            found = mixed_numberings(pair, walk.roles, draws.numbered, walk.statistics)
+        if not found and (candidates.is_settled or not options.precompute):
             return walk, roles
-        found = mixed_numberings(pair, walk.roles, walk.draws.numbered, walk.statistics)
-        if not found:
-            return walk, roles
-        per_part |= found  # iotas of `per_part` are not found again
+        per_part |= found  # an iota of `per_part` is not found again
+        if options.precompute:
+            beforehand = candidates.following()
 
 
-def _outputs(
+def _traced_outputs(
     layers: LayerSequence,
     pair: ProgramPair,
     roles: Sequence[Role],
     in_axes: Sequence[int | None],
+    beforehand: Iterable[Value],
+    options: BatchOptions,
 ) -> list[TracedOutput]:
     inputs = zip(pair.full.inputs, in_axes, strict=True)
     from_batch = _values_from(pair.full, [value for value, axis in inputs if axis is not None])
+    from_totals = _values_from(pair.full, beforehand)
+    names = _output_names(layers)
+    words, is_own_word = _words(layers, options)
     operands = zip(pair.micro.outputs, pair.full.outputs, strict=True)
     return [
-        TracedOutput(name, role, pair.micro.aval(m), pair.full.aval(f), from_batch(f))
-        for name, role, (m, f) in zip(_output_names(layers), roles, operands, strict=True)
+        TracedOutput(
+            name=name,
+            role=role,
+            micro=pair.micro.aval(m),
+            full=pair.full.aval(f),
+            from_batch=from_batch(f),
+            from_totals=from_totals(f),
+            word=word,
+            is_own_word=is_own_word,
+        )
+        for name, role, word, (m, f) in zip(names, roles, words, operands, strict=True)
     ]
 
 
 def _output_names(layers: LayerSequence) -> list[str]:
-    """How to call every output leaf in a message."""
+    """Name of every output leaf in a message."""
     tree = layers.signature.outputs_tree
     paths, _, _ = _jax.key_paths(jax.tree.unflatten(tree, list(range(tree.num_leaves))))
     names = [f"output {jax.tree_util.keystr(path)}" if path else "the output" for path in paths]
@@ -192,7 +274,7 @@ def _output_names(layers: LayerSequence) -> list[str]:
 
 
 def _values_from(program: Program, sources: Iterable[Value]) -> Callable[[Operand], bool]:
-    """Whether an operand comes from one of these values, or is one."""
+    """Test of whether an operand depends on one of these values."""
     values = set(sources)
     for op in program.ops:
         if values.intersection(op.values):

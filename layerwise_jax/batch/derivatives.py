@@ -26,7 +26,9 @@ from layerwise_jax.batch.lattice import (
     NotSeparable,
     NotSeparableError,
     OpContext,
+    PartialExtreme,
     PartialSum,
+    Ratio,
     Replicated,
     Role,
     Split,
@@ -35,6 +37,7 @@ from layerwise_jax.batch.lattice import (
     same,
 )
 from layerwise_jax.batch.linear_maps import is_linear
+from layerwise_jax.batch.linearity import EXTREME
 from layerwise_jax.batch.pairs import ProgramPair, pair_bodies
 
 # Rules that need not be linear in the cotangent; JAX transposes those of `custom_jvp`, which are.
@@ -104,6 +107,8 @@ def _dual(role: Role, axis: int | None) -> Role:
         return Split(role.axis, 1 / role.ratio)
     if isinstance(role, Replicated):
         return PartialSum(1 / role.ratio) if axis is None else Split(axis, 1 / role.ratio)
+    if isinstance(role, PartialExtreme):
+        raise NotSeparableError(EXTREME)
     assert isinstance(role, NotSeparable), role
     return role
 
@@ -123,11 +128,13 @@ def _factor(gradient: Role, step: OpContext, operand: int) -> float:
         raise NotSeparableError(
             f"has a derivative rule in which {operation} {gradient.why}", gradient.cause
         )
-    if isinstance(role, NotSeparable):
+    if isinstance(role, NotSeparable | PartialExtreme):
+        what = f"that no parts combine to: {role}"
+        if isinstance(role, PartialExtreme):
+            what = f"that is a {role.which} over the examples"
+        cause = role.cause if isinstance(role, NotSeparable) else "statistics"
         raise NotSeparableError(
-            f"has a derivative rule that injects a gradient into a value that no parts combine to: "
-            f"{role}",
-            role.cause,
+            f"has a derivative rule that injects a gradient into a value {what}", cause
         )
     assert isinstance(role, Split | Replicated | PartialSum), role
     assert isinstance(gradient, Split | Replicated | PartialSum), gradient
@@ -144,7 +151,7 @@ def _factor(gradient: Role, step: OpContext, operand: int) -> float:
     raise NotSeparableError(NOT_ALONE)
 
 
-def _exact(factor: float) -> float:
+def _exact(factor: Ratio) -> float:
     return 1.0 if same(factor, 1.0) else float(factor)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,12 +18,15 @@ from layerwise_jax._jax import (
 )
 from layerwise_jax.batch.derivatives import NOT_ALONE, check_derivative
 from layerwise_jax.batch.lattice import (
+    UNUSED,
     BatchIota,
     IndexColumns,
     NotSeparable,
     NotSeparableError,
     OpContext,
+    PartialExtreme,
     PartialSum,
+    Parts,
     Replicated,
     Role,
     Split,
@@ -34,7 +37,16 @@ from layerwise_jax.batch.lattice import (
 )
 from layerwise_jax.batch.linearity import STATISTICS, nonlinear
 from layerwise_jax.batch.pairs import PairedOp, ProgramPair, constants_of, differing_parameter
-from layerwise_jax.batch.rules import attention, bodies, contractions, elementwise, indexing, shapes
+from layerwise_jax.batch.precompute import Candidates
+from layerwise_jax.batch.rules import (
+    attention,
+    bodies,
+    contractions,
+    elementwise,
+    extremes,
+    indexing,
+    shapes,
+)
 from layerwise_jax.batch.rules import draws as drawing
 from layerwise_jax.batch.rules.draws import Draws, numbers_through
 from layerwise_jax.trace.primitives import CUSTOM_RULES
@@ -61,40 +73,56 @@ class BatchInterpreter:
       draws: what was found out about drawing operations.
       roles: of every value of the full program, once it was run.
       statistics: positions of operations that took a sum over a part's examples for a statistic.
-      is_inner: whether this is a body.
+      candidates: values that may be computed beforehand; None in the body of a loop or branch.
       checks_derivatives: whether derivative rules are looked into (not in derivatives, which may
         name themselves).
     """
 
-    parts: int
+    parts: Parts
     per_microbatch: bool = False
     draws: Draws = field(default_factory=Draws)
     corrected: dict[int, JaxprEqn] = field(default_factory=dict)
     roles: dict[Value, Role] = field(default_factory=dict)
     statistics: set[int] = field(default_factory=set)
-    is_inner: bool = False
+    candidates: Candidates | None = None
     checks_derivatives: bool = True
 
     def run(self, pair: ProgramPair, given: dict[Value, Role]) -> list[Role]:
-        """The roles of the outputs.
+        """Roles of the outputs.
 
         Args:
           pair: the two programs.
-          given: the roles of the full program's weights and inputs.
+          given: roles of the full program's weights and inputs.
         """
         env = dict(given)
-        env.update({value: constant_role(micro, full) for value, micro, full in constants_of(pair)})
+        for value, micro, full in constants_of(pair):
+            env[value] = self._constant(value, constant_role(micro, full))
         for i, op in enumerate(pair.ops):
-            roles = [_located(role, pair, i) for role in self._roles_of_results(op, env)]
+            if self.candidates is None or self.candidates.is_live(op):
+                roles = [_located(role, pair, i) for role in self._roles_of_results(op, env)]
+            else:
+                roles = [UNUSED] * len(op.full.results)
             env.update(zip(op.full.results, roles, strict=True))
-        if not self.is_inner:
+            env.update({x: self.precomputed[x] for x in op.full.results if x in self.precomputed})
+        if self.candidates is not None:
             self.roles.update(env)
         return [
             _read(m, f, env) for m, f in zip(pair.micro.outputs, pair.full.outputs, strict=True)
         ]
 
+    @property
+    def precomputed(self) -> Mapping[Value, Role]:
+        """Roles of the values that are computed for the full batch beforehand."""
+        return {} if self.candidates is None else self.candidates.roles
+
+    def _constant(self, value: Value, role: Role) -> Role:
+        if self.candidates is None:
+            return role
+        self.candidates.note_constant(value, role)
+        return self.precomputed.get(value, role)
+
     def outputs(self, pair: ProgramPair, given: dict[Value, Role]) -> list[Role]:
-        """The roles of the outputs, numbers of rows made those of the full batch."""
+        """Roles of the outputs, numberings of the examples made those of the full batch."""
         return [self._as_rows(role) for role in self.run(pair, given)]
 
     def _as_rows(self, role: Role) -> Role:
@@ -110,10 +138,13 @@ class BatchInterpreter:
             _read(m, f, env) for m, f in zip(op.micro.operands, op.full.operands, strict=True)
         )
         step = OpContext(op.micro.eqn, op.full.eqn, roles, self.parts)
-        position = None if self.is_inner else op.position
         if _references(op.full):
             return self._use_of_reference(step, op, env)
-        return self.results(step, position)
+        if self.candidates is None:
+            return self.results(step, None)
+        results = self.results(step, op.position)
+        self.candidates.note(op, roles, results)
+        return results
 
     def _repeated(self, role: Role, op: PairedOp) -> Role:
         """What the full batch's trace repeats for its examples."""
@@ -128,7 +159,9 @@ class BatchInterpreter:
         try:
             return self._checked(step, self._apply(step, position))
         except NotSeparableError as mixes:
-            if self.per_microbatch and any(isinstance(role, PartialSum) for role in step.roles):
+            if self.per_microbatch and any(
+                isinstance(role, PartialSum | PartialExtreme) for role in step.roles
+            ):
                 self.statistics |= set() if position is None else {position}
                 return self.results(
                     step.with_roles([self._as_statistic(role) for role in step.roles]), position
@@ -137,7 +170,9 @@ class BatchInterpreter:
 
     def _as_statistic(self, role: Role) -> Role:
         """A sum or mean over the examples of a part, taken for what it is of the full batch."""
-        return Replicated(role.ratio * self.parts) if isinstance(role, PartialSum) else role
+        if isinstance(role, PartialSum):
+            return Replicated(role.ratio * self.parts)
+        return Replicated() if isinstance(role, PartialExtreme) else role
 
     def _checked(self, step: OpContext, roles: Sequence[Role]) -> list[Role]:
         shapes = [step.result_shapes(i) for i in range(len(roles))]
@@ -183,6 +218,8 @@ class BatchInterpreter:
             step = self._settle_numbers(step)
         if (number := elementwise.folded(step)) is not None:
             return [number]
+        if any(isinstance(role, PartialExtreme) for role in step.roles):
+            return [extremes.extreme_through(step)]
         if step.name not in RULES:
             return _unknown(step)
         result = RULES[step.name](step)
@@ -198,7 +235,7 @@ class BatchInterpreter:
         )
 
     def _run_body(self, pair: ProgramPair, roles: Sequence[Role]) -> list[Role]:
-        inner = replace(self, is_inner=True)
+        inner = replace(self, candidates=None)
         given = dict(zip(pair.full.inputs, roles, strict=True))
         return [self.draws.as_rows(role) for role in inner.run(pair, given)]
 

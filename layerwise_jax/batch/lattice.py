@@ -1,16 +1,19 @@
-"""What a value is to the batch: the roles that the analysis of microbatching gives to values.
+"""Abstract values of the batch-splitting analysis: the roles that values have for the batch.
 
-A function is looked at in two traces, one of a part of the batch and one of the full batch (`parts`
-times as long). The role of a value says how its full form follows from its forms in the parts. Each
-role has a `ratio`, the factor between the two that comes from numbers such as 1 / batch_size which
-differ between the traces.
+A function is traced twice: on one part of the batch and on the full batch, `parts` times as long.
+The role of a value says how its full form follows from its forms in the parts. Every role has a
+`ratio`: the factor between the two that comes from numbers such as 1 / batch_size, which differ
+between the traces. `parts` is a whole number for equal parts; for a part of another size it is
+Fraction(batch, size), and ratios are exact fractions of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isclose
+from fractions import Fraction
+from math import isclose, isfinite
+from numbers import Rational
 from typing import Any, Literal
 
 import numpy as np
@@ -18,22 +21,49 @@ import numpy as np
 from layerwise_jax._jax import JaxprEqn, source_line
 
 RATIO_TOLERANCE = 1e-5
-"""Relative: above float32 rounding, far below the step from one number of parts to the next."""
+"""Relative: above the rounding of a float32 literal, below the step between numbers of parts."""
+
+LARGEST_DENOMINATOR = 10_000
+"""Ratios of literals are snapped to fractions of this size, which undoes their rounding."""
+
+Ratio = Fraction | float
+"""An exact fraction, or NaN where the two traces have no common factor."""
+
+Extreme = Literal["max", "min"]
+
+Parts = int | Fraction
+"""Full batch over one part."""
+
+
+def exact_ratio(value: Any) -> Ratio:
+    """A number as the nearest small fraction; infinities and NaN become NaN."""
+    if isinstance(value, Fraction):
+        return value
+    if isinstance(value, Rational):
+        return Fraction(value)
+    if not isfinite(value):
+        return float("nan")
+    return Fraction(value).limit_denominator(LARGEST_DENOMINATOR)
+
+
+def _snap_ratio(role: Any) -> None:
+    """Store the ratio of a new role as an exact fraction."""
+    object.__setattr__(role, "ratio", exact_ratio(role.ratio))
 
 
 @dataclass(frozen=True)
 class Replicated:
-    """The same for every part, and constant along an axis whose length follows the batch: full =
-    ratio * part.
+    """The same in every part, and constant along an axis whose length follows the batch.
+
+    full = ratio * part.
 
     Attributes:
-      ratio: the factor between the traces.
-      fill: the number that every entry is, in the part's trace and in the full one, where it is
-        known.
+      fill: the number that every entry is, in the part's trace and in the full one, where known.
     """
 
-    ratio: float = 1.0
+    ratio: Ratio = Fraction(1)
     fill: tuple[Any, Any] | None = None
+    __post_init__ = _snap_ratio
 
     @property
     def is_zero(self) -> bool:
@@ -42,31 +72,41 @@ class Replicated:
 
 @dataclass(frozen=True)
 class Split:
-    """Along `axis` each example has its own equal block: full = ratio * the parts, one after the
-    other.
-    """
+    """Each example has its own equal block along `axis`: full = ratio * concatenated parts."""
 
     axis: int
-    ratio: float = 1.0
+    ratio: Ratio = Fraction(1)
+    __post_init__ = _snap_ratio
 
 
 @dataclass(frozen=True)
 class PartialSum:
-    """Linear in a sum over examples: full = ratio * the sum of the parts. 1 is a sum, 1 / parts is
-    a mean.
+    """Linear in a sum over examples: full = ratio * sum of the parts.
+
+    A ratio of 1 is a sum over the examples, 1 / parts is a mean.
     """
 
-    ratio: float
+    ratio: Ratio
+    __post_init__ = _snap_ratio
+
+
+@dataclass(frozen=True)
+class PartialExtreme:
+    """A maximum or minimum over examples: full = the largest or smallest of the parts."""
+
+    which: Extreme
 
 
 @dataclass(frozen=True)
 class BatchIota:
-    """Along `axis` counts the `length` rows of a part: an iota, plus an offset that may differ
-    between the traces.
+    """Numbering of the `length` rows of a part along `axis`, plus an offset in each trace.
 
-    As the index of a row's own entry it means the same in a part; as a number it does not, unless
-    the operations that made it (`sources`, by position in the program; None inside a loop or
-    branch) are run at the full batch.
+    As an index of each row's own entry it means the same in a part. As a number it does not, unless
+    the operations that made it are run at the full batch.
+
+    Attributes:
+      sources: positions in the program of those operations; None in the body of a loop or branch.
+      offset: the first number in the part's trace and in the full one.
     """
 
     axis: int
@@ -77,9 +117,7 @@ class BatchIota:
 
 @dataclass(frozen=True)
 class IndexColumns:
-    """Index vectors for a gather or scatter, column by column along the last axis; some columns
-    count the rows.
-    """
+    """Index vectors [..., columns] of a gather or scatter; some columns number the rows."""
 
     axis: int
     columns: tuple[Role, ...]
@@ -94,12 +132,11 @@ class NotSeparable:
 
     Attributes:
       cause: "statistics" where examples meet, "unknown" where they may, "size" where the length of
-        the batch enters, "draw" where random or row numbers are drawn by shape in a place where
-        they cannot be drawn for the full batch.
+        the batch enters, "draw" where a draw by shape cannot be made for the full batch,
+        "derivative" where a custom derivative rule takes a part's share of a cotangent for all.
       why: what the operation does, to be read after its name.
       eqn: the operation; None for an input or constant.
-      after: the line of the user's code that made the operations before it, where its own is not
-        known.
+      after: the line of the user's code before it, where its own is not known.
     """
 
     cause: Cause
@@ -109,18 +146,20 @@ class NotSeparable:
 
     @property
     def is_excusable(self) -> bool:
-        """Whether it comes only of statistics that may be asked for."""
+        """Whether per-microbatch statistics accept it."""
         return self.cause in ("statistics", "unknown")
 
     def __str__(self) -> str:
         return f"{described(self.eqn, self.after) if self.eqn else 'the function'} {self.why}"
 
 
-Role = Replicated | Split | PartialSum | BatchIota | IndexColumns | NotSeparable
+UNUSED = NotSeparable("unknown", "is not needed for any output")
+
+Role = Replicated | Split | PartialSum | PartialExtreme | BatchIota | IndexColumns | NotSeparable
 
 
 class NotSeparableError(Exception):
-    """Raised by a rule: the result of its operation is `Mixed`."""
+    """Raised by a rule: the result of its operation is `NotSeparable`."""
 
     def __init__(self, why: str, cause: Cause = "statistics"):
         super().__init__(why)
@@ -128,25 +167,29 @@ class NotSeparableError(Exception):
 
 
 def described(eqn: JaxprEqn, after: str = "") -> str:
-    """An operation and the line of the user's code that made it, or those before it where JAX does
-    not know.
-    """
+    """An operation and its line in the user's code, or the line before it where JAX knows none."""
     line = source_line(eqn)
     inside = f"inside of JAX, after {after}" if after else "inside of JAX"
     return f"{eqn.primitive.name} at {line}" if line else f"{eqn.primitive.name} ({inside})"
 
 
+PAIRS = "has a row and a column for each example, which pairs examples"
 SIZE = "uses the length of the batch in a way that is not a plain factor of its result"
 
 
 @dataclass(frozen=True)
 class OpContext:
-    """One operation, in both traces, with the roles of its operands."""
+    """One operation in both traces, with the roles of its operands.
+
+    Attributes:
+      micro, full: the equation in the part's trace and in the full one.
+      parts: full batch over one part.
+    """
 
     micro: JaxprEqn
     full: JaxprEqn
     roles: tuple[Role, ...]
-    parts: int
+    parts: Parts
 
     @property
     def name(self) -> str:
@@ -157,23 +200,24 @@ class OpContext:
         return self.micro.params
 
     def shape(self, operand: int = 0) -> tuple[int, ...]:
-        """The shape of an operand in a part."""
+        """Shape of an operand in a part."""
         return _aval(self.micro.invars[operand]).shape
 
     def full_shape(self, operand: int = 0) -> tuple[int, ...]:
+        """Shape of an operand in the full batch."""
         return _aval(self.full.invars[operand]).shape
 
     def result_shapes(self, result: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of a result in a part and in the full batch."""
+        """Shapes of a result in a part and in the full batch."""
         return _aval(self.micro.outvars[result]).shape, _aval(self.full.outvars[result]).shape
 
     @property
     def dtypes(self) -> tuple[Any, Any]:
-        """The types of the first operand's entries and of the first result's."""
+        """Dtypes of the first operand and of the first result."""
         return _aval(self.micro.invars[0]).dtype, _aval(self.micro.outvars[0]).dtype
 
     def axis(self, operand: int = 0) -> int | None:
-        """The axis along which an operand has a block for each example, if it has one."""
+        """Axis along which an operand has a block for each example, if any."""
         role = self.roles[operand]
         if isinstance(role, Split | BatchIota | IndexColumns):
             return role.axis
@@ -191,7 +235,7 @@ def _aval(atom: Any) -> Any:
 
 
 def scaling_axes(micro: Sequence[int], full: Sequence[int]) -> tuple[int, ...]:
-    """The axes whose lengths follow the batch."""
+    """Axes whose lengths follow the batch."""
     return tuple(i for i, (m, f) in enumerate(zip(micro, full, strict=True)) if m != f)
 
 
@@ -199,72 +243,63 @@ def one_scaling_axis(micro: Sequence[int], full: Sequence[int]) -> int | None:
     """The axis whose length follows the batch, if any.
 
     Raises:
-      Mixes: there are two.
+      NotSeparableError: there are two.
     """
     axes = scaling_axes(micro, full)
     if len(axes) > 1:
-        raise NotSeparableError(
-            "works on an array with a row and a column for each example, which pairs examples"
-        )
+        raise NotSeparableError(PAIRS)
     return axes[0] if axes else None
 
 
-def same(a: float, b: float) -> bool:
-    """Whether two ratios are equal but for the rounding of literals."""
+def same(a: Ratio, b: Ratio) -> bool:
+    """Whether two ratios are equal up to the rounding of literals; NaN equals nothing."""
     return isclose(a, b, rel_tol=RATIO_TOLERANCE)
 
 
 def known(micro: Any, full: Any) -> Replicated:
-    """A number that is known in both traces."""
+    """Role of a number that is known in both traces."""
     if micro == full or (micro != micro and full != full):
-        return Replicated(1.0, (micro, full))
+        return Replicated(Fraction(1), (micro, full))
     has_ratio = micro and full and np.isrealobj(micro)
     return Replicated(float(full) / float(micro) if has_ratio else float("nan"), (micro, full))
 
 
-def build(axis: int | None, ratio: float, summed: bool) -> Role:
-    """The role of a result, from where its batch is and how it scales."""
+def build(axis: int | None, ratio: Ratio, summed: bool) -> Role:
+    """Role of a result, from where its examples are and how it scales."""
     if summed:
         return PartialSum(ratio)
     return Replicated(ratio) if axis is None else Split(axis, ratio)
 
 
-def checked(role: Role, micro: tuple[int, ...], full: tuple[int, ...], parts: int) -> Role:
+def checked(role: Role, micro: tuple[int, ...], full: tuple[int, ...], parts: Parts) -> Role:
     """The role of a result, if its shapes in the two traces bear it out.
 
     Raises:
-      Mixes: they do not.
+      NotSeparableError: they do not.
     """
     axes = scaling_axes(micro, full)
     if any(full[i] != parts * micro[i] for i in axes):
         raise NotSeparableError(
             f"makes an array of {list(micro)} of a part and {list(full)} of the full batch", "size"
         )
-    if isinstance(role, PartialSum) and axes:
+    if isinstance(role, PartialSum | PartialExtreme) and axes:
         raise NotSeparableError(
-            "gives every example a sum or mean over all examples (as batch normalisation in "
-            "training does)"
+            "gives every example one result over all examples (as batch normalisation in training "
+            "does)"
         )
-    if isinstance(role, Split | BatchIota | IndexColumns) and (
-        set(axes) - {role.axis} or full[role.axis] % parts
-    ):
-        raise NotSeparableError(
-            "makes an array with a row and a column for each example, which pairs examples"
-        )
-    if (
-        isinstance(role, Split | BatchIota | IndexColumns)
-        and full[role.axis] != parts * micro[role.axis]
-    ):
+    if not isinstance(role, Split | BatchIota | IndexColumns):
+        return role
+    if set(axes) - {role.axis} or full[role.axis] % parts:
+        raise NotSeparableError(PAIRS)
+    if full[role.axis] != parts * micro[role.axis]:
         raise NotSeparableError(
             "makes something of each example that is not as long as the batch", "size"
         )
     return role
 
 
-def joined(a: Role, b: Role, parts: int) -> Role:
-    """The role of a value that is one or the other, by a branch or from one iteration to the
-    next.
-    """
+def joined(a: Role, b: Role, parts: Parts) -> Role:
+    """Role of a value that is one or the other, by a branch or from one iteration to the next."""
     if a == b or isinstance(a, NotSeparable):
         return a
     if isinstance(b, NotSeparable):
@@ -274,26 +309,20 @@ def joined(a: Role, b: Role, parts: int) -> Role:
     if isinstance(b, Replicated):
         a, b = b, a
     if isinstance(a, Replicated) and isinstance(b, PartialSum):
-        fits = a.is_zero or same(a.ratio / parts, b.ratio)
-        return (
-            b
-            if fits
-            else NotSeparable(
-                "statistics", "may be a sum over examples or not, as a branch or loop goes"
-            )
-        )
+        # A value that every part has in full counts `parts` times in the sum of the parts.
+        if a.is_zero or same(a.ratio / parts, b.ratio):
+            return b
+        why = "may be a sum over examples or not, as a branch or loop goes"
+        return NotSeparable("statistics", why)
     if isinstance(a, Replicated) and isinstance(b, Split) and (a.is_zero or same(a.ratio, b.ratio)):
         return b
     if isinstance(a, PartialSum) and isinstance(b, PartialSum) and same(a.ratio, b.ratio):
         return a
-    if (
-        isinstance(a, Split)
-        and isinstance(b, Split)
-        and a.axis == b.axis
-        and same(a.ratio, b.ratio)
-    ):
+    if isinstance(a, Split) and isinstance(b, Split) and _are_alike(a, b):
         return a
-    return NotSeparable(
-        "statistics",
-        "has the examples along one axis or another, or a sum of them, as a branch or loop goes",
-    )
+    why = "has the examples along one axis or another, or a sum of them, as a branch or loop goes"
+    return NotSeparable("statistics", why)
+
+
+def _are_alike(a: Split, b: Split) -> bool:
+    return a.axis == b.axis and same(a.ratio, b.ratio)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from layerwise_jax.batch.lattice import NotSeparable, PartialSum, Role
+from layerwise_jax.batch.lattice import UNUSED, NotSeparable, PartialSum, Role
 from layerwise_jax.batch.pairs import PairedOp, ProgramPair
 from layerwise_jax.trace.program import Value
 
@@ -43,7 +43,8 @@ def mixed_numberings(
         sources.update(dict.fromkeys(op.full.results, here))
         if weights.intersection(op.full.values):
             weights.update(op.full.results)
-        if any(isinstance(roles[x], NotSeparable) for x in op.full.results):
+        results = [roles[x] for x in op.full.results]
+        if any(isinstance(role, NotSeparable) and role is not UNUSED for role in results):
             found |= here
         if op.position in statistics:
             found.update(*(sources[x] for x in _sums_of_data(op, roles, weights) if x in sources))

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from layerwise_jax.batch.analysis import BatchError, analyze_batching
+from layerwise_jax.batch.analysis import BatchError, BatchOptions, analyze_batching
 from layerwise_jax.decode.step import StepFunction, step_inputs
 from layerwise_jax.trace.layers import trace_layers
 
@@ -52,7 +52,9 @@ def check_independence(
     shared = [p for p, aval in enumerate(outputs) if not _has_sequences(aval, num_sequences)]
     try:
         # A single group is analysed in two parts: the answer decides who may leave it early.
-        analyze_batching(layers, in_axes, max(num_groups, 2), state=tuple(shared))
+        # A ring has no place to compute values of the inputs beforehand.
+        options = BatchOptions(state=tuple(shared), precompute=False)
+        analyze_batching(layers, in_axes, max(num_groups, 2), options)
     except BatchError as error:
         if num_groups == 1:
             return False

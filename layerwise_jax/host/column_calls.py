@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from layerwise_jax.batch.outputs import OutputRole
 from layerwise_jax.host.column_programs import ColumnProgram
 from layerwise_jax.mesh import DATA, STAGE
 from layerwise_jax.run.outputs import Outputs
@@ -187,7 +188,8 @@ class ColumnCalls:
     @cached_property
     def _collect(self) -> Callable[..., Any]:
         specs = [
-            self.per_replica if self.outputs.roles[p] == "rows" else EVERYWHERE for p in self.made
+            self.per_replica if self.outputs.combining[p].kind == "rows" else EVERYWHERE
+            for p in self.made
         ]
         return self._jit(self._collected, "lw_outputs", (self.per_replica,), specs)
 
@@ -198,17 +200,24 @@ class ColumnCalls:
         """An output of the batch: the sum or mean, the rows of all microbatches, or what is the
         same in all.
         """
-        role, aval = self.outputs.roles[position], self.outputs.avals[position]
-        if role == "rows":
+        role, aval = self.outputs.combining[position], self.outputs.avals[position]
+        if role.kind == "rows":
             return jnp.concatenate([lax.squeeze(x, (0,)) for x in given])
-        if role != "reduced":
+        if role.kind == "extreme":
+            return self._extreme(jnp.concatenate(given), role)  # [microbatches, ...]
+        if role.kind != "reduced":
             return lax.squeeze(given[0], (0,))
         total = lax.squeeze(given, (0,))
         if self.program.replicas > 1:
             total = lax.psum(total, DATA)
-        return (total / self.outputs.parts if self.outputs.reduce == "mean" else total).astype(
-            aval.dtype
-        )
+        mean = total / self.outputs.parts if role.combine == "mean" else total
+        return mean.astype(aval.dtype)
+
+    def _extreme(self, rows: Any, role: OutputRole) -> Any:
+        """The largest or smallest over [microbatches, ...] and the replicas."""
+        if self.program.replicas > 1:
+            rows = lax.all_gather(rows, DATA, tiled=True)
+        return jnp.max(rows, axis=0) if role.combine == "max" else jnp.min(rows, axis=0)
 
     def _jit(
         self,

@@ -96,9 +96,7 @@ class HostProgram:
         staged = self.staged
         return tuple(
             StageCalls(
-                StageFunctions(
-                    staged.program, stage, self.signature.inputs_avals, self.seed, self.remat
-                ),
+                StageFunctions(staged.program, stage, staged.inputs_avals, self.seed, self.remat),
                 self.placement.meshes[stage.device],
                 staged.in_axes,
                 staged.num_microbatches,

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from layerwise_jax._jax import is_key, wrap_key
-from layerwise_jax.batch.outputs import Reduce, Reduction
+from layerwise_jax.batch.outputs import OutputRole
 from layerwise_jax.mesh import DATA, STAGE
 from layerwise_jax.run.stage import MicrobatchContext
 from layerwise_jax.run.wire import sum_dtype, to_wire, wire_aval
@@ -49,18 +49,20 @@ class Outputs:
 
     Attributes:
       loop: the pipeline.
-      roles: for every output, how it follows from those of the parts: see
-        `batch_outputs.OutputRole`.
+      combining: for every output, how it follows from those of the parts.
       avals: the type of every output in one part.
       mesh: the mesh, with an axis `stage`; replicas are over an axis `data`.
-      reduce: how "reduced" outputs combine.
     """
 
     loop: StagedProgram
-    roles: tuple[Reduction, ...]
+    combining: tuple[OutputRole, ...]
     avals: tuple[Any, ...]
     mesh: Mesh
-    reduce: Reduce | None
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """For every output, what the loop does with it: "rows" keeps that of every microbatch."""
+        return tuple("rows" if x.kind == "extreme" else x.kind for x in self.combining)
 
     @property
     def parts(self) -> int:
@@ -69,13 +71,17 @@ class Outputs:
 
     def specs(self) -> list[PartitionSpec]:
         """How the outputs lie on the mesh."""
-        return [self._spec(role, aval) for role, aval in zip(self.roles, self.avals, strict=True)]
+        return [
+            self._spec(role, aval) for role, aval in zip(self.combining, self.avals, strict=True)
+        ]
 
     def of_rows(self, outputs: Sequence[Any]) -> list[Any]:
         """On a device: the outputs of the batch, from those of all microbatches (zeros where they
         are not made).
         """
-        return [self._of_batch(*each) for each in zip(outputs, self.roles, self.avals, strict=True)]
+        return [
+            self._of_batch(*each) for each in zip(outputs, self.combining, self.avals, strict=True)
+        ]
 
     def of_batch(self, outputs: Sequence[Any]) -> list[Any]:
         """On a device: the same from what was added up in the loop, but for rows."""
@@ -83,20 +89,29 @@ class Outputs:
             [x if role == "rows" else x[None] for x, role in zip(outputs, self.roles, strict=True)]
         )
 
-    def _of_batch(self, rows: Any, role: Reduction, aval: Any) -> Any:
-        if role == "rows":
+    def _of_batch(self, rows: Any, role: OutputRole, aval: Any) -> Any:
+        if role.kind == "rows":
             rows = rows.reshape(-1, *rows.shape[2:])
             result = self._spread(rows) if self._is_spread(rows.shape[0]) else _everywhere(rows)
-        elif role == "reduced":
-            result = self._reduce(rows, aval)
+        elif role.kind == "reduced":
+            result = self._reduce(rows, role, aval)
+        elif role.kind == "extreme":
+            result = self._extreme(rows, role)
         else:
             result = _everywhere(rows[0])
         return wrap_key(result, aval) if is_key(aval) else result
 
-    def _reduce(self, rows: Any, aval: Any) -> Any:
+    def _extreme(self, rows: Any, role: OutputRole) -> Any:
+        """The largest or smallest over [microbatches, ...] and the replicas."""
+        rows = _everywhere(rows)
+        if DATA in self.mesh.axis_names:
+            rows = lax.all_gather(rows, DATA, tiled=True)  # unlike pmax, has a derivative
+        return jnp.max(rows, axis=0) if role.combine == "max" else jnp.min(rows, axis=0)
+
+    def _reduce(self, rows: Any, role: OutputRole, aval: Any) -> Any:
         over = (STAGE, DATA) if DATA in self.mesh.axis_names else STAGE
         total = lax.psum(jnp.sum(rows, axis=0, dtype=sum_dtype(rows.dtype)), over)
-        return (total / self.parts if self.reduce == "mean" else total).astype(aval.dtype)
+        return (total / self.parts if role.combine == "mean" else total).astype(aval.dtype)
 
     def _is_spread(self, num_rows: int) -> bool:
         return num_rows % self.loop.num_devices == 0
@@ -106,8 +121,8 @@ class Outputs:
         summed = lax.psum_scatter(_addable(rows), STAGE, scatter_dimension=0, tiled=True)
         return summed.astype(rows.dtype)
 
-    def _spec(self, role: Reduction, aval: Any) -> PartitionSpec:
-        if role != "rows":
+    def _spec(self, role: OutputRole, aval: Any) -> PartitionSpec:
+        if role.kind != "rows":
             return PartitionSpec()
         axes = [DATA] if DATA in self.mesh.axis_names else []
         axes += [STAGE] if self._is_spread(aval.shape[0] * self.loop.num_microbatches) else []

@@ -104,6 +104,11 @@ class StagedProgram:
             and jnp.issubdtype(held.aval.dtype, jnp.inexact)
         )
 
+    @property
+    def inputs_avals(self) -> tuple[Any, ...]:
+        """Types of the inputs of one microbatch, those that are computed beforehand included."""
+        return tuple(self.program.avals[x] for x in self.program.inputs)
+
     def output_aval(self, position: int) -> Any:
         """The type of an output of one microbatch."""
         return self.program.aval(self.program.outputs[position])

@@ -59,7 +59,7 @@ def split(fn: Any, parts: int = 4) -> Split:
 
 def check_gradients(run: Split, reduce: str, **options: Any) -> None:
     batching = run.analyse(reduce=reduce, **options)
-    came = run.gradients_in_parts(batching, reduce)
+    came = run.gradients_in_parts(batching)
     wanted = jax.grad(run.fn)(run.params, *run.inputs)
     for name, gradient in wanted.items():
         np.testing.assert_allclose(came[name], gradient, rtol=1e-5, atol=1e-5, err_msg=name)
@@ -172,7 +172,7 @@ def test_statistics_pass_linear_rules_alone() -> None:
     """Under `batch_statistics` a rule that mixes examples must scale with its cotangent."""
     options = {"reduce": "mean", "statistics": "per_microbatch"}
     split(lambda p, x: jnp.mean(halve_sorted(x @ p["a"]) ** 2)).analyse(**options)
-    for rule in (clip_sorted, lambda x: ONE(x, jnp.max(x))):
+    for rule in (clip_sorted, lambda x: ONE(x, jnp.sort(x, 0)[0, 0])):
         with pytest.raises(BatchError, match="derivative rule"):
             split(lambda p, x, rule=rule: jnp.mean(rule(x @ p["a"]) ** 2)).analyse(**options)
 
@@ -183,6 +183,6 @@ def test_gradients_under_statistics_are_the_mean_of_the_parts() -> None:
 
     run = split(fn, parts=2)
     batching = run.analyse(reduce="mean", statistics="per_microbatch")
-    came = run.gradients_in_parts(batching, "mean")["a"]
+    came = run.gradients_in_parts(batching)["a"]
     halves = [jax.grad(fn)(run.params, *run.part(i))["a"] for i in range(2)]
     np.testing.assert_allclose(came, np.mean(halves, 0), rtol=1e-5, atol=1e-6)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from layerwise_jax.batch.analysis import BatchError
@@ -81,8 +82,7 @@ SAMPLERS: dict[str, Sampler] = {
 # Public names that draw nothing.
 NO_SAMPLERS = frozenset("Key PRNGKey key key_data key_dtype key_impl wrap_key_data".split())
 
-# Rejection loops draw by shape in their body, where the part has no share of the full batch's draw.
-LOOPS = frozenset({"binomial", "multinomial", "poisson"})
+THREEFRY_ONLY = frozenset({"poisson"})
 
 
 SAMPLE = ("dirichlet", "gamma", "normal", "split")
@@ -123,7 +123,7 @@ def split(fn: Callable[..., Any], key: Keys) -> Split:
 
 
 def check(run: Split) -> None:
-    assert_equal(run.run_in_parts(run.analyse(), None), run.run_whole(), 1e-6)
+    assert_equal(run.run_in_parts(run.analyse()), run.run_whole(), 1e-6)
 
 
 def together(
@@ -149,24 +149,39 @@ def is_refused(name: str, wrap: Callable[[Sampler], Any], key: Keys) -> bool:
 def test_one_key_draws_for_the_whole_batch(implementation: str, names: Sequence[str]) -> None:
     key = Keys(implementation, per_example=False)
     refused = {name for name in names if is_refused(name, from_one_key, key)}
-    # Keys split over the batch are keys per example: those of rbg are refused (see below).
-    assert refused <= LOOPS | {"split"}
-    assert implementation != "threefry2x32" or refused == LOOPS & set(names)
+    assert refused <= THREEFRY_ONLY
+    assert not (implementation == "threefry2x32" and refused)
     check(split(together(sorted(set(names) - refused), from_one_key), key))
 
 
 @pytest.mark.parametrize("names", NAMES)
-def test_a_key_per_example(names: Sequence[str]) -> None:
-    key = Keys("threefry2x32", per_example=True)
-    check(split(together(names, from_key_per_example), key))
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_key_per_example(implementation: str, names: Sequence[str]) -> None:
+    """Keys that are inputs draw for the full batch beforehand, where rbg reads the first alone."""
+    key = Keys(implementation, per_example=True)
+    refused = {name for name in names if is_refused(name, from_key_per_example, key)}
+    assert refused <= THREEFRY_ONLY
+    check(split(together(sorted(set(names) - refused), from_key_per_example), key))
 
 
 @pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
-def test_a_key_per_example_of_another_implementation(implementation: str) -> None:
-    """Most draw with the first key for all, and are refused; what is accepted is exact."""
-    key = Keys(implementation, per_example=True)
-    refused = {name for name in SAMPLERS if is_refused(name, from_key_per_example, key)}
-    assert {"normal", "uniform", "bits", "split"} <= refused
-    exact = sorted(set(SAMPLERS) - refused)
-    if exact:
-        check(split(together(exact, from_key_per_example), key))
+def test_keys_made_from_weights_draw_in_their_part_or_are_refused(implementation: str) -> None:
+    """Nothing is computed beforehand there: what draws with the first key for all is refused."""
+
+    def fn(weight: Any, x: Any, key: Any) -> Any:
+        seeds = jnp.arange(len(x)) + (weight > 0)
+        keys = jax.vmap(lambda seed: random.key(seed, impl=implementation))(seeds)
+        return x * weight + jax.vmap(lambda key: random.normal(key, (WIDTH,)))(keys)
+
+    with pytest.raises(BatchError, match=r"random_bits .*draws with the first key of the batch"):
+        split(fn, Keys(implementation, per_example=False)).analyse()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gamma_of_weights_has_the_unstaged_gradient(implementation: str) -> None:
+    def fn(weight: Any, x: Any, key: Any) -> Any:
+        return jnp.mean(random.gamma(key, jnp.exp(x * weight)) * x)
+
+    run = split(fn, Keys(implementation, per_example=False))
+    gradient = jax.grad(fn)(run.params, *run.inputs)
+    assert_equal([run.gradients_in_parts(run.analyse())], [np.asarray(gradient)], 1e-5)

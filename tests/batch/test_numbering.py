@@ -22,7 +22,7 @@ def split(fn: Any) -> Split:
 def in_parts(run: Split) -> np.ndarray:
     batching = run.analyse(statistics="per_microbatch")
     assert [output.kind for output in batching.outputs] == ["rows"]
-    return run.run_in_parts(batching, None)[0]
+    return run.run_in_parts(batching)[0]
 
 
 def of_each_part(run: Split) -> np.ndarray:
@@ -72,8 +72,9 @@ def in_a_loop(x: jax.Array) -> jax.Array:
 def test_mixing_operations_see_the_numbers_of_their_part(mix: Any) -> None:
     run = split(lambda weight, x, key: mix(jnp.tanh(x * weight)))
     np.testing.assert_allclose(in_parts(run), of_each_part(run), atol=1e-6)
-    with pytest.raises(BatchError):
-        run.analyse()
+    if mix is not share:  # which divides by a total of the batch, whatever the split
+        with pytest.raises(BatchError):
+            run.analyse()
 
 
 def test_numbers_beside_statistics_stay_those_of_the_batch() -> None:

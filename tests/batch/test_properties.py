@@ -105,7 +105,7 @@ def split(fn: Callable[..., Any], parts: int) -> Split:
 def check(run: Split, reduce: str | None) -> None:
     batching = run.analyse(reduce=reduce)
     with jax.disable_jit():  # what is run by itself is compiled once for all functions
-        assert_equal(run.run_in_parts(batching, reduce), run.run_whole(), 1e-5)
+        assert_equal(run.run_in_parts(batching), run.run_whole(), 1e-5)
 
 
 @settings(max_examples=25, deadline=None)

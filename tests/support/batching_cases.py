@@ -46,7 +46,7 @@ class Accepted:
 
     fn: Function
     kinds: tuple[str, ...] = ("rows",)
-    reduce: Any = None
+    reduce: Any = "auto"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Refused:
 
     fn: Function
     words: str
-    reduce: Any = None
+    reduce: Any = "auto"
 
 
 def of_x(fn: Callable[[jax.Array], Any]) -> Function:
@@ -75,7 +75,7 @@ def total(fn: Callable[[jax.Array], Any]) -> Accepted:
     return Accepted(of_x(fn), ("reduced",), "sum")
 
 
-def refused(fn: Callable[[jax.Array], Any], words: str, reduce: Any = None) -> Refused:
+def refused(fn: Callable[[jax.Array], Any], words: str, reduce: Any = "auto") -> Refused:
     return Refused(of_x(fn), words, reduce)
 
 
@@ -203,6 +203,22 @@ def sum_by_token(weight: jax.Array, inputs: Inputs) -> Any:
 def both_uses_of_numbers(weight: jax.Array, inputs: Inputs) -> Any:
     numbers = jnp.arange(examples(inputs["x"]))
     return (inputs["x"] * weight)[numbers, 0] + numbers[:, None]
+
+
+def mixup(weight: jax.Array, inputs: Inputs) -> Any:
+    """Each example mixed with one of a random order, by a share drawn for the batch."""
+    order_key, share_key = jax.random.split(inputs["key"])
+    x = inputs["x"]
+    other = x[jax.random.permutation(order_key, examples(x))]
+    share = jax.random.beta(share_key, 0.4, 0.4, (examples(x), 1, 1))
+    return (share * x + (1 - share) * other) * weight
+
+
+def masked_mean(weight: jax.Array, inputs: Inputs) -> Any:
+    """A mean over the tokens that count, beside their count."""
+    mask = (inputs["tokens"] > 1).astype(jnp.float32)
+    losses = jnp.mean((inputs["x"] * weight) ** 2, -1)  # [examples, time]
+    return jnp.sum(losses * mask) / jnp.maximum(jnp.sum(mask), 1), jnp.sum(mask).astype(jnp.int32)
 
 
 @jax.custom_vjp
@@ -364,6 +380,37 @@ ACCEPTED: dict[str, Accepted] = {
     ),
     "counts by token": Accepted(count_tokens, ("reduced", "reduced"), "sum"),
     "sums by token": Accepted(sum_by_token, ("reduced",), "sum"),
+    "largest and smallest": Accepted(
+        lambda w, i: (jnp.max(i["x"] * w), -jnp.max(i["x"] * w, (0, 1)), jnp.any(i["x"] * w > 2)),
+        ("extreme",) * 3,
+    ),
+    "row numbers in bytes": rows(
+        lambda x: x + jnp.arange(examples(x)).astype(jnp.int8)[::-1, None, None]
+    ),
+    "row numbers used twice": Accepted(both_uses_of_numbers),
+    "row numbers from the end": rows(lambda x: x * jnp.arange(examples(x), 0, -1)[:, None, None]),
+    "array as long as the batch": rows(
+        lambda x: x * np.arange(examples(x), dtype=np.float32)[:, None, None]
+    ),
+    "keys as many as the batch": Accepted(
+        lambda w, i: (
+            i["x"] * w
+            + jax.random.normal(jax.random.key(7), ())
+            + closed_over_keys(examples(i["x"]))
+        )
+    ),
+    "examples in an order of the inputs": Accepted(
+        lambda w, i: i["x"][jnp.argsort(i["tokens"][:, 0])] * w
+    ),
+    "mixup": Accepted(mixup),
+    "scaled by the inputs' largest": Accepted(lambda w, i: i["x"] * w / jnp.max(i["x"])),
+    "masked mean": Accepted(masked_mean, ("reduced", "whole"), ("mean", "count")),
+    "masked mean, where=": Accepted(
+        lambda w, i: jnp.mean(i["x"] * w, where=i["tokens"][..., None] > 1), ("reduced",)
+    ),
+    "draws hidden in a loop, of one key": Accepted(
+        lambda w, i: i["x"] * w + jax.random.poisson(i["key"], 3.0, i["x"].shape)
+    ),
     "linear in a sum": total(
         lambda x: jnp.concatenate([-2 * jnp.sum(x, 0), jnp.zeros((1, WIDTH))]).T[None]
     ),
@@ -432,13 +479,10 @@ REFUSED: dict[str, Refused] = {
         lambda w, i: (i["x"] * w)[i["tokens"][:, 0]], "computed places of the batch"
     ),
     "gather by shared place": Refused(
-        lambda w, i: (i["x"] * w)[i["step"]], "computed places of the batch"
+        lambda w, i: (i["x"] * w)[i["step"]], "by their place in the batch"
     ),
     "gather by too few numbers": refused(
         lambda x: x.reshape(-1, WIDTH)[jnp.arange(examples(x))], "computed places of the batch"
-    ),
-    "row numbers in bytes": refused(
-        lambda x: x + jnp.arange(examples(x)).astype(jnp.int8)[::-1, None, None], "order"
     ),
     "derivative that mixes": refused(
         centre_gradient, "has a derivative rule in which .* mean over the examples"
@@ -446,10 +490,6 @@ REFUSED: dict[str, Refused] = {
     "overwrite one array": Refused(
         lambda w, i: (w.at[i["tokens"][:, 0]].set(i["x"][:, 0, 0]), i["x"] * w),
         "overwrite one another",
-    ),
-    "row numbers used twice": Refused(both_uses_of_numbers, "make two of them"),
-    "row numbers from the end": refused(
-        lambda x: x * jnp.arange(examples(x), 0, -1)[:, None, None], "length|places"
     ),
     "draws hidden in a loop": Refused(
         draw_in_a_loop, "draws by the shape of the batch in the body of a loop"
@@ -463,29 +503,11 @@ REFUSED: dict[str, Refused] = {
         lambda x: jnp.sin(x) if examples(x) < BATCH else x, "does other operations"
     ),
     "reference to the examples": Refused(mixing_reference, "mutable array"),
-    "array as long as the batch": refused(
-        lambda x: x * np.arange(examples(x), dtype=np.float32)[:, None, None],
-        "follows the length of the batch",
-    ),
-    "keys as many as the batch": Refused(
-        lambda w, i: (
-            i["x"] * w
-            + jax.random.normal(jax.random.key(7), ())
-            + closed_over_keys(examples(i["x"]))
-        ),
-        "follows the length of the batch",
-    ),
-    "no reduce": refused(
-        lambda x: jnp.mean(x), "The output is a mean over the examples. Say how.*reduce='mean'"
-    ),
-    "no reduce, by name": refused(
-        lambda x: {"loss": jnp.sum(x)}, r"Output \['loss'\] is a sum over the examples"
-    ),
     "mean for a sum": refused(
-        lambda x: jnp.sum(x), "is a sum over the examples, but reduce='mean'", "mean"
+        lambda x: jnp.sum(x), "is a sum over the examples, but reduce says 'mean'", "mean"
     ),
     "sum for a mean": refused(
-        lambda x: jnp.mean(x), "is a mean over the examples, but reduce='sum'", "sum"
+        lambda x: jnp.mean(x), "is a mean over the examples, but reduce says 'sum'", "sum"
     ),
     "weight decay on a sum": Refused(
         lambda w, i: jnp.sum(i["x"] * w) + jnp.sum(w**2), "weight decay", "sum"
@@ -498,7 +520,7 @@ REFUSED: dict[str, Refused] = {
         lambda x: jnp.sqrt(jnp.mean(x**2)), "not linear in a sum or mean", "mean"
     ),
     "weighted mean": refused(
-        lambda x: jnp.sum(x * (x > 0)) / jnp.sum(x > 0), "two outputs with reduce='sum'", "mean"
+        lambda x: jnp.sum(x * (x > 0)) / jnp.sum(x > 0), "two outputs", "mean"
     ),
     "load balancing": refused(
         lambda x: jnp.sum(jnp.mean(x, (0, 1)) * jnp.mean(x > 0, (0, 1))),

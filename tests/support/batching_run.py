@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerwise_jax.batch.analysis import BatchAnalysis, analyze_batching
+from layerwise_jax.batch.analysis import BatchAnalysis, BatchOptions, OutputRole, analyze_batching
 from layerwise_jax.trace.layers import LayerSequence, trace_layers
 from layerwise_jax.trace.program import BatchSlice, evaluate
 from tests.support.staging import compile_lightly
@@ -47,30 +47,29 @@ class Split:
         return trace_layers(self.fn, self.params, *self.part(0))
 
     def analyse(self, **options: Any) -> BatchAnalysis:
-        return analyze_batching(self.trace(), self.axes, self.parts, **options)
+        return analyze_batching(self.trace(), self.axes, self.parts, BatchOptions(**options))
 
     def run_whole(self) -> list[Any]:
         """The output leaves of the unsplit function."""
         return jax.device_get(jax.tree.leaves(compile_lightly(self.fn)(self.params, *self.inputs)))
 
-    def run_in_parts(self, batching: BatchAnalysis, reduce: str | None) -> list[Any]:
-        """The output leaves put together from those of the parts, by their roles."""
+    def run_in_parts(self, batching: BatchAnalysis) -> list[Any]:
+        """The output leaves combined from those of the parts, by their roles."""
 
-        def run(index: Any, *inputs: Any) -> list[Any]:
+        def run(index: Any, inputs: Sequence[Any]) -> list[Any]:
             return self._run_part(batching, self.params, index, inputs)
 
         jitted = compile_lightly(run)
-        results = [jax.device_get(jitted(index, *self.part(index))) for index in range(self.parts)]
+        inputs = self._inputs_of_parts(batching)
+        results = [jax.device_get(jitted(index, inputs[index])) for index in range(self.parts)]
         made = zip(*results, strict=True)
-        return [
-            combine(role.kind, x, reduce) for role, x in zip(batching.outputs, made, strict=True)
-        ]
+        return [combine(role, x) for role, x in zip(batching.outputs, made, strict=True)]
 
-    def gradients_in_parts(self, batching: BatchAnalysis, reduce: str | None) -> Any:
+    def gradients_in_parts(self, batching: BatchAnalysis) -> Any:
         """The gradients of the first output: those of the parts, each seeded with its share."""
-        seed = 1.0 if reduce == "sum" else 1 / self.parts
+        seed = 1.0 if batching.outputs[0].combine == "sum" else 1 / self.parts
 
-        def pull(index: Any, *inputs: Any) -> Any:
+        def pull(index: Any, inputs: Sequence[Any]) -> Any:
             def loss(params: Any) -> Any:
                 return self._run_part(batching, params, index, inputs)[0]
 
@@ -78,25 +77,37 @@ class Split:
             return vjp(jnp.full_like(value, seed))[0]
 
         jitted = compile_lightly(pull)
-        shares = [jitted(index, *self.part(index)) for index in range(self.parts)]
+        inputs = self._inputs_of_parts(batching)
+        shares = [jitted(index, inputs[index]) for index in range(self.parts)]
         return jax.tree.map(lambda *x: np.sum(jax.device_get(x), axis=0), *shares)
 
+    def _inputs_of_parts(self, batching: BatchAnalysis) -> list[list[Any]]:
+        """For every part, the inputs of the program."""
+        whole = batching.inputs(jax.tree.leaves(self.inputs))
+        return [
+            [
+                x if axis is None else jnp.split(x, self.parts)[index]
+                for x, axis in zip(whole, batching.in_axes, strict=True)
+            ]
+            for index in range(self.parts)
+        ]
+
     def _run_part(
-        self, batching: BatchAnalysis, params: Any, index: Any, inputs: tuple[Any, ...]
+        self, batching: BatchAnalysis, params: Any, index: Any, inputs: Sequence[Any]
     ) -> list[Any]:
         program = batching.program
         leaves = jax.tree.leaves(params)
         env = dict(program.constants)
         env.update({value: w.of(leaves[w.leaf]) for value, w in program.weights.items()})
-        env.update(zip(program.inputs, jax.tree.leaves(inputs), strict=True))
+        env.update(zip(program.inputs, inputs, strict=True))
         return evaluate(program.ops, env, program.outputs, BatchSlice(index))
 
 
-def combine(kind: str, parts: Sequence[Any], reduce: str | None) -> Any:
-    if kind == "rows":
+def combine(role: OutputRole, parts: Sequence[Any]) -> Any:
+    if role.kind == "rows":
         return np.concatenate(parts)
-    if kind == "reduced":
-        return np.mean(parts, axis=0) if reduce == "mean" else np.sum(parts, axis=0)
+    if role.combine is not None:
+        return getattr(np, role.combine)(parts, axis=0)
     for part in parts:
         np.testing.assert_array_equal(part, parts[0])
     return parts[0]

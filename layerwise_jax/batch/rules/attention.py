@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from math import prod
 
-from layerwise_jax.batch.lattice import NotSeparableError, OpContext, Role, build
+from layerwise_jax.batch.lattice import NotSeparableError, OpContext, Ratio, Role, build
 from layerwise_jax.batch.linearity import nonlinear, product
 from layerwise_jax.batch.rules.elementwise import Rule
 
@@ -31,7 +31,7 @@ def _backward(step: OpContext) -> list[Role]:
     return [build(axis, ratio, summed)] * len(step.micro.outvars)
 
 
-def _linear_in(step: OpContext, operand: int) -> tuple[int | None, float, bool]:
+def _linear_in(step: OpContext, operand: int) -> tuple[int | None, Ratio, bool]:
     """The axis of the examples in all results, and how they scale: with one operand alone."""
     given = [i for i in range(len(step.roles)) if prod(step.shape(i))]
     if len(step.roles) != NUM_OPERANDS[step.name]:

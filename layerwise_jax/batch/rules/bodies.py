@@ -10,6 +10,7 @@ from layerwise_jax.batch.lattice import (
     NotSeparable,
     NotSeparableError,
     OpContext,
+    Parts,
     Replicated,
     Role,
     Split,
@@ -108,7 +109,7 @@ def _row(role: Role) -> Role:
 
 
 def _settled(
-    parts: int, carry: Sequence[Role], iterate: Callable[[Sequence[Role]], list[Role]]
+    parts: Parts, carry: Sequence[Role], iterate: Callable[[Sequence[Role]], list[Role]]
 ) -> list[Role]:
     """The roles of a loop's carry that one more iteration leaves as they are."""
     roles = list(carry)
@@ -120,7 +121,7 @@ def _settled(
     raise NotSeparableError(SIZE, "size")
 
 
-def _join(roles: Sequence[Role], parts: int) -> Role:
+def _join(roles: Sequence[Role], parts: Parts) -> Role:
     first, *others = roles
     for role in others:
         first = joined(first, role, parts)

@@ -19,6 +19,7 @@ from layerwise_jax.batch.lattice import (
     NotSeparableError,
     OpContext,
     PartialSum,
+    Parts,
     Replicated,
     Role,
     Split,
@@ -185,7 +186,7 @@ _MOVES = {
 }
 
 
-def _holds(step: OpContext, count: float) -> bool:
+def _holds(step: OpContext, count: Parts) -> bool:
     """Whether the result's dtype holds integers up to `count`."""
     dtype = step.dtypes[1]
     return jnp.issubdtype(dtype, jnp.integer) and count <= jnp.iinfo(dtype).max

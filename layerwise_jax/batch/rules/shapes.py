@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from math import prod
 from typing import Any
 
 from layerwise_jax.batch.lattice import (
     NotSeparableError,
     OpContext,
+    PartialExtreme,
     PartialSum,
     Replicated,
     Role,
     Split,
     build,
-    scaling_axes,
 )
 from layerwise_jax.batch.linearity import additive, nonlinear
+from layerwise_jax.batch.rules import extremes
 from layerwise_jax.batch.rules.elementwise import Rule, common_axis
 
 
@@ -89,31 +91,31 @@ def _reshape(step: OpContext) -> Role:
 
 
 def _reduce_sum(step: OpContext) -> Role:
-    role, axes = step.roles[0], step.params["axes"]
+    role = step.roles[0]
+    axes = step.params["axes"]
     if isinstance(role, Split):
-        return (
-            PartialSum(role.ratio)
-            if role.axis in axes
-            else Split(_after(role.axis, axes), role.ratio)
-        )
+        if role.axis in axes:
+            return PartialSum(role.ratio)
+        return Split(_after(role.axis, axes), role.ratio)
     ratio, summed = additive(step)
-    summands = [prod(shape[i] for i in axes) for shape in (step.shape(), step.full_shape())]
-    if scaling_axes(step.shape(), step.full_shape()) and summands[0]:
-        ratio *= summands[1] / summands[0]
+    micro, full = (prod(shape[i] for i in axes) for shape in (step.shape(), step.full_shape()))
+    if micro != full and micro:
+        ratio *= Fraction(full, micro)  # equal summands, as many as the batch is long
     return build(None, ratio, summed)
 
 
 def _reduce(step: OpContext) -> Role:
-    """Any other reduction of one array."""
+    """Role of any other reduction of one array."""
     nonlinear(step)
-    role, axes = step.roles[0], step.params["axes"]
-    constant = step.name in ("reduce_max", "reduce_min", "reduce_and", "reduce_or")
-    axis = None if isinstance(role, Replicated) and constant else step.axis()
+    role = step.roles[0]
+    axes = step.params["axes"]
+    is_extreme = step.name in extremes.REDUCTIONS
+    axis = None if isinstance(role, Replicated) and is_extreme else step.axis()
     if axis is not None and axis in axes:
+        if is_extreme:
+            return PartialExtreme(extremes.REDUCTIONS[step.name])
         raise NotSeparableError(f"takes one result ({step.name}) over all examples")
-    return (
-        Split(_after(axis, axes)) if isinstance(role, Split) and axis is not None else Replicated()
-    )
+    return Split(_after(role.axis, axes)) if isinstance(role, Split) else Replicated()
 
 
 def _after(axis: int, dropped: Sequence[int]) -> int:
