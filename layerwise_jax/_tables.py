@@ -10,15 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 TABLE_WIDTH = 132
+TERMINAL_WIDTH = 80
 
 
-def render(table: Table) -> str:
+def render(table: Table, width: int = TABLE_WIDTH) -> str:
     """Renders a rich table as plain text of fixed width, without colours or trailing spaces.
 
     The result is the same in terminals, logs and tests.
     """
     out = io.StringIO()
-    Console(file=out, width=TABLE_WIDTH, color_system=None, force_terminal=False).print(table)
+    Console(file=out, width=width, color_system=None, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
@@ -47,5 +48,7 @@ def _follows(before: str, after: str) -> bool:
 
 
 def plural(count: int, noun: str) -> str:
-    """`noun`, with an s unless `count` is 1."""
-    return noun if count == 1 else f"{noun}s"
+    """`noun`, in the plural unless `count` is 1."""
+    if count == 1:
+        return noun
+    return f"{noun}es" if noun.endswith(("ch", "s", "x")) else f"{noun}s"

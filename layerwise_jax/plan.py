@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,63 +14,70 @@ from rich.table import Table
 from rich.text import Text
 
 from layerwise_jax import _json
-from layerwise_jax._tables import render, run_lengths
+from layerwise_jax._tables import TERMINAL_WIDTH, plural, render, run_lengths
 from layerwise_jax.cost.layer_cost import LayerCost
 
-BAR_WIDTH = 20
+BAR_WIDTH = 5
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def plan_table(plan: Any) -> str:
-    """A plan as a table, a row a stage, with bounds and notes below."""
-    table = Table(title=_title(plan), title_justify="left", title_style="bold")
-    for name in ("stage", "layers"):
-        table.add_column(name, justify="left", overflow="fold")
-    for name in ("weights", "activations", "workspace", "total", "compiled"):
-        table.add_column(name, justify="right")
-    table.add_column(
-        "of the capacity" if plan.capacity else "of the largest", justify="left", no_wrap=True
-    )
-    table.add_column("sends", justify="right")
+    """A plan as text of 80 columns: a table with one row per stage, bounds and notes below."""
+    unit = _unit(max((stage.size for stage in plan.stages), default=0))
+    # Without padding nine columns fit 80 characters.
+    table = Table(padding=0)
+    table.add_column("stage", justify="left")
+    table.add_column("layers", justify="left", overflow="fold", ratio=1)
+    for name in ("weights", "activa-\ntions", "work-\nspace", "total", "com-\npiled"):
+        table.add_column(name, justify="right", no_wrap=True)
+    share = "of capacity" if plan.capacity else "of largest"
+    table.add_column(share, justify="left", no_wrap=True)
+    table.add_column("sends", justify="right", no_wrap=True)
     largest = plan.capacity or max(stage.size for stage in plan.stages) or 1
     for s, stage in enumerate(plan.stages):
+        sizes = (stage.weight_bytes, stage.activation_bytes, stage.buffer_bytes, stage.size)
+        compiled = stage.compiled_bytes
         table.add_row(
             str(s),
             run_lengths(stage.layers),
-            *_sizes(stage),
+            *(_in_unit(size, unit) for size in sizes),
+            "-" if compiled is None else _in_unit(compiled, unit),
             _bar(stage.size / largest),
-            _bytes(stage.send_bytes),
+            _in_unit(stage.send_bytes, unit),
         )
-    return render(table) + "\n".join(_footer(plan)) + "\n"
+    lines = [*_title(plan, unit), *render(table, TERMINAL_WIDTH).splitlines(), *_footer(plan)]
+    return "\n".join(wrapped for line in lines for wrapped in _wrap(line)) + "\n"
 
 
-def _title(plan: Any) -> str:
-    capacity = f", {_bytes(plan.capacity)} each" if plan.capacity else ""
+def _wrap(line: str) -> list[str]:
+    """The line, broken at spaces to the width of tables."""
+    if len(line) <= TERMINAL_WIDTH:
+        return [line]
+    return textwrap.wrap(line, TERMINAL_WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _title(plan: Any, unit: str) -> list[str]:
+    capacity = f", capacity {_bytes(plan.capacity)} each" if plan.capacity else ""
     devices = "" if plan.num_devices == plan.num_stages else f" on {plan.num_devices} devices"
-    return (
-        f"{plan.num_stages} stages{devices}{capacity}, {plan.num_microbatches} microbatches "
-        f"({plan.device}; sizes from {plan.measured_on})"
-    )
-
-
-def _sizes(stage: Any) -> list[str]:
-    sizes = [
-        _bytes(n)
-        for n in (stage.weight_bytes, stage.activation_bytes, stage.buffer_bytes, stage.size)
+    stages = f"{plan.num_stages} {plural(plan.num_stages, 'stage')}{devices}{capacity}"
+    microbatches = f"{plan.num_microbatches} {plural(plan.num_microbatches, 'microbatch')}"
+    return [
+        f"{stages}, {microbatches} ({plan.device})",
+        f"sizes in {unit}, from {plan.measured_on}",
     ]
-    return [*sizes, "-" if stage.compiled_bytes is None else _bytes(stage.compiled_bytes)]
 
 
 def _footer(plan: Any) -> list[str]:
-    branch = "the rest under one branch" if plan.has_branch else "no branch"
+    branch = "the others under one branch" if plan.has_branch else "no branch"
     proof = "" if plan.gap is None else f", lower bound {plan.lower_bound:.4g}, gap {plan.gap:.2%}"
     fewest = f", fewest stages {plan.fewest_stages}" if plan.fewest_stages else ""
-    loop = f"layers of each stage that stand once in the loop: {plan.common_layers} ({branch})"
-    last = ", the last for the end of the last stage alone" if plan.has_last_tick else ""
+    last = " (the last one for the end of the last stage)" if plan.has_last_tick else ""
     idle = (
-        f"{plan.num_ticks} ticks{last}; bubble {plan.bubble_share:.1%}; padding "
-        f"{_bytes(plan.padding_bytes)}; {loop}"
+        f"{plan.num_ticks} {plural(plan.num_ticks, 'tick')}{last}; bubble "
+        f"{plan.bubble_share:.1%}; padding {_bytes(plan.padding_bytes)}"
     )
-    lines = [idle, f"bottleneck {plan.bottleneck:.4g}{proof}{fewest}"]
+    loop = f"layers per stage in the common loop body: {plan.common_layers} ({branch})"
+    lines = [idle, loop, f"bottleneck {plan.bottleneck:.4g}{proof}{fewest}"]
     return [*lines, *(f"note: {note}" for note in plan.notes)]
 
 
@@ -78,9 +86,25 @@ def _bar(share: float) -> Text:
     return Text("█" * filled + "░" * (BAR_WIDTH - filled) + f" {share:.0%}")
 
 
+def _unit(largest: float) -> str:
+    """Unit in which the largest size of a table has one to four digits before the point."""
+    index = 0
+    while largest >= 1024 ** (index + 1) and index < len(UNITS) - 1:
+        index += 1
+    return UNITS[index]
+
+
+def _in_unit(count: float, unit: str) -> str:
+    """Bytes in `unit`, three significant digits."""
+    value = count / 1024 ** UNITS.index(unit)
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value >= 0.01 or not value else "<0.01"
+
+
 def _bytes(count: float) -> str:
     """Bytes in binary units, three significant digits."""
-    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    value, units = float(count), UNITS
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.3g} {units[0]}"

@@ -191,13 +191,16 @@ def _blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def _stable_cells(table: str) -> list[list[str]]:
-    """Rows of a printed plan, only the columns that do not depend on the compiler."""
-    rows = [
-        [cell.strip() for cell in re.split("[│┃]", line)]
-        for line in table.splitlines()
-        if re.search("[│┃]", line)
-    ]
-    kept = [i for i, name in enumerate(rows[0]) if name in STABLE_COLUMNS]
-    assert len(kept) == len(STABLE_COLUMNS)
-    return [[row[i] for i in kept] for row in rows]
+def _stable_cells(text: str) -> list[list[str]]:
+    """Cells of a printed plan, head first, only the columns that do not depend on the compiler."""
+    lines = [re.split("[│┃]", line)[1:-1] for line in text.splitlines() if line[:1] in ("│", "┃")]
+    rows: list[list[str]] = []
+    for cells in ([cell.strip() for cell in line] for line in lines):
+        if (cells[0] and not (rows and rows[-1][0] == "")) or not rows:
+            rows.append(cells)
+        else:  # a cell that is folded to several lines
+            rows[-1] = [f"{a} {b}".strip() for a, b in zip(rows[-1], cells, strict=True)]
+    heads = [head.replace("- ", "") for head in rows[0]]
+    kept = [j for j, head in enumerate(heads) if head in STABLE_COLUMNS]
+    assert len(kept) == len(STABLE_COLUMNS), heads
+    return [[row[j] for j in kept] for row in rows]
