@@ -16,7 +16,7 @@ Block = tuple[int, int, int]  # first row, bytes, CRC-32
 
 
 def checksums(leaves: dict[str, Any]) -> dict[str, int]:
-    """The CRC-32 of every leaf's bytes in C order, by name; of random keys, that of their data.
+    """CRC-32 of every leaf's bytes in C order, by name; of random keys, that of their data.
 
     A leaf is an array on the host or a global array. Every process calls this with the same names.
     """
@@ -33,17 +33,17 @@ def checksums(leaves: dict[str, Any]) -> dict[str, int]:
 
 
 def crc(array: np.ndarray) -> int:
-    """The CRC-32 of an array's bytes."""
+    """CRC-32 of an array's bytes."""
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def _local_blocks(array: jax.Array) -> list[Block]:
-    """This process's blocks of rows, each once over all processes."""
+    """Blocks of rows of this process (start, bytes, CRC-32); each row belongs to one process."""
     return [(start, rows.nbytes, crc(rows)) for start, rows in processes.blocks_of(array)]
 
 
 def _joined(blocks: list[Any]) -> int:
-    """The CRC-32 of blocks one after the other."""
+    """CRC-32 of blocks one after the other."""
     whole = 0
     for _, length, block in blocks:
         whole = combine(whole, block, length)
@@ -51,7 +51,7 @@ def _joined(blocks: list[Any]) -> int:
 
 
 def combine(first: int, second: int, length: int) -> int:
-    """The CRC-32 of two byte strings joined, from theirs and the second's length in bytes.
+    """CRC-32 of two byte strings joined, from theirs and the second's length in bytes.
 
     A zero bit appended to a message multiplies its CRC by x modulo the polynomial, so `length`
     bytes multiply by x^(8 length); the second CRC is then added (xor).

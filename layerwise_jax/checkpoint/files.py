@@ -1,10 +1,8 @@
-"""Trees on disk, by orbax: a directory of steps, each with items that are written together or not
-at all.
+"""Step directories on disk, written by orbax: each step holds items that are written atomically.
 
-A step gets its name only when all of it is on disk, so a process that is killed while it saves
-leaves the steps before as they were. Whatever is read is held against what is wanted first: names,
-shapes and dtypes of all leaves. Orbax does not see that bits have changed in large arrays, so every
-step has an item of checksums besides.
+A step gets its name only when all of it is on disk, so a killed save leaves earlier steps intact.
+Names, shapes and dtypes of all leaves are checked before anything is read. Each step also has an
+item of checksums, since orbax does not notice changed bits in large arrays.
 """
 
 from __future__ import annotations
@@ -34,26 +32,27 @@ except ImportError as error:
         "Checkpoints are written by orbax: install layerwise-jax[checkpoint]."
     ) from error
 BARE = "array"
-"""What a tree that is one array is called on disk, where everything has a name."""
+"""Name on disk of a tree that is a single array."""
 CHECKSUMS = "checksums"
 Types = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
 class CheckpointError(ValueError):
-    """There is no such checkpoint, or it is damaged, or it holds something else than was wanted."""
+    """A checkpoint is missing, damaged, or holds another tree than the one asked for."""
 
 
 def saved_steps(directory: Path) -> tuple[int, ...]:
-    """The steps in a directory, in order; none if the directory is not there.
+    """Steps in a directory, in order; none if the directory does not exist.
 
     Raises:
-      ValueError: it is no directory.
+      ValueError: the path is a file.
     """
     if not processes.exists(directory):
         return ()
     if not processes.is_directory(directory):
         raise ValueError(
-            f"{directory} is no directory; wanted one for checkpoints, or a path where to make one."
+            f"directory must be a directory or a new path, got the file {directory}. Pass another "
+            "path."
         )
     with _manager(directory, ()) as orbax:
         found = sorted(orbax.all_steps())
@@ -61,34 +60,33 @@ def saved_steps(directory: Path) -> tuple[int, ...]:
 
 
 def check_new_step(directory: Path, step: Any, keep: Any) -> None:
-    """Refuse what cannot be saved as the latest step.
+    """Check that a step can be saved as the latest one.
 
     Raises:
-      ValueError: the step is no integer, or not later than all others; `keep` is not positive.
+      ValueError: `step` is not an int later than all others, or `keep` is not positive.
     """
     checked_int("step", step, least=0)
     if keep is not None:
         checked_int("keep", keep)
     if (latest := max(saved_steps(directory), default=-1)) >= step:
         raise ValueError(
-            f"Step {step} cannot be saved into {directory}, which has step {latest} already: "
-            "nothing is overwritten. "
-            "Pass a later step, or another directory."
+            f"step must be later than step {latest} of {directory}, got {step}: steps are never "
+            "overwritten. Pass a later step or another directory."
         )
 
 
 def write_step(directory: Path, step: int, trees: Mapping[str, Any], keep: int | None) -> None:
-    """Write trees as the items of a step; those without leaves have no item.
+    """Write trees as items of a step; a tree without leaves has no item.
 
     Raises:
-      ValueError: a leaf cannot be saved; nothing has been written.
+      ValueError: a leaf cannot be saved. Nothing has been written then.
     """
     items = {item: _savable(item, tree) for item, tree in trees.items() if jax.tree.leaves(tree)}
     saved_sums = ocp.args.JsonSave(
         {item: checksums(_by_name(tree)) for item, tree in items.items()}
     )
     saves = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
-    # What a save that was killed has left behind is deleted.
+    # Temporary directories of killed saves are deleted.
     options = {
         "create": True,
         "cleanup_tmp_directories": True,
@@ -98,15 +96,15 @@ def write_step(directory: Path, step: int, trees: Mapping[str, Any], keep: int |
         saved = orbax.save(
             operator.index(step), args=ocp.args.Composite(**saves, **{CHECKSUMS: saved_sums})
         )
-    assert saved, "orbax has left out a step that is the latest"
+    assert saved, "orbax skipped the latest step"
 
 
 def find_step(directory: Path, step: int | None) -> int:
-    """The step itself if it is there; for None, the latest.
+    """The step to read: `step` itself, or the latest for None.
 
     Raises:
-      ValueError: the step is no integer, or negative.
-      CheckpointError: there is none.
+      ValueError: `step` is not an int of at least 0.
+      CheckpointError: the directory has no such step.
     """
     steps = saved_steps(directory)
     if step is None and steps:
@@ -115,17 +113,19 @@ def find_step(directory: Path, step: int | None) -> int:
         checked_int("step", step, least=0)
     if step in steps:
         return operator.index(step)
-    wanted, there = "the latest step" if step is None else f"step {step}", f"steps {_listed(steps)}"
+    there = f"steps {_listed(steps)}" if steps else "no checkpoint"
     raise CheckpointError(
-        f"Wanted {wanted}, but {directory} has {there if steps else 'no checkpoint'}."
+        f"step must be a saved step of {directory}, which has {there}, got {step}. Pass a step of "
+        "checkpoint_steps(directory)."
     )
 
 
 def read_step(
     directory: Path, step: int, trees: Mapping[str, Any], mesh: Mesh | None = None
 ) -> dict[str, Any]:
-    """Read the items of a step onto the host, into trees of these types; those without leaves come
-    back as they are.
+    """Read items of a step onto the host, in trees of the given types.
+
+    Trees without leaves are returned as they are.
 
     Raises:
       CheckpointError: leaves have other names, shapes or dtypes, or the files are damaged.
@@ -136,13 +136,10 @@ def read_step(
             found = _restore(orbax, step, wanted, mesh)
         except CheckpointError:
             raise
-        except (
-            Exception
-        ) as error:  # orbax lets through whatever its readers of files and of JSON raise
+        except Exception as error:  # orbax raises whatever its file and JSON readers raise
             raise CheckpointError(
                 f"Step {step} of {directory} is damaged: {shorten(str(error), 200)} Restore "
-                "another of the steps "
-                f"{_listed(orbax.all_steps())}, or bring its files back."
+                f"another step ({_listed(orbax.all_steps())}) or the step's files."
             ) from error
     return {
         item: _like(tree, found[item]) if item in wanted else tree for item, tree in trees.items()
@@ -159,10 +156,14 @@ def _restore(
         item: ocp.args.StandardRestore(jax.tree.map(partial(_target, mesh), tree))
         for item, tree in wanted.items()
     }
-    sums = (
-        {CHECKSUMS: ocp.args.JsonRestore()} if CHECKSUMS in saved else {}
-    )  # orbax alone writes none
-    found = orbax.restore(step, args=ocp.args.Composite(**restores, **sums))
+    # Steps that orbax wrote without this package have no checksums.
+    sums = {CHECKSUMS: ocp.args.JsonRestore()} if CHECKSUMS in saved else {}
+    try:
+        found = orbax.restore(step, args=ocp.args.Composite(**restores, **sums))
+    except ValueError:
+        for item, tree in wanted.items():
+            _check_nodes(f"Step {step} of {orbax.directory}", item, saved[item], tree)
+        raise
     for item in wanted if sums else ():
         _check_sums(found[item], found[CHECKSUMS][item])
     return found
@@ -196,16 +197,16 @@ def _listed(steps: Any) -> str:
 
 
 def _savable(item: str, tree: Any) -> Any:
-    """The tree on the host, as orbax takes it."""
+    """Tree of arrays on the host and random keys, as orbax saves it."""
 
     def savable(path: Any, leaf: Any) -> Any:
         if not isinstance(
             leaf, jax.Array | np.ndarray | np.generic | int | float | complex
         ) or not np.size(leaf):
-            came = f"an array of shape {np.shape(leaf)}" if hasattr(leaf, "shape") else repr(leaf)
+            given = f"an array of shape {np.shape(leaf)}" if hasattr(leaf, "shape") else repr(leaf)
             raise ValueError(
-                f"{item} has {came} at {_name(path)}; orbax saves arrays with at least one entry. "
-                "Take it out."
+                f"{item} must have arrays with at least one entry, got {given} at {_name(path)}. "
+                "Leave it out of the tree."
             )
         typed = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
         return typed if is_key(typed) or processes.is_partial(typed) else np.asarray(typed)
@@ -237,39 +238,76 @@ def _check_sums(tree: Any, wanted: Mapping[str, int]) -> None:
     if changed := [
         name for name, checksum in checksums(_by_name(tree)).items() if wanted[name] != checksum
     ]:
-        raise ValueError(f"{', '.join(changed)} came with other bytes than were saved.")
+        raise ValueError(f"{', '.join(changed)} have other bytes than the ones saved.")
 
 
-def _check_types(origin: str, item: str, saved: Any, wanted: Any) -> None:
+def _check_types(origin: str, item: str, saved: Any, expected: Any) -> None:
+    """Check that names, shapes and dtypes of the saved leaves are the expected ones."""
     if saved is None:
         raise CheckpointError(
-            f"{origin} has no {item}, or the list of its leaves is lost. Ask for what was saved."
+            f"{origin} has no {item}, or the list of its leaves is lost. Restore without {item}, "
+            "or another step."
         )
-    came, wants = _types(saved), _types(wanted)
-    if missing := sorted(set(wants) - set(came)):
+    there = _types(saved)
+    types = _types(expected)
+    _check_names(origin, item, set(there), set(types))
+    differing = [name for name, type_ in types.items() if there[name] != type_]
+    if differing:
+        name, *others = differing
+        more = f" (and {len(others)} more leaves)" if others else ""
         raise CheckpointError(
-            f"{origin} has no {item} {', '.join(missing)}, but {', '.join(sorted(came))}. "
-            "Restore it into the model that it was saved from."
+            f"{origin} must have {item} {name} as {_shown(types[name])}, got "
+            f"{_shown(there[name])}{more}. Restore it into the model that it was saved from."
         )
-    if surplus := sorted(set(came) - set(wants)):
+
+
+def _check_nodes(origin: str, item: str, saved: Any, expected: Any) -> None:
+    """Check that lists, dicts and nodes without leaves of two trees are the same.
+
+    Leaves may have equal names in different trees: adamw's state has an empty node more than
+    adam's, and a list has the names of a dict with the keys "0" and "1".
+    """
+    _check_names(origin, item, _nodes(saved), _nodes(expected))
+
+
+def _check_names(origin: str, item: str, there: set[str], expected: set[str]) -> None:
+    missing = sorted(expected - there)
+    surplus = sorted(there - expected)
+    parts = [f"no {_few(missing)}"] * bool(missing) + [f"{_few(surplus)} as well"] * bool(surplus)
+    if parts:
+        source = "optimizer" if item == "optimizer_state" else "model"
         raise CheckpointError(
-            f"{origin} has {item} {', '.join(surplus)}, but wanted was {', '.join(sorted(wants))} "
-            "alone. "
-            "Restore it into the model that it was saved from."
+            f"{origin} must have the tree of {item} asked for, got {item} with "
+            f"{' and '.join(parts)}. It was saved from another {source}: restore it into that one."
         )
-    for name, (shape, dtype) in wants.items():
-        if came[name] != (shape, dtype):
-            raise CheckpointError(
-                f"{origin} has {item} {name} as {came[name][1]}{list(came[name][0])}, but wanted "
-                f"was {dtype}"
-                f"{list(shape)}. Restore it into the model that it was saved from."
-            )
+
+
+def _few(names: list[str], most: int = 8) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _nodes(tree: Any) -> set[str]:
+    """Names of leaves and of nodes without leaves; positions in lists are in brackets."""
+    paths = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: not jax.tree.leaves(node)
+    )
+    return {
+        "/".join(
+            f"[{key.idx}]" if isinstance(key, jax.tree_util.SequenceKey) else path_names([key])[0]
+            for key in path
+        )
+        for path, _ in paths
+    }
+
+
+def _shown(type_: tuple[tuple[int, ...], np.dtype]) -> str:
+    shape, dtype = type_
+    return f"{dtype}{list(shape)}"
 
 
 def _types(tree: Any) -> Types:
-    """Shape and dtype of every leaf, by name; of keys those of their data, which is what is on
-    disk.
-    """
+    """Shape and dtype of every leaf by name; of random keys, those of their uint32 data."""
     types: Types = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         typed = leaf if hasattr(leaf, "dtype") else jax.typeof(leaf)

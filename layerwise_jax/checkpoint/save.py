@@ -1,8 +1,8 @@
-"""Checkpoints in the user's own tree: saved from one pipeline, restored into another, or into none.
+"""Checkpoints in the user's own tree: saved from one pipeline, restored into any other or none.
 
-What is on disk knows nothing of stages: parameters have the paths and shapes of the tree that was
-traced, and so has the optimiser's state. They are two items of a step, `params` and
-`optimizer_state`, which orbax reads without this package too.
+Files know nothing of stages. Parameters have the paths and shapes of the traced tree, and so has
+the optimizer's state. They are two items of a step, `params` and `optimizer_state`, which orbax
+reads without this package too.
 """
 
 from __future__ import annotations
@@ -34,27 +34,25 @@ Directory = str | os.PathLike[str]
 
 
 class StateMover(Protocol):
-    """What knows how an optimiser's state lies on the stages: see the optimisers of this
-    package.
-    """
+    """Interface of an optimizer that gathers its placed state and places it again."""
 
     def gather_state(self, state: Any) -> Any:
-        """The state as the optimiser has it for the user's tree; it can be traced."""
+        """State of the user's tree from a placed state; it can be traced."""
         ...
 
     def place_state(self, state: Any) -> Any:
-        """The inverse of `gather_state`; what comes are arrays of numpy's."""
+        """Placed state from numpy arrays in the user's tree; the inverse of `gather_state`."""
         ...
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read: placed on the stages, or in the user's tree.
+    """Restored checkpoint, placed on the stages or in the user's tree.
 
     Attributes:
-      step: the step that it was saved at.
+      step: the step that was read.
       params: the parameters.
-      optimizer_state: the optimiser's state, or None where it was not asked for.
+      optimizer_state: the optimizer's state; None where it was not asked for.
     """
 
     step: int
@@ -72,26 +70,24 @@ def save_checkpoint(
     optimizer: StateMover | None = None,
     keep: int | None = None,
 ) -> None:
-    """Save placed parameters, and the optimiser's state, in the user's tree; returns when they are
-    on disk.
+    """Save placed parameters and optimizer state in the user's tree; returns once on disk.
 
-    Orbax alone reads them as well, with `args.StandardRestore` and the unstaged trees. A tree that
-    is one bare array has the name `array` there.
+    Orbax reads the files without this package, with `args.StandardRestore` and the unstaged trees.
+    A tree that is a single array has the name `array` there.
 
     Args:
-      directory: where the steps are; it is made if it is not there.
-      step: later than every step that is there.
+      directory: directory of steps; it is created if it does not exist.
+      step: number of the step, later than every saved one.
       pipeline: the pipeline, on devices of one process.
       staged: its placed parameters.
-      optimizer_state: the state of an optimiser that was initialised with placed parameters.
-      optimizer: what gathers that state. None: every part of it that has the form of the placed
-        parameters is gathered as they are, which is right for optimisers that work entry by entry.
-      keep: how many of the latest steps stay; those before are deleted once this one is saved.
-        None: all.
+      optimizer_state: state of an optimizer that was initialized with placed parameters.
+      optimizer: optimizer that gathers the state. None: parts of the state with the structure of
+        the placed parameters are gathered as these are, which is right for elementwise optimizers.
+      keep: number of latest steps to keep; earlier ones are deleted after this save. None: all.
 
     Raises:
-      ValueError: the step is not later, `keep` is not positive, what came is not this pipeline's,
-        or a leaf cannot be saved. Nothing has been written then.
+      ValueError: the step is not later, `keep` is not positive, parameters or state belong to
+        another pipeline, or a leaf cannot be saved. Nothing has been written then.
     """
     home = _home(directory)
     check_new_step(home, step, keep)
@@ -108,9 +104,9 @@ def _mover(pipeline: Pipeline, optimizer_state: Any, optimizer: StateMover | Non
         return _EntryByEntry(pipeline, optimizer_state)
     if not hasattr(optimizer, "gather_state"):
         raise ValueError(
-            f"optimizer came as {type(optimizer).__name__}, which gathers no state; "
-            "step.optimizer of a training step, "
-            "or pipeline.optimizer(...), is wanted."
+            "optimizer must be an optimizer of placed trees, got "
+            f"{type(optimizer).__name__}. Pass step.optimizer of a training step, or "
+            "pipeline.optimizer(...)."
         )
     return optimizer
 
@@ -123,24 +119,24 @@ def restore_checkpoint(
     optimizer: StateMover | None = None,
     step: int | None = None,
 ) -> Checkpoint:
-    """Read a checkpoint onto the stages of a pipeline of the same model, whatever pipeline saved
-    it.
+    """Read a checkpoint onto the stages of a pipeline of the same model.
+
+    The pipeline may have other stages, another schedule and another mesh than the one that saved.
 
     Args:
-      directory: where the steps are.
-      pipeline: the pipeline; the number of its stages, its schedule and its mesh are free.
-      optimizer_state: the optimiser's state for placed parameters of this pipeline, as it was
-        initialised or as `jax.eval_shape` gives it: its types are read, not its values. None: only
-        the parameters are restored.
-      optimizer: what gathers and places that state, as in `save_checkpoint`.
-      step: which step; None: the latest.
+      directory: directory of steps.
+      pipeline: the pipeline.
+      optimizer_state: a state for this pipeline's placed parameters, or its types from
+        `jax.eval_shape`; values are not read. None: restore the parameters only.
+      optimizer: optimizer that gathers and places the state, as in `save_checkpoint`.
+      step: the step to read; None: the latest.
 
     Returns:
-      The step, the placed parameters and the optimiser's state.
+      The step, the placed parameters and the placed optimizer state.
 
     Raises:
-      CheckpointError: there is no such step, its files are damaged, or a leaf has another name,
-        shape or dtype than the pipeline's.
+      CheckpointError: the step does not exist, its files are damaged, or a leaf has another name,
+        shape or dtype than the pipeline's; the message names the paths that differ.
     """
     signature = pipeline.placement.signature
     params = jax.tree.unflatten(signature.params_tree, signature.params_avals)
@@ -162,15 +158,13 @@ def read_checkpoint(
     """Read a checkpoint in the user's tree, for a run without a pipeline.
 
     Args:
-      directory: where the steps are.
-      params: parameters of the unstaged model, or their types as `jax.eval_shape` gives them.
-      optimizer_state: the same of the optimiser's state for them. None: only the parameters are
-        read.
-      step: which step; None: the latest.
+      directory: directory of steps.
+      params: parameters of the unstaged model, or their types from `jax.eval_shape`.
+      optimizer_state: the optimizer's state, or its types. None: read the parameters only.
+      step: the step to read; None: the latest.
 
     Returns:
-      The step, and the parameters and the optimiser's state in the trees that came, on JAX's
-      default device.
+      The step, and parameters and optimizer state in the given trees, on JAX's default device.
 
     Raises:
       CheckpointError: as `restore_checkpoint` does.
@@ -180,10 +174,10 @@ def read_checkpoint(
 
 
 def checkpoint_steps(directory: Directory) -> tuple[int, ...]:
-    """The steps that were saved in a directory, in order; none if the directory is not there.
+    """Saved steps of a directory, in order; none if the directory does not exist.
 
     Raises:
-      ValueError: it is no directory.
+      ValueError: the path is a file.
     """
     return saved_steps(_home(directory))
 
@@ -199,7 +193,7 @@ def _read(
     step: int | None,
     mesh: Mesh | None = None,
 ) -> Checkpoint:
-    """A checkpoint in the user's tree, its leaves on the host."""
+    """Checkpoint in the user's tree, with leaves on the host."""
     home = _home(directory)
     chosen = find_step(home, step)
     found = read_step(home, chosen, {PARAMS: params, OPTIMIZER_STATE: optimizer_state}, mesh)
@@ -208,8 +202,7 @@ def _read(
 
 @dataclass(frozen=True)
 class _EntryByEntry:
-    """Moves the state of an optimiser that works entry by entry: slots of the state go where slots
-    of weights go.
+    """State mover of elementwise optimizers: state is gathered and placed like the weights.
 
     Attributes:
       pipeline: the pipeline.
@@ -239,20 +232,16 @@ class _EntryByEntry:
         }
 
     def _typed(self, path: Any, node: Staged) -> Placement:
-        """The placement, for leaves of the dtypes that a part of the state has."""
+        """The pipeline's placement with the dtypes of a part of the state."""
         placement = self.pipeline.placement
         for slot in placement.slots:
-            shape, wanted = (
-                getattr(node[slot.name], "shape", None),
-                (placement.num_devices, *slot.aval.shape),
-            )
-            if shape != wanted:
+            shape = getattr(node[slot.name], "shape", None)
+            expected = (placement.num_devices, *slot.aval.shape)
+            if shape != expected:
                 raise ValueError(
-                    f"The optimiser's state at {jax.tree_util.keystr(path)} came with shape "
-                    f"{shape} for slot "
-                    f"{slot.name}, wanted {wanted}, an entry for each entry of the weights. Pass "
-                    "the optimiser that "
-                    "made this state as optimizer=, so that it gathers and places the state itself."
+                    f"optimizer_state{jax.tree_util.keystr(path)} must have shape {expected} for "
+                    f"slot {slot.name}, one entry per weight, got {shape}. Pass optimizer=, the "
+                    "optimizer of this state, which gathers and places it."
                 )
         slots = tuple(_retyped_slot(slot, node[slot.name].dtype) for slot in placement.slots)
         dtypes = {

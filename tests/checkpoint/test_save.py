@@ -205,6 +205,6 @@ def test_a_state_that_is_not_entry_by_entry_is_refused(
     pipeline = stage(stage_mesh(2))
     staged = pipeline.place(draw())
     state = jax.eval_shape(optax.scale_by_factored_rms(min_dim_size_to_factor=1).init, staged)
-    with pytest.raises(ValueError, match=r"\.v_row came with shape .* Pass the optimiser"):
+    with pytest.raises(ValueError, match=r"\.v_row must have shape .* Pass optimizer="):
         save_checkpoint(tmp_path / "run", 2, pipeline, staged, state)
     assert not (tmp_path / "run").exists()

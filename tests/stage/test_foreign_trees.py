@@ -76,7 +76,7 @@ def test_states_of_others(straight: lw.Pipeline, interleaved: lw.Pipeline, tmp_p
         step.optimizer.update(PARAMS, state, staged)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="another optimizer or pipeline"):
         lw.save_checkpoint(tmp_path, 1, straight, staged, state, optimizer=other.optimizer)
-    with pytest.raises(ValueError, match=r"came as TrainStep.*step\.optimizer"):
+    with pytest.raises(ValueError, match=r"got TrainStep.*step\.optimizer"):
         lw.save_checkpoint(tmp_path, 1, straight, staged, state, optimizer=step)  # type: ignore[arg-type]
     lw.save_checkpoint(tmp_path, 1, straight, staged, state, optimizer=step.optimizer)
     with pytest.raises(ValueError, match="another optimizer or pipeline"):
