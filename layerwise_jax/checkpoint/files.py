@@ -289,7 +289,7 @@ def _few(names: list[str], most: int = 8) -> str:
 
 def _nodes(tree: Any) -> set[str]:
     """Names of leaves and of nodes without leaves; positions in lists are in brackets."""
-    paths = jax.tree_util.tree_flatten_with_path(
+    paths, _ = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: not jax.tree.leaves(node)
     )
     return {
