@@ -9,17 +9,16 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-TABLE_WIDTH = 132
-TERMINAL_WIDTH = 80
+TABLE_WIDTH = 80  # columns of a terminal
 
 
-def render(table: Table, width: int = TABLE_WIDTH) -> str:
+def render(table: Table) -> str:
     """Renders a rich table as plain text of fixed width, without colours or trailing spaces.
 
     The result is the same in terminals, logs and tests.
     """
     out = io.StringIO()
-    Console(file=out, width=width, color_system=None, force_terminal=False).print(table)
+    Console(file=out, width=TABLE_WIDTH, color_system=None, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
@@ -52,3 +51,22 @@ def plural(count: int, noun: str) -> str:
     if count == 1:
         return noun
     return f"{noun}es" if noun.endswith(("ch", "s", "x")) else f"{noun}s"
+
+
+def bytes_text(count: float, short: bool = False) -> str:
+    """Bytes with a binary unit and three significant digits: `12.5 KiB`, or `12.5K` if short."""
+    value = float(count)
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 999.5 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    number = f"{value:.0f}" if units[0] == "B" or value >= 100 else f"{value:.3g}"
+    return f"{number}{units[0][0]}" if short else f"{number} {units[0]}"
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds with a unit (s, ms or us) and three significant digits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"

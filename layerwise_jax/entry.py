@@ -12,10 +12,18 @@ from jax.sharding import Mesh
 from layerwise_jax import processes
 from layerwise_jax._arguments import checked_choice, checked_int
 from layerwise_jax.build import build_pipeline
-from layerwise_jax.cost.capacity import capacity_bound, row_chunks_to_fit, streaming_notes
+from layerwise_jax.cost.capacity import (
+    CapacityBound,
+    capacity_bound,
+    residency,
+    row_chunks_to_fit,
+    streaming_notes,
+)
 from layerwise_jax.cost.device import DeviceSpec
 from layerwise_jax.cost.layer_cost import LayerCost
+from layerwise_jax.cost.memory import LEVELS
 from layerwise_jax.measure.detect import detect_device
+from layerwise_jax.measure.layers import measured_by_shape
 from layerwise_jax.measure.microbatch import Staging, StagingChoices, choose_staging
 from layerwise_jax.mesh import STAGE, check_mesh, stage_mesh
 from layerwise_jax.options import PipelineOptions, Remat
@@ -39,7 +47,7 @@ def layerwise(
     num_stages: int | None = None,
     num_microbatches: int | Literal["auto"] = "auto",
     device: DeviceSpec | None = None,
-    capacity: Literal["l2"] | int | None = "l2",
+    capacity: Literal["auto", "l2", "shared", "memory"] | int | None = "auto",
     method: Literal["dp", "greedy"] = "dp",
     reduce: Any = "auto",
     in_axes: Any = 0,
@@ -63,10 +71,11 @@ def layerwise(
       num_microbatches: microbatches of each replica; "auto" for the fewest that fit the capacity
         and fill the pipeline.
       device: the device to size stages for; it need not be present. None for the local one.
-      capacity: "l2" for the device's usable cache, a number of bytes, or None to balance without a
-        cap. Stages that share a device share its capacity. The cap counts a stage's forward pass,
-        not what training stashes and accumulates (`measure_costs` with `backward=True` counts
-        that).
+      capacity: "auto" takes the device's usable L2 as a target: a model that does not fit is
+        balanced without a cap, and the plan says so first. A name of one of the device's memory
+        levels ("l2", "shared", "memory"), or bytes, is a hard cap. None balances without a cap.
+        Stages that share a device share its capacity. The cap counts a stage's forward pass, not
+        what training stashes and accumulates (`measure_costs` with `backward=True` counts that).
       method: "dp" for the exact optimum, "greedy" for the paper's greedy layer aggregation.
       reduce: how outputs without a batch axis (a loss) combine over microbatches. "auto" infers it;
         "mean", "sum", "count", "max" or "min" asserts it, a tree of words for each output.
@@ -81,7 +90,7 @@ def layerwise(
         function from the types of the parameters to one.
 
     Raises:
-      CapacityError: the layers do not fit the capacity.
+      CapacityError: the layers do not fit the hard cap; the message begins with ways out.
       BatchError: a result would differ between the batch and its microbatches.
       CutError: the function cannot be split into stages.
       ValueError: an argument has another value than it takes. All of these say what to change.
@@ -110,7 +119,7 @@ def layerwise(
     )
     if isinstance(schedule, Schedule) and num_microbatches == "auto":
         num_microbatches = schedule.num_microbatches
-    staging = _stage(choices, num_microbatches)
+    choices, staging = _stage(choices, num_microbatches, capacity)
     return build_pipeline(
         staging.layers,
         staging.partition,
@@ -133,13 +142,15 @@ def _device(device: DeviceSpec | None) -> DeviceSpec:
 
 
 def _capacity_bytes(capacity: str | int | None, device: DeviceSpec) -> int | None:
-    if capacity == "l2":
-        return device.usable_l2_bytes
+    """Usable bytes of a memory level, or the given bytes. "auto" is the L2."""
     if capacity is None:
         return None
+    if isinstance(capacity, str):
+        return device.level("l2" if capacity == "auto" else capacity).usable_bytes
     if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer) or capacity < 1:
         raise ValueError(
-            f"capacity must be 'l2', a positive int (bytes) or None, got {capacity!r}."
+            f"capacity must be 'auto', a memory level ({', '.join(map(repr, LEVELS))}), a positive "
+            f"int (bytes) or None, got {capacity!r}."
         )
     return int(capacity)
 
@@ -165,54 +176,94 @@ def _trace(
     return layers
 
 
-def _stage(choices: StagingChoices, num_microbatches: int | str) -> Staging:
+def _stage(
+    choices: StagingChoices, num_microbatches: int | str, capacity: str | int | None
+) -> tuple[StagingChoices, Staging]:
     """Cut the layers, with the given number of microbatches or the best one.
 
+    Under the capacity "auto", layers that do not fit are balanced without a cap; the choices that
+    come back then have none.
+
     Raises:
-      CapacityError: the layers do not fit; the message has the capacity bound and what would fit.
+      CapacityError: the layers do not fit a hard cap; the message begins with ways out.
       ValueError: the microbatches do not divide the batch.
     """
+    if capacity == "auto" and not _could_be_resident(choices, num_microbatches):
+        choices = replace(choices, capacity=None)
     try:
-        if num_microbatches == "auto":
-            return choose_staging(choices)
-        count = int(num_microbatches) if isinstance(num_microbatches, int | np.integer) else 0
-        if count < 1 or choices.num_examples % count:
-            raise ValueError(
-                f"num_microbatches must be 'auto' or a divisor of the {choices.num_examples} "
-                f"examples on each replica, got {num_microbatches!r}."
-            )
-        return choices.measured(count)
+        return choices, _staged(choices, num_microbatches)
     except CapacityError as error:
-        raise _with_bound(error, choices) from None
+        if capacity == "auto":
+            choices = replace(choices, capacity=None)
+            return choices, _staged(choices, num_microbatches)
+        raise _with_ways_out(error, choices, capacity) from None
 
 
-def _with_bound(error: CapacityError, choices: StagingChoices) -> CapacityError:
-    """The error with the model's capacity bound and the microbatch that would fit."""
+def _staged(choices: StagingChoices, num_microbatches: int | str) -> Staging:
+    """The layers cut with the given number of microbatches, or the best one for "auto"."""
+    if num_microbatches == "auto":
+        return choose_staging(choices)
+    count = int(num_microbatches) if isinstance(num_microbatches, int | np.integer) else 0
+    if count < 1 or choices.num_examples % count:
+        raise ValueError(
+            f"num_microbatches must be 'auto' or a divisor of the {choices.num_examples} "
+            f"examples on each replica, got {num_microbatches!r}."
+        )
+    return choices.measured(count)
+
+
+def _could_be_resident(choices: StagingChoices, num_microbatches: int | str) -> bool:
+    """False if the weights by themselves exceed the caches, which needs no compilation."""
+    count = choices.counts()[0] if num_microbatches == "auto" else num_microbatches
+    if not isinstance(count, int) or count < 1 or choices.num_examples % count:
+        return True  # refused later
+    layers = choices.gauge(count).layers
+    return _capacity_bound(measured_by_shape(layers).costs, layers, choices).is_resident
+
+
+def _with_ways_out(
+    error: CapacityError, choices: StagingChoices, capacity: str | int | None
+) -> CapacityError:
+    """The error, led by the ways out and the origin of the capacity, with the capacity bound."""
     measured = choices.gauge(choices.num_examples)
     costs = measured.costs()
-    error = error.with_note(_capacity_bound(costs, measured.layers, choices))
-    if error.layers is None or choices.capacity is None:
-        return error
-    layer = costs[error.layers[0]]
-    chunks = row_chunks_to_fit(layer, choices.capacity)
-    if chunks is None:
-        return error
-    if chunks == 1:
-        return error.with_note(f"At one example a microbatch '{layer.name}' fits.")
-    return error.with_note(
-        f"At one example a microbatch '{layer.name}' fits if its rows are run in {chunks} chunks."
+    bound = _capacity_bound(costs, measured.layers, choices)
+    ways = ["capacity=None or 'auto' balances without a cap"]
+    layer = None if error.layers is None else costs[error.layers[0]]
+    chunks = None if layer is None else row_chunks_to_fit(layer, choices.capacity or 0)
+    if layer is not None and chunks is not None:
+        in_chunks = "" if chunks == 1 else f" if its rows are run in {chunks} chunks"
+        ways.append(f"At one example a microbatch '{layer.name}' fits{in_chunks}")
+    if error.fewest_stages:
+        ways.append(f"num_stages={error.fewest_stages} fits")
+    ways.append(bound.ways_to_fit)
+    lead = f"{'. '.join(ways)}. {_origin(choices, capacity)}"
+    return error.with_lead(lead).with_note(str(bound))
+
+
+def _origin(choices: StagingChoices, capacity: str | int | None) -> str:
+    """A sentence: where the number of the capacity comes from."""
+    shared = choices.stages_per_device
+    each = "" if shared == 1 else f", shared by {shared} stages a device"
+    if not isinstance(capacity, str):
+        return f"The capacity of {capacity:,} bytes was given{each}."
+    level = choices.device.level(capacity)
+    source = choices.device.sources[f"usable_{capacity}_bytes"]
+    return (
+        f"The capacity of {level.usable_bytes:,} bytes is the usable {capacity} of "
+        f"{choices.device.name}{each} ({source})."
     )
 
 
 def _capacity_bound(
     costs: Sequence[LayerCost], layers: LayerSequence, choices: StagingChoices
-) -> str:
-    """The least number of devices whose caches hold these layers, as a sentence."""
+) -> CapacityBound:
+    """The capacity law for these layers on these devices."""
     shared = choices.stages_per_device
     capacity = None if choices.capacity is None else choices.capacity * shared
     weights = sum(nbytes(layers.program.avals[value]) for value in layers.program.weights)
     num_devices = choices.num_stages // shared
-    return str(capacity_bound(costs, choices.device, num_devices, _bits(layers), capacity, weights))
+    return capacity_bound(costs, choices.device, num_devices, _bits(layers), capacity, weights)
 
 
 def _bits(layers: LayerSequence) -> int:
@@ -223,7 +274,9 @@ def _bits(layers: LayerSequence) -> int:
 def _sizes(choices: StagingChoices, staging: Staging) -> Sizes:
     """Sizes for the plan: layers, compiled stages, and notes on the weights that stream."""
     groups = [staging.costs[a:b] for a, b in staging.partition.stages]
-    notes = [_capacity_bound(staging.costs, staging.layers, replace(choices, capacity=None))]
+    shared = choices.stages_per_device
+    bound = _capacity_bound(staging.costs, staging.layers, replace(choices, capacity=None))
+    notes = [str(bound)]
     if choices.capacity is None:
         notes += streaming_notes(groups, choices.device)
     return Sizes(
@@ -233,6 +286,8 @@ def _sizes(choices: StagingChoices, staging: Staging) -> Sizes:
         capacity=choices.capacity,
         notes=tuple(notes),
         stage_bytes=staging.stage_bytes,
+        residency=residency(groups, choices.device, bound, shared),
+        load_unit="s",
     )
 
 

@@ -1,4 +1,4 @@
-"""What a pipeline will do, in plain numbers: the value behind `print(pipeline.plan)`."""
+"""Plan: what a pipeline will do, in plain numbers, and its table for `print(pipeline.plan)`."""
 
 from __future__ import annotations
 
@@ -11,114 +11,108 @@ from itertools import pairwise
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from layerwise_jax import _json
-from layerwise_jax._tables import TERMINAL_WIDTH, plural, render, run_lengths
+from layerwise_jax._tables import TABLE_WIDTH, bytes_text, plural, render, run_lengths, seconds_text
 from layerwise_jax.cost.layer_cost import LayerCost
 
-BAR_WIDTH = 5
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+BAR_WIDTH = 6
+# A plan is called uneven if the heaviest stage takes this much more than the mean.
+UNEVEN = 0.05
 
 
-def plan_table(plan: Any) -> str:
-    """A plan as text of 80 columns: a table with one row per stage, bounds and notes below."""
-    unit = _unit(max((stage.size for stage in plan.stages), default=0))
-    # Without padding nine columns fit 80 characters.
-    table = Table(padding=0)
-    table.add_column("stage", justify="left")
-    table.add_column("layers", justify="left", overflow="fold", ratio=1)
-    for name in ("weights", "activa-\ntions", "work-\nspace", "total", "com-\npiled"):
-        table.add_column(name, justify="right", no_wrap=True)
-    share = "of capacity" if plan.capacity else "of largest"
-    table.add_column(share, justify="left", no_wrap=True)
-    table.add_column("sends", justify="right", no_wrap=True)
+def plan_table(plan: Plan) -> str:
+    """A plan as text of at most 80 columns: what is not resident, a row a stage, bounds, notes."""
     largest = plan.capacity or max(stage.size for stage in plan.stages) or 1
+    columns = ["weights", "activ.", "work", "total", "compiled"]
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("stage", justify="right")
+    table.add_column("layers", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("of capacity" if plan.capacity else "of largest", no_wrap=True)
+    table.add_column("sends", justify="right", no_wrap=True)
     for s, stage in enumerate(plan.stages):
-        sizes = (stage.weight_bytes, stage.activation_bytes, stage.buffer_bytes, stage.size)
-        compiled = stage.compiled_bytes
-        table.add_row(
-            str(s),
-            run_lengths(stage.layers),
-            *(_in_unit(size, unit) for size in sizes),
-            "-" if compiled is None else _in_unit(compiled, unit),
-            _bar(stage.size / largest),
-            _in_unit(stage.send_bytes, unit),
-        )
-    lines = [*_title(plan, unit), *render(table, TERMINAL_WIDTH).splitlines(), *_footer(plan)]
-    return "\n".join(wrapped for line in lines for wrapped in _wrap(line)) + "\n"
+        table.add_row(str(s), run_lengths(stage.layers), *_cells(stage, largest))
+    return (
+        "\n".join([*_wrapped(_header(plan)), render(table).rstrip(), *_wrapped(_footer(plan))])
+        + "\n"
+    )
 
 
-def _wrap(line: str) -> list[str]:
-    """The line, broken at spaces to the width of tables."""
-    if len(line) <= TERMINAL_WIDTH:
-        return [line]
-    return textwrap.wrap(line, TERMINAL_WIDTH, break_long_words=False, break_on_hyphens=False)
-
-
-def _title(plan: Any, unit: str) -> list[str]:
-    capacity = f", capacity {_bytes(plan.capacity)} each" if plan.capacity else ""
-    devices = "" if plan.num_devices == plan.num_stages else f" on {plan.num_devices} devices"
-    stages = f"{plan.num_stages} {plural(plan.num_stages, 'stage')}{devices}{capacity}"
-    microbatches = f"{plan.num_microbatches} {plural(plan.num_microbatches, 'microbatch')}"
+def _cells(stage: StagePlan, largest: int) -> list[str]:
+    sizes = (stage.weight_bytes, stage.activation_bytes, stage.buffer_bytes, stage.size)
+    compiled = "-" if stage.compiled_bytes is None else bytes_text(stage.compiled_bytes, short=True)
+    share = stage.size / largest
+    filled = min(BAR_WIDTH, round(share * BAR_WIDTH))
+    bar = "█" * filled + "░" * (BAR_WIDTH - filled)
     return [
-        f"{stages}, {microbatches} ({plan.device})",
-        f"sizes in {unit}, from {plan.measured_on}",
+        *(bytes_text(count, short=True) for count in sizes),
+        compiled,
+        f"{bar} {share:.0%}",
+        bytes_text(stage.send_bytes, short=True),
     ]
 
 
-def _footer(plan: Any) -> list[str]:
-    branch = "the others under one branch" if plan.has_branch else "no branch"
-    proof = "" if plan.gap is None else f", lower bound {plan.lower_bound:.4g}, gap {plan.gap:.2%}"
-    fewest = f", fewest stages {plan.fewest_stages}" if plan.fewest_stages else ""
-    last = " (the last one for the end of the last stage)" if plan.has_last_tick else ""
-    idle = (
-        f"{plan.num_ticks} {plural(plan.num_ticks, 'tick')}{last}; bubble "
-        f"{plan.bubble_share:.1%}; padding {_bytes(plan.padding_bytes)}"
+def _header(plan: Plan) -> list[str]:
+    capacity = f", {bytes_text(plan.capacity)} of capacity each" if plan.capacity else ""
+    devices = "" if plan.num_devices == plan.num_stages else f" on {plan.num_devices} devices"
+    title = (
+        f"{plan.num_stages} {plural(plan.num_stages, 'stage')}{devices}{capacity}, "
+        f"{plan.num_microbatches} {plural(plan.num_microbatches, 'microbatch')}, for "
+        f"{plan.device}. Sizes in bytes (K, M, G, T: KiB, MiB, GiB, TiB) from {plan.measured_on}."
     )
-    loop = f"layers per stage in the common loop body: {plan.common_layers} ({branch})"
-    lines = [idle, loop, f"bottleneck {plan.bottleneck:.4g}{proof}{fewest}"]
-    return [*lines, *(f"note: {note}" for note in plan.notes)]
+    return [plan.residency, title] if plan.residency else [title]
 
 
-def _bar(share: float) -> Text:
-    filled = min(BAR_WIDTH, round(share * BAR_WIDTH))
-    return Text("█" * filled + "░" * (BAR_WIDTH - filled) + f" {share:.0%}")
+def _footer(plan: Plan) -> list[str]:
+    branch = "the rest under one branch" if plan.has_branch else "no branch"
+    load = _load_text(plan.bottleneck, plan.load_unit)
+    bound = _load_text(plan.lower_bound, plan.load_unit)
+    proof = "" if plan.gap is None else f", lower bound {bound}, gap {plan.gap:.2%}"
+    fewest = f", fewest stages {plan.fewest_stages}" if plan.fewest_stages else ""
+    last = ", the last one for the tail of the last stage" if plan.has_last_tick else ""
+    ticks = f"{plan.num_ticks} {plural(plan.num_ticks, 'tick')}{last}"
+    return [
+        f"{ticks}; bubble {plan.bubble_share:.1%}; padding {bytes_text(plan.padding_bytes)}",
+        f"layers of each stage in the common body of the loop: {plan.common_layers} ({branch})",
+        f"bottleneck {load}{proof}{fewest}",
+        *(f"note: {note}" for note in plan.notes),
+    ]
 
 
-def _unit(largest: float) -> str:
-    """Unit in which the largest size of a table has one to four digits before the point."""
-    index = 0
-    while largest >= 1024 ** (index + 1) and index < len(UNITS) - 1:
-        index += 1
-    return UNITS[index]
+def _load_text(load: float, unit: str) -> str:
+    """A load with its unit; relative loads, such as FLOPs, have none."""
+    if unit == "s":
+        return seconds_text(load)
+    return bytes_text(load) if unit == "B" else f"{load:.4g}"
 
 
-def _in_unit(count: float, unit: str) -> str:
-    """Bytes in `unit`, three significant digits."""
-    value = count / 1024 ** UNITS.index(unit)
-    if value >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if value >= 0.01 or not value else "<0.01"
+def _wrapped(paragraphs: Sequence[str]) -> list[str]:
+    """The paragraphs as lines of at most the table's width."""
+    return [
+        line
+        for text in paragraphs
+        for line in textwrap.wrap(text, TABLE_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    ]
 
 
-def _bytes(count: float) -> str:
-    """Bytes in binary units, three significant digits."""
-    value, units = float(count), UNITS
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.3g} {units[0]}"
-
-
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What was measured of the layers, for which device, by what, and the capacity that they were
-    held against.
+    """Measured sizes of the layers, and the device and capacity that they were measured for.
 
-    `stage_bytes` is what each stage holds compiled as one program, where that was measured.
+    Attributes:
+      costs: cost of each layer.
+      device: name of the device.
+      measured_on: compiler of the layers, or another source of the sizes.
+      capacity: bytes that a stage may hold; None without a cap.
+      notes: sentences for the plan.
+      stage_bytes: peak bytes of each stage compiled as one program; None if not compiled.
+      residency: the stages that exceed the cache and ways to fit them; "" if all fit.
+      load_unit: unit of the loads by which the layers were partitioned; "" for relative ones.
     """
 
     costs: tuple[LayerCost, ...]
@@ -127,18 +121,19 @@ class Sizes:
     capacity: int | None = None
     notes: tuple[str, ...] = ()
     stage_bytes: tuple[int, ...] | None = None
+    residency: str = ""
+    load_unit: str = ""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage.
+    """Layers and bytes of one stage.
 
     Attributes:
-      layers: the names of its layers, in order.
-      weight_bytes, activation_bytes, buffer_bytes: sums over its layers, of one microbatch.
-      compiled_bytes: what the stage holds at its peak, compiled as one program; None if that was
-        not measured.
-      send_bytes: bytes of one microbatch that cross the boundary after it.
+      layers: names of its layers, in order.
+      weight_bytes, activation_bytes, buffer_bytes: sums over its layers, for one microbatch.
+      compiled_bytes: peak bytes of the stage compiled as one program; None if not compiled.
+      send_bytes: bytes of one microbatch that cross the boundary after the stage.
     """
 
     layers: tuple[str, ...]
@@ -150,30 +145,32 @@ class StagePlan:
 
     @property
     def size(self) -> int:
-        """The sum of the sizes of the stage's layers, S(P) in the paper."""
+        """Bytes of the stage: the sum of the sizes of its layers, S(P) in the paper."""
         return self.weight_bytes + self.activation_bytes + self.buffer_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
-    """All stages, and what is known about the whole.
+    """Plan of a pipeline: its stages, and figures of the whole.
 
     Attributes:
       stages: the stages in order.
-      capacity: bytes that a stage may hold, or None.
-      num_devices: devices that the stages of a replica go round; fewer than stages in an
-        interleaved schedule.
+      capacity: bytes that a stage may hold; None without a cap.
+      num_devices: pipeline devices of a replica; fewer than stages if devices have several.
       num_microbatches: microbatches of each replica; of a ring, its groups of sequences.
-      num_ticks: ticks of the forward loop; of a ring, of a round.
-      padding_bytes: bytes that all devices together hold in vain, because stages differ.
-      common_layers: layers of every stage that stand once in the loop, without a branch.
-      has_branch: whether the loop has a branch on the stage index.
-      device: the device that the sizes are for.
-      measured_on: what compiled the layers to size them.
-      bottleneck, lower_bound, gap: the largest stage load, what no partition can beat, and their
-        relative distance (None if nothing was proven).
-      fewest_stages: how many stages would do under the capacity, if counted.
-      notes: the partition's limits, and warnings.
+      num_ticks: ticks of the forward loop; of a ring, ticks of a round.
+      padding_bytes: padding bytes of all devices together, since stages differ.
+      common_layers: layers of each stage in the common body of the loop, which needs no branch.
+      has_branch: True if the loop has a branch on the stage index.
+      device: name of the device that the sizes are for.
+      measured_on: compiler of the layers, or another source of the sizes.
+      bottleneck: the largest load of a stage, in `load_unit`.
+      lower_bound: lower bound on the bottleneck of any partition.
+      gap: their relative distance; None if nothing was proven.
+      load_unit: unit of loads: "s", "B" for loads by size, or "" for relative loads.
+      fewest_stages: the fewest stages that fit the capacity; None if not counted.
+      residency: the stages that exceed the cache and ways to fit them; "" if all fit, or unknown.
+      notes: limits of the partition, and warnings.
     """
 
     stages: tuple[StagePlan, ...]
@@ -191,6 +188,8 @@ class Plan:
     gap: float | None
     fewest_stages: int | None
     notes: tuple[str, ...]
+    load_unit: str = ""
+    residency: str = ""
 
     @property
     def num_stages(self) -> int:
@@ -198,10 +197,10 @@ class Plan:
 
     @property
     def bubble_share(self) -> float:
-        """The share of all (device, tick) pairs without a microbatch.
+        """Share of all (device, tick) pairs without a microbatch.
 
-        (d - 1) / (v M + d - 1) in a pipeline of d devices with v stages each; in a ring what stages
-        have beyond groups.
+        (d - 1) / (v M + d - 1) in a pipeline of d devices with v stages each and M microbatches; in
+        a ring, the share of its stages beyond its groups.
         """
         busy = self.num_microbatches * self.num_stages / self.num_devices
         idle = self.num_ticks - busy - self.has_last_tick
@@ -209,28 +208,40 @@ class Plan:
 
     @property
     def has_last_tick(self) -> bool:
-        """Whether there is one more tick, in which the last stage alone does what follows the
-        common layers.
-        """
+        """True if the loop has one more tick, for the last stage's layers after the common body."""
         busy = self.num_microbatches * self.num_stages / self.num_devices
         return self.num_ticks - busy > max(self.num_devices - 1, 0)
 
     def __str__(self) -> str:
         return plan_table(self)
 
+    def __repr__(self) -> str:
+        largest = max(stage.size for stage in self.stages)
+        capacity = f" of {bytes_text(self.capacity)}" if self.capacity else ""
+        return (
+            f"Plan({self.num_stages} {plural(self.num_stages, 'stage')} on {self.num_devices} x "
+            f"{self.device}, {self.num_microbatches} "
+            f"{plural(self.num_microbatches, 'microbatch')}, largest stage "
+            f"{bytes_text(largest)}{capacity}, bubble {self.bubble_share:.1%})"
+        )
+
     def to_json(self) -> str:
-        """The plan as JSON; `from_json` reads it back."""
+        """JSON text that `from_json` reads back."""
         return json.dumps({"version": PLAN_VERSION, **dataclasses.asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """A plan from `to_json`.
+        """Parses the text of `to_json`, of this version or an older one.
 
         Raises:
-          ValueError: not JSON, of another version, or with fields missing, unknown or of the wrong
-            type.
+          ValueError: not JSON, another version, or fields missing, unknown or of a wrong type.
         """
-        return _json.read(cls, text, PLAN_VERSION, "Plan again.")
+        return _json.read(cls, text, PLAN_VERSION, "Plan again.", _upgraded)
+
+
+def _upgraded(entries: dict[str, Any], version: int) -> dict[str, Any]:
+    """Entries of versions 1 and 2, which had no residency and no unit of loads."""
+    return {"load_unit": "", "residency": "", **entries}
 
 
 def make_plan(
@@ -245,18 +256,18 @@ def make_plan(
     common_layers: int,
     has_branch: bool,
 ) -> Plan:
-    """The plan of a partition.
+    """Makes the plan of a partition.
 
     Args:
-      partition: a `Partition`, or its boundaries alone, of which then nothing is proven.
-      sizes: what was measured of the layers.
-      send_bytes: bytes of one microbatch that every stage sends.
-      num_devices: devices of each replica.
+      partition: a `Partition`, or its boundaries only, which prove nothing.
+      sizes: measured sizes of the layers.
+      send_bytes: bytes of one microbatch that each stage sends.
+      num_devices: pipeline devices of each replica.
       num_microbatches: microbatches of each replica; of a ring, its groups of sequences.
-      num_ticks: ticks of the forward loop; of a ring, of a round.
-      padding_bytes: bytes held in vain.
-      common_layers: layers of every stage that stand once in the loop.
-      has_branch: whether the loop has a branch.
+      num_ticks: ticks of the forward loop; of a ring, ticks of a round.
+      padding_bytes: padding bytes of all devices together.
+      common_layers: layers of each stage in the common body of the loop.
+      has_branch: True if the loop has a branch.
     """
     groups = [sizes.costs[a:b] for a, b in pairwise(getattr(partition, "boundaries", partition))]
     compiled = sizes.stage_bytes or (None,) * len(groups)
@@ -277,12 +288,21 @@ def make_plan(
         gap=float(partition.gap) if hasattr(partition, "gap") else None,
         fewest_stages=getattr(partition, "fewest_stages", None),
         notes=tuple(note for note in (*_reasons(partition), *sizes.notes) if note),
+        load_unit=sizes.load_unit if hasattr(partition, "bottleneck") else "B",
+        residency=sizes.residency,
     )
 
 
 def _reasons(partition: Any) -> tuple[str, str]:
-    """What blocks a better partition, and why its bound holds."""
-    return getattr(partition, "limits", ""), getattr(partition, "proof", "")
+    """The limit of the partition, with its unevenness if there is any, and the proof."""
+    limits: str = getattr(partition, "limits", "")
+    loads: Sequence[float] = getattr(partition, "stage_loads", ())
+    mean = sum(loads) / len(loads) if loads else 0.0
+    if mean and max(loads) > (1 + UNEVEN) * mean:
+        excess = max(loads) / mean - 1
+        limits = f"uneven: the heaviest stage takes {excess:.0%} more than the mean. {limits}"
+    proof: str = getattr(partition, "proof", "")
+    return limits, f"lower bound: {proof}" if proof else ""
 
 
 def _stage_plan(

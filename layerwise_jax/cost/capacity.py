@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from layerwise_jax._tables import bytes_text, plural
 from layerwise_jax.cost.device import DeviceSpec
 from layerwise_jax.cost.layer_cost import LayerCost
 
@@ -13,6 +14,7 @@ WIDTHS = {16: "fp16", 8: "fp8", 4: "4 bits"}
 
 # Widths that are listed only if the weights have them.
 WIDER = {64: "fp64", 32: "fp32"}
+NAMES = WIDER | WIDTHS
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,28 @@ class CapacityBound:
             and self.largest_layer_bytes <= self.usable_bytes
         )
 
-    def __str__(self) -> str:
-        names = WIDER | WIDTHS
-        needed = ", ".join(
-            f"{count:,} at {names[bits]}" for bits, count in self.devices_needed.items()
+    @property
+    def ways_to_fit(self) -> str:
+        """A sentence without its stop: devices, bits and tensor ways under which weights fit."""
+        bits, devices = next(iter(self.devices_needed.items()))
+        narrower = [
+            f"{count:,} at {NAMES[width]}"
+            for width, count in self.devices_needed.items()
+            if width != bits and count < devices
+        ]
+        less = f" ({', '.join(narrower)})" if narrower else ""
+        ways = self.tensor_ways[bits]
+        split = f", with '{self.largest_layer}' split over {ways} tensor ways" if ways > 1 else ""
+        return (
+            f"All weights fit the caches of {devices:,} {plural(devices, 'device')} at "
+            f"{NAMES[bits]}{less}{split}"
         )
-        ways = ", ".join(f"{count} at {names[bits]}" for bits, count in self.tensor_ways.items())
+
+    def __str__(self) -> str:
+        needed = ", ".join(
+            f"{count:,} at {NAMES[bits]}" for bits, count in self.devices_needed.items()
+        )
+        ways = ", ".join(f"{count} at {NAMES[bits]}" for bits, count in self.tensor_ways.items())
         return (
             f"{self.weight_bytes:,} bytes of weights; {self.num_devices} x {self.device} hold "
             f"{self.resident_bytes:,} bytes in cache ({self.usable_bytes:,} each). Devices "
@@ -110,6 +128,36 @@ def row_chunks_to_fit(cost: LayerCost, capacity: int) -> int | None:
     """
     free = capacity - cost.weight_bytes
     return None if free <= 0 else max(1, -(-(cost.activation_bytes + cost.buffer_bytes) // free))
+
+
+def residency(
+    groups: Sequence[Sequence[LayerCost]],
+    device: DeviceSpec,
+    bound: CapacityBound,
+    stages_per_device: int = 1,
+) -> str:
+    """Sentences on the stages that exceed the usable L2, and ways to make them fit; "" if none do.
+
+    Args:
+      groups: layers of each stage.
+      device: kind of device.
+      bound: capacity law of the model on these devices.
+      stages_per_device: stages that share a device's cache.
+    """
+    usable = device.usable_l2_bytes // stages_per_device
+    sizes = [sum(cost.size for cost in group) for group in groups]
+    beyond = [s for s, size in enumerate(sizes) if size > usable]
+    if not beyond:
+        return ""
+    largest = max(beyond, key=lambda s: sizes[s])
+    smaller = "" if bound.is_resident is False else " Or use more microbatches."
+    return (
+        f"Not resident in cache: {len(beyond)} of {len(groups)} "
+        f"{plural(len(groups), 'stage')} {'exceeds' if len(beyond) == 1 else 'exceed'} the usable "
+        f"L2 of {device.name}, {bytes_text(usable)} a stage (stage {largest} has "
+        f"{bytes_text(sizes[largest])}). Weights beyond it stream from memory every tick. "
+        f"{bound.ways_to_fit}.{smaller}"
+    )
 
 
 def streaming_notes(groups: Sequence[Sequence[LayerCost]], device: DeviceSpec) -> list[str]:

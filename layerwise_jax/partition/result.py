@@ -188,10 +188,17 @@ class CapacityError(ValueError):
         self.fewest_stages = fewest_stages
         self.certificate = tuple(certificate)
 
+    def with_lead(self, lead: str) -> "CapacityError":
+        """A copy of the error with `lead` before the message."""
+        return self._with_message(f"{lead} {self}")
+
     def with_note(self, note: str) -> "CapacityError":
         """A copy of the error with `note` appended to the message."""
+        return self._with_message(f"{self} {note}")
+
+    def _with_message(self, message: str) -> "CapacityError":
         return CapacityError(
-            f"{self} {note}",
+            message,
             layers=self.layers,
             needed_bytes=self.needed_bytes,
             capacity=self.capacity,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from layerwise_jax._tables import plural
+from layerwise_jax._tables import plural, seconds_text
 from layerwise_jax.simulate.predictor import Prediction, StepWork
 
 # Ratio of step times below which two strategies count as equal.
@@ -48,7 +48,7 @@ def advise(rows: Sequence[Prediction], best_latency: Prediction | None) -> str:
 def _on_fastest(fastest: Prediction) -> str:
     rate = (
         f"{fastest.tokens_per_second:,.0f} {rate_unit(fastest.work)}, "
-        f"{time_text(fastest.step_seconds)} a step"
+        f"{seconds_text(fastest.step_seconds)} a step"
     )
     return f"Fastest: {shape_text(fastest)}, {rate}, bound by {fastest.bound_by}."
 
@@ -57,7 +57,7 @@ def _on_latency(best: Prediction) -> str:
     unit = "one sequence" if best.work.kind == "decode" else "one example"
     return (
         f"For a batch of {unit}, {shape_text(best)} is fastest: "
-        f"{time_text(best.inter_token_latency)} a step."
+        f"{seconds_text(best.inter_token_latency)} a step."
     )
 
 
@@ -98,7 +98,7 @@ def _reason(slower: Prediction, faster: Prediction) -> str:
     lost = {cause: slow[cause] - fast[cause] for cause in slow}
     cause = max(lost, key=lambda name: lost[name])
     return (
-        f"the latter spends {time_text(lost[cause])} more of a step on {cause} "
+        f"the latter spends {seconds_text(lost[cause])} more of a step on {cause} "
         f"({_detail(cause, slower)})"
     )
 
@@ -144,11 +144,3 @@ def _on_cache(fitting: Sequence[Prediction]) -> str:
 def rate_unit(work: StepWork) -> str:
     """Unit of throughput: tokens/s, or examples/s if an example's tokens are unknown."""
     return "tokens/s" if work.kind == "decode" or work.tokens > 1 else "examples/s"
-
-
-def time_text(seconds: float) -> str:
-    """Seconds with a unit (s, ms or us) and three significant digits."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} us"

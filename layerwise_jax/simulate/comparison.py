@@ -12,11 +12,11 @@ from typing import Any
 from rich.table import Table
 
 from layerwise_jax._arguments import checked_int
-from layerwise_jax._tables import render
+from layerwise_jax._tables import render, seconds_text
 from layerwise_jax.cost.capacity import CapacityBound, capacity_bound
 from layerwise_jax.cost.device import DeviceSpec
 from layerwise_jax.cost.layer_cost import LayerCost
-from layerwise_jax.simulate.advice import advise, rate_unit, shape_text, time_text
+from layerwise_jax.simulate.advice import advise, rate_unit, shape_text
 from layerwise_jax.simulate.calibration import STOCK, Calibration
 from layerwise_jax.simulate.predictor import (
     Prediction,
@@ -252,7 +252,7 @@ def _cells(row: Prediction) -> list[str]:
         row.strategy.name,
         " x ".join(str(size) for size in row.strategy.mesh.values()),
         str(row.num_groups),
-        time_text(row.step_seconds),
+        seconds_text(row.step_seconds),
         f"{row.tokens_per_second:,.0f}",
         f"{row.lower_bound_per_second:,.0f}",
         f"{row.bytes_per_device / 1e9:.3g}{'' if row.fits_memory else '!'}",
