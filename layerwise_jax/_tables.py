@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -20,6 +21,15 @@ def render(table: Table) -> str:
     out = io.StringIO()
     Console(file=out, width=TABLE_WIDTH, color_system=None, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def wrapped(paragraphs: Iterable[str]) -> list[str]:
+    """The paragraphs as lines of at most the table's width, continued lines indented."""
+    return [
+        line
+        for text in paragraphs
+        for line in textwrap.wrap(text, TABLE_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    ]
 
 
 def run_lengths(names: Iterable[str]) -> str:

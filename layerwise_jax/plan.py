@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +12,14 @@ from typing import Any
 from rich.table import Table
 
 from layerwise_jax import _json
-from layerwise_jax._tables import TABLE_WIDTH, bytes_text, plural, render, run_lengths, seconds_text
+from layerwise_jax._tables import (
+    bytes_text,
+    plural,
+    render,
+    run_lengths,
+    seconds_text,
+    wrapped,
+)
 from layerwise_jax.cost.layer_cost import LayerCost
 
 BAR_WIDTH = 6
@@ -35,8 +41,7 @@ def plan_table(plan: Plan) -> str:
     for s, stage in enumerate(plan.stages):
         table.add_row(str(s), run_lengths(stage.layers), *_cells(stage, largest))
     return (
-        "\n".join([*_wrapped(_header(plan)), render(table).rstrip(), *_wrapped(_footer(plan))])
-        + "\n"
+        "\n".join([*wrapped(_header(plan)), render(table).rstrip(), *wrapped(_footer(plan))]) + "\n"
     )
 
 
@@ -86,15 +91,6 @@ def _load_text(load: float, unit: str) -> str:
     if unit == "s":
         return seconds_text(load)
     return bytes_text(load) if unit == "B" else f"{load:.4g}"
-
-
-def _wrapped(paragraphs: Sequence[str]) -> list[str]:
-    """The paragraphs as lines of at most the table's width."""
-    return [
-        line
-        for text in paragraphs
-        for line in textwrap.wrap(text, TABLE_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-    ]
 
 
 PLAN_VERSION = 3

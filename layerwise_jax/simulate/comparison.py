@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from layerwise_jax._arguments import checked_int
-from layerwise_jax._tables import render, seconds_text
+from layerwise_jax._tables import plural, render, seconds_text, wrapped
 from layerwise_jax.cost.capacity import CapacityBound, capacity_bound
 from layerwise_jax.cost.device import DeviceSpec
 from layerwise_jax.cost.layer_cost import LayerCost
@@ -156,7 +156,8 @@ class Comparison:
         return json.dumps(document, indent=1)
 
     def __str__(self) -> str:
-        return render(_table(self)) + _footer(self)
+        rows = render(_table(self)).rstrip()
+        return "\n".join([*wrapped(_header(self)), rows, *wrapped(_footer(self))]) + "\n"
 
 
 def compare_work(
@@ -226,65 +227,65 @@ def _is_same_strategy(strategy: Strategy, row: Prediction, work: StepWork) -> bo
 
 
 def _table(comparison: Comparison) -> Table:
-    work, unit = comparison.work, rate_unit(comparison.work)
-    table = Table(
-        title=f"{work.kind} of {len(work.layers)} layers, batch {work.batch}, on "
-        f"{comparison.num_devices} x "
-        f"{comparison.device.name}; ideally {comparison.ideal_per_second:,.0f} {unit}",
-        title_justify="left",
-        title_style="bold",
-    )
-    table.add_column("strategy", no_wrap=True)
-    table.add_column("d x s x t", no_wrap=True)
-    for name in ("groups", "step", unit, "bound", "GB each", "MB sent", "in cache"):
-        table.add_column(name, justify="right")
-    table.add_column("bound by")
+    """A row for each strategy; measurements take the place of memory and links."""
     has_measured = any(comparison.measured)
-    for name in ("measured", "error") if has_measured else ():
-        table.add_column(name, justify="right")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("strategy", overflow="fold")
+    table.add_column("d x s x t", no_wrap=True)
+    names = ["measured", "error"] if has_measured else ["of bound", "GB", "MB"]
+    for name in ("step", rate_unit(comparison.work), *names):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("bound by", no_wrap=True)
     for row, measured in zip(comparison.rows, comparison.measured, strict=True):
-        table.add_row(*_cells(row), *(_beside(row, measured) if has_measured else ()))
+        figures = _beside(row, measured) if has_measured else _bytes(row)
+        table.add_row(*_cells(row), *figures, row.bound_by)
     return table
 
 
 def _cells(row: Prediction) -> list[str]:
+    """Name, mesh with the groups of a pipeline, step and rate."""
+    mesh = "x".join(str(size) for size in row.strategy.mesh.values())
+    groups = f"/{row.num_groups}" if row.strategy.stage > 1 else ""
+    rate = f"{row.tokens_per_second:,.0f}"
+    return [row.strategy.name, mesh + groups, seconds_text(row.step_seconds), rate]
+
+
+def _bytes(row: Prediction) -> list[str]:
+    """Share of the bound, bytes of the fullest device with its marks, bytes sent."""
+    sent = row.link_bytes / 1e6
+    marks = f"{'*' if row.is_resident else ''}{'' if row.fits_memory else '!'}"
     return [
-        row.strategy.name,
-        " x ".join(str(size) for size in row.strategy.mesh.values()),
-        str(row.num_groups),
-        seconds_text(row.step_seconds),
-        f"{row.tokens_per_second:,.0f}",
-        f"{row.lower_bound_per_second:,.0f}",
-        f"{row.bytes_per_device / 1e9:.3g}{'' if row.fits_memory else '!'}",
-        f"{row.link_bytes / 1e6:,.3g}",
-        "yes" if row.is_resident else "no",
-        row.bound_by,
+        f"{row.tokens_per_second / row.lower_bound_per_second:.0%}",
+        f"{row.bytes_per_device / 1e9:.3g}{marks}",
+        f"{sent:,.0f}" if sent >= 100 else f"{sent:.3g}",
     ]
 
 
-def _beside(row: Prediction, measured: Measurement | None) -> tuple[str, str]:
+def _beside(row: Prediction, measured: Measurement | None) -> list[str]:
     if measured is None:
-        return "", ""
-    return f"{measured.tokens_per_second:,.0f}", f"{measured.error(row):+.1%}"
+        return ["", ""]
+    return [f"{measured.tokens_per_second:,.0f}", f"{measured.error(row):+.1%}"]
 
 
-def _footer(comparison: Comparison) -> str:
-    lines = [
-        (
-            "d x s x t: replicas (data), stages, tensor ways. GB each: the fullest "
-            "device; ! is more "
-            "than it has."
-        )
-    ]
-    lines += [
-        (
-            "bound: what arithmetic and reading weights and caches allow, as often as the strategy "
-            "reads them."
-        )
-    ]
-    lines += [
+def _header(comparison: Comparison) -> list[str]:
+    work = comparison.work
+    layers = f"{len(work.layers)} {plural(len(work.layers), 'layer')}"
+    devices = f"{comparison.num_devices} x {comparison.device.name}"
+    ideal = f"{comparison.ideal_per_second:,.0f} {rate_unit(work)}"
+    return [f"{work.kind} of {layers}, batch {work.batch}, on {devices}; ideally {ideal}"]
+
+
+def _footer(comparison: Comparison) -> list[str]:
+    columns = (
+        "measured: the measured rate; error: predicted / measured rate - 1."
+        if any(comparison.measured)
+        else "of bound: share of the rate that arithmetic and reads of weights and caches allow. "
+        "GB: on the fullest device; *: its weights stay in the cache; !: more than its memory. "
+        "MB: sent over all links in a step."
+    )
+    return [
+        f"d x s x t: replicas (data), stages, tensor ways; /: groups in flight. {columns}",
         comparison.advice,
         str(comparison.verdict),
         f"Constants: {comparison.calibration.source}.",
     ]
-    return "\n".join(lines) + "\n"

@@ -114,6 +114,7 @@ def test_measurements_stand_beside_the_rows_that_they_belong_to():
     assert measured["layer-wise"].tokens_per_second == pytest.approx(462_000)
     assert abs(measured["layer-wise"].error(found.row("layer-wise"))) < 0.15
     assert "462,000" in str(found)
+    assert max(map(len, str(found).splitlines())) <= 80
     assert "error" not in str(compare_dense(H200, 2, **SMALL))
 
 
@@ -126,8 +127,11 @@ def test_rows_of_ones_own_can_be_added():
 
 def test_the_table_has_a_line_for_every_row_and_the_verdict():
     found = compare_dense(H100, 16)
-    text = str(found)
-    assert sum(line.startswith("│") for line in text.splitlines()) == len(found.rows)
+    lines, text = str(found).splitlines(), " ".join(str(found).split())
+    meshes = [f"{'x'.join(map(str, row.strategy.mesh.values()))}" for row in found.rows]
+    shown = [line for line in lines if any(f" {mesh}" in line for mesh in meshes)]
+    assert len(shown) == len(found.rows)
+    assert max(map(len, lines)) <= 80
     assert "…" not in text
     assert "ideally 20,062 tokens/s" in text
     assert "tensor ways: 11 at fp16, 6 at fp8, 3 at 4 bits" in text
