@@ -298,7 +298,7 @@ def test_a_function_that_closes_over_a_traced_array() -> None:
         return lw.trace_layers(lambda params, x: fn(params, x + y), PARAMS, X)
 
     refuses(
-        lambda: jax.jit(outer)(X), "traced array (float32[8,4])", "as a parameter or as an input"
+        lambda: jax.jit(outer)(X), "traced array", "float32[8,4]", "as a parameter or as an input"
     )
 
 
