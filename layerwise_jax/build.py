@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 
 from layerwise_jax._arguments import checked_int
 from layerwise_jax.batch.analysis import BatchOptions, analyze_batching
+from layerwise_jax.host.choice import choose_executor
 from layerwise_jax.measure.layers import measured_by_shape
 from layerwise_jax.mesh import STAGE, check_mesh
 from layerwise_jax.options import PipelineOptions
@@ -84,16 +86,23 @@ def build_pipeline(
         state=state,
         options=options,
     )
-    plan = _plan(partition, loop, sizes or measured_by_shape(layers))
-    return Pipeline(layers, mesh, loop, batching, plan, schedule, _with_defaults(options, mesh))
+    sizes = sizes or measured_by_shape(layers)
+    chosen = choose_executor(options, loop, schedule, mesh, _stage_flops(boundaries, sizes))
+    plan = _plan(partition, loop, sizes)
+    options = _with_defaults(options, mesh).updated(executor=chosen)
+    return Pipeline(layers, mesh, loop, batching, plan, schedule, options)
 
 
 def _with_defaults(options: PipelineOptions, mesh: Mesh) -> PipelineOptions:
     """The options, with the mesh's devices deciding what was left open."""
-    skips, executor = options.skip_bubbles, options.executor
-    if skips is None:
-        skips = mesh.devices.flat[0].platform == "cpu"
-    return options.updated(skip_bubbles=skips, executor="loop" if executor == "auto" else executor)
+    if options.skip_bubbles is not None:
+        return options
+    return options.updated(skip_bubbles=mesh.devices.flat[0].platform == "cpu")
+
+
+def _stage_flops(boundaries: tuple[int, ...], sizes: Sizes) -> list[float]:
+    """Floating-point operations of every stage's forward for one microbatch; 0 if not measured."""
+    return [sum(cost.flops for cost in sizes.costs[a:b]) for a, b in pairwise(boundaries)]
 
 
 def _input_axes(layers: LayerSequence, in_axes: Any) -> tuple[int | None, ...]:

@@ -26,7 +26,7 @@ from layerwise_jax.measure.detect import detect_device
 from layerwise_jax.measure.layers import measured_by_shape
 from layerwise_jax.measure.microbatch import Staging, StagingChoices, choose_staging
 from layerwise_jax.mesh import STAGE, check_mesh, stage_mesh
-from layerwise_jax.options import PipelineOptions, Remat
+from layerwise_jax.options import Executor, PipelineOptions, Remat
 from layerwise_jax.partition.solver import CapacityError
 from layerwise_jax.pipeline import Pipeline
 from layerwise_jax.plan import Sizes
@@ -56,6 +56,7 @@ def layerwise(
     schedule: ScheduleName | Schedule = "1f1b",
     remat: Remat | None = "stage",
     trainable: Any = None,
+    executor: Executor = "auto",
 ) -> Pipeline:
     """Make `fn` run layer-wise.
 
@@ -85,9 +86,13 @@ def layerwise(
         "mutated" for the nnx Variables that fn mutates, as `nnx.jit` updates them.
       batch_statistics: "per_microbatch" accepts operations that mix the examples of a microbatch.
       schedule: order of forwards and backwards in training: a name, or a `Schedule`.
-      remat: "stage" recomputes a stage's forward in its backward, None stashes residuals.
+      remat: "stage" recomputes a stage's forward in its backward, "cheap" keeps products and
+        attention (executor "host"), None stashes residuals.
       trainable: the parameters that `value_and_grad` differentiates: a tree of booleans, or a
         function from the types of the parameters to one.
+      executor: "loop" runs all stages in one program, which jit, grad and vmap accept; "host" runs
+        each as programs of its own, called without jit, for training with long ticks. "auto"
+        chooses by the predicted tick.
 
     Raises:
       CapacityError: the layers do not fit the hard cap; the message begins with ways out.
@@ -103,6 +108,7 @@ def layerwise(
         schedule=schedule,
         remat=remat,
         trainable=trainable,
+        executor=executor,
     )
     spec = _device(device)
     capacity_bytes = _capacity_bytes(capacity, spec)

@@ -16,8 +16,7 @@ from layerwise_jax.host.column_run import ColumnRun
 from layerwise_jax.host.columns import Column, in_one_thread
 from layerwise_jax.host.library import Library, Progress
 from layerwise_jax.host.mailbox import Mailboxes, StoppedError
-from layerwise_jax.host.measured_memory import column_memory
-from layerwise_jax.host.memory import ColumnMemory
+from layerwise_jax.host.memory import ColumnMemory, column_memory
 from layerwise_jax.host.placement import HostPlacement, HostStaged
 from layerwise_jax.host.program import HostProgram
 from layerwise_jax.host.workers import Workers

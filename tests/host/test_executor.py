@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import layerwise_jax as lw
 from layerwise_jax.host.column_run import ColumnRun
 from layerwise_jax.host.executor import HostExecutor
 from layerwise_jax.pipeline import Pipeline
-from layerwise_jax.schedule.table import Schedule, ScheduleError
+from layerwise_jax.schedule import SCHEDULES, Schedule, ScheduleError, defer, one_f_one_b
 from tests.host import models
 from tests.support.host import LIGHT
 
@@ -75,14 +76,17 @@ def test_policies(remat: Any, stage_mesh: Callable[..., Mesh]) -> None:
     check_step(build(stage_mesh(3), remat=remat))
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble"])
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 def test_schedules(schedule: Any, stage_mesh: Callable[..., Mesh]) -> None:
-    check_step(build(stage_mesh(2), num_stages=2, schedule=schedule, remat=None))
+    """Every schedule of the registry; those with several stages a device on two devices."""
+    several = SCHEDULES[schedule].stages_per_device != 1
+    mesh, num_stages = stage_mesh(2), 4 if several else 2
+    check_step(build(mesh, num_stages=num_stages, schedule=schedule, remat=None))
 
 
-def test_stages_that_share_a_device(stage_mesh: Callable[..., Mesh]) -> None:
-    schedule = "interleaved_1f1b"
-    check_step(build(stage_mesh(2), num_stages=4, schedule=schedule, remat=None))
+def test_deferred_weight_gradients(stage_mesh: Callable[..., Mesh]) -> None:
+    schedule = defer(one_f_one_b(3, 4), [0, 1, 2])
+    check_step(build(stage_mesh(3), schedule=schedule, remat=None))
 
 
 def test_a_schedule_of_the_users_in_a_v(stage_mesh: Callable[..., Mesh]) -> None:
@@ -103,6 +107,21 @@ def test_frozen_weights_have_no_gradient(stage_mesh: Callable[..., Mesh]) -> Non
     check_step(pipeline, (value, {**grads, **float0}))
     kinds = {kind for stage, kind in pipeline.host_executor.library.programs if stage == 0}
     assert kinds == {"F"}, "a stage before all trained weights has no backward"
+
+
+def test_memory_is_that_of_the_schedule(stage_mesh: Callable[..., Mesh]) -> None:
+    """1F1B holds as much for many microbatches as for few, GPipe all of them."""
+    rows = 2  # of a microbatch, so that only their number differs
+    layers = lw.trace_layers(models.loss, PARAMS, *(x[:rows] for x in BATCH))
+    held = {}
+    for name, count in itertools.product(("1f1b", "gpipe"), (4, 8)):
+        options = {"reduce": "mean", "executor": "host", "xla_options": LIGHT, "remat": None}
+        pipeline = lw.build_pipeline(
+            layers, [0, 3, len(layers)], stage_mesh(2), count, schedule=name, **options
+        )
+        held[name, count] = pipeline.host_executor.memory()[0].held
+    assert held["1f1b", 8] == held["1f1b", 4] > 0
+    assert held["gpipe", 8] == 2 * held["gpipe", 4] > 2 * held["1f1b", 4]
 
 
 def test_evaluation_equals_training(stage_mesh: Callable[..., Mesh]) -> None:
@@ -132,6 +151,17 @@ def test_copies_of_a_tied_weight_have_equal_gradients(stage_mesh: Callable[..., 
     copies = [np.asarray(grads[name]) for name in grads if name.startswith("table")]
     assert len(copies) == 2
     np.testing.assert_array_equal(*copies)
+
+
+def test_auto_takes_the_loop_unless_it_cannot(stage_mesh: Callable[..., Mesh]) -> None:
+    """On emulated devices, which share a processor."""
+    for options, executor in [
+        ({}, "loop"),
+        ({"remat": "cheap"}, "host"),
+        ({"schedule": "zb_v", "num_stages": 4}, "host"),
+    ]:
+        pipeline = build(stage_mesh(2), **{"num_stages": 2, "executor": "auto", **options})
+        assert pipeline.options.executor == executor, options
 
 
 def test_tracing_is_refused(stage_mesh: Callable[..., Mesh]) -> None:
@@ -259,3 +289,17 @@ def test_without_threads(stage_mesh: Callable[..., Mesh]) -> None:
     one, two = (jax.device_get(executor.value_and_grad(staged, BATCH)[1]) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, one, two)
     assert "_workers" not in vars(executor)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
+def test_replicas_sum_gradients_once_a_step(schedule: Any, stage_mesh: Callable[..., Mesh]) -> None:
+    """Backward has no collective: gradients are summed over replicas after the last microbatch."""
+    mesh = stage_mesh(2, data=2)
+    pipeline = build(mesh, 2, num_stages=2, schedule=schedule, remat=None)
+    check_step(pipeline)
+    executor = pipeline.host_executor
+    texts = {key: program.as_text() for key, program in executor.library.programs.items()}
+    assert len(texts) > 2
+    for key, text in texts.items():
+        assert "all-reduce" not in text, key
+        assert "all-gather" not in text, key
