@@ -31,20 +31,20 @@ def are_cuts_prunable(costs: StageCosts) -> bool:
     )
 
 
-def bottleneck_plan(costs: StageCosts, num_stages: int) -> Solution:
+def bottleneck_solution(costs: StageCosts, num_stages: int) -> Solution:
     """The partition with the smallest bottleneck over at most, or exactly, `num_stages` stages.
 
     Raises:
       CapacityError: no partition satisfies the constraints.
     """
     if is_sweep_exact(costs):
-        return _sweep_plan(costs, num_stages)
+        return _swept_solution(costs, num_stages)
     if are_cuts_prunable(costs):
-        return _sweep_plan(prune_cuts(costs), num_stages)
-    return search_plan(*bottleneck_search(costs, num_stages), num_stages)
+        return _swept_solution(prune_cuts(costs), num_stages)
+    return searched_solution(*bottleneck_search(costs, num_stages), num_stages)
 
 
-def _sweep_plan(costs: StageCosts, num_stages: int) -> Solution:
+def _swept_solution(costs: StageCosts, num_stages: int) -> Solution:
     optimum = swept_optimum(costs, num_stages)
     width = longest_run(costs, optimum.bound, num_stages)
     if costs.num_blocks * width * num_stages <= _EVENED_BY_SEARCH:
@@ -104,7 +104,7 @@ def bottleneck_search(costs: StageCosts, num_stages: int) -> tuple[RunTable, Sea
         bound = min(2 * bound if bound > 0 else most, most)
 
 
-def search_plan(table: RunTable, search: Search, num_stages: int) -> Solution:
+def searched_solution(table: RunTable, search: Search, num_stages: int) -> Solution:
     """The evenest of the partitions with the smallest bottleneck."""
     optimum = float(answers(table.costs, search.totals).min())
     under = RunTable(table.costs, optimum, table.width)

@@ -15,7 +15,7 @@ from layerwise_jax.partition.stage_costs import Indices, StageCosts
 from layerwise_jax.partition.sweep import Optimum, least_bottleneck, sweep
 
 
-def greedy_plan(costs: StageCosts) -> Solution:
+def greedy_solution(costs: StageCosts) -> Solution:
     """Fills stage after stage to the capacity; `exactly` reserves a layer for each later stage.
 
     Raises:

@@ -13,7 +13,7 @@ import numpy as np
 
 from layerwise_jax._tables import plural
 from layerwise_jax.partition.checks import Run
-from layerwise_jax.partition.optimize import optimal_plan
+from layerwise_jax.partition.optimize import optimal_solution
 from layerwise_jax.partition.problem import Problem
 from layerwise_jax.partition.result import CapacityError, Partition
 from layerwise_jax.partition.solution import conclude
@@ -65,7 +65,7 @@ def verified_partition(
 
 def _solve(problem: Problem, measured: dict[Run, float], capacity: float) -> Partition:
     try:
-        return conclude(optimal_plan(stage_costs(problem)), "dp")
+        return conclude(optimal_solution(stage_costs(problem)), "dp")
     except CapacityError as error:
         if not problem.forbidden:
             raise

@@ -7,7 +7,7 @@ import numpy as np
 from layerwise_jax.partition.bottleneck import (
     answers,
     are_cuts_prunable,
-    bottleneck_plan,
+    bottleneck_solution,
     is_sweep_exact,
     largest_conceivable_load,
 )
@@ -21,7 +21,7 @@ _EVERY_COUNT = "every number of stages was solved or bounded."
 _EVERY_BOUND = "the least sum of loads was searched under every bottleneck that could win."
 
 
-def optimal_plan(costs: StageCosts) -> Solution:
+def optimal_solution(costs: StageCosts) -> Solution:
     """The best solution by the problem's objective.
 
     Raises:
@@ -29,40 +29,40 @@ def optimal_plan(costs: StageCosts) -> Solution:
     """
     num_stages = costs.problem.max_stages
     if costs.problem.objective == "stages":
-        return fewest_stages_plan(costs)
+        return fewest_stages_solution(costs)
     if costs.problem.objective == "lockstep_makespan":
-        return lockstep_plan(costs)
-    plan = bottleneck_plan(costs, num_stages)
-    return makespan_plan(costs, plan) if costs.problem.objective == "makespan" else plan
+        return lockstep_solution(costs)
+    solution = bottleneck_solution(costs, num_stages)
+    return makespan_solution(costs, solution) if costs.problem.objective == "makespan" else solution
 
 
-def fewest_stages_plan(costs: StageCosts) -> Solution:
+def fewest_stages_solution(costs: StageCosts) -> Solution:
     """The fewest stages that fit, and with that count the smallest bottleneck."""
     most = costs.problem.max_stages
     fewest = fewest_stages(costs)
     if fewest is None or fewest > most:
         refuse(costs, sweep(costs, np.inf, most), most)
     if not costs.forbidden_runs:
-        return bottleneck_plan(costs, fewest)
+        return bottleneck_solution(costs, fewest)
     table = run_table(costs, largest_conceivable_load(costs, most), most)
     counts = np.flatnonzero(np.isfinite(least_totals(table, most, np.maximum).totals))
-    return bottleneck_plan(costs, int(counts[0])) if len(counts) else refuse(costs, None, most)
+    return bottleneck_solution(costs, int(counts[0])) if len(counts) else refuse(costs, None, most)
 
 
-def lockstep_plan(costs: StageCosts) -> Solution:
+def lockstep_solution(costs: StageCosts) -> Solution:
     """The smallest (microbatches - 1 + stages) * bottleneck, the time of stages in lockstep."""
     most = costs.problem.max_stages
-    plan = bottleneck_plan(costs, most)
+    solution = bottleneck_solution(costs, most)
     if costs.problem.exactly or costs.may_idle:
-        best = plan
+        best = solution
     elif is_sweep_exact(costs) or are_cuts_prunable(costs):
-        best = _swept_lockstep_plan(costs, plan)
+        best = _swept_lockstep(costs, solution)
     else:
-        best = _searched_lockstep_plan(costs, plan)
+        best = _searched_lockstep(costs, solution)
     return replace(best, lower_bound=objective_value(costs, best.loads))
 
 
-def _swept_lockstep_plan(costs: StageCosts, best: Solution) -> Solution:
+def _swept_lockstep(costs: StageCosts, best: Solution) -> Solution:
     """Solves each number of stages by sweeps, in the order of their lower bounds.
 
     Stops at the first bound that is no better than the best solution.
@@ -76,11 +76,11 @@ def _swept_lockstep_plan(costs: StageCosts, best: Solution) -> Solution:
     for count in sorted(bounds, key=bounds.__getitem__):
         if bounds[count] >= objective_value(costs, best.loads):
             break
-        best = _better(costs, best, bottleneck_plan(costs, count))
+        best = _better(costs, best, bottleneck_solution(costs, count))
     return replace(best, failed=None, proof=_EVERY_COUNT)
 
 
-def _searched_lockstep_plan(costs: StageCosts, best: Solution) -> Solution:
+def _searched_lockstep(costs: StageCosts, best: Solution) -> Solution:
     """Finds the smallest bottleneck of every number of stages by one search."""
     # A bottleneck above value / (extra + 1) cannot beat the value, even with one stage.
     most, extra = costs.problem.max_stages, costs.problem.num_microbatches - 1
@@ -93,7 +93,7 @@ def _searched_lockstep_plan(costs: StageCosts, best: Solution) -> Solution:
     )
 
 
-def makespan_plan(costs: StageCosts, plan: Solution) -> Solution:
+def makespan_solution(costs: StageCosts, solution: Solution) -> Solution:
     """The smallest sum of loads + (microbatches - 1) * bottleneck, the time of free-running stages.
 
     If the sum is the same for every partition, the smallest bottleneck is optimal. Otherwise the
@@ -101,10 +101,10 @@ def makespan_plan(costs: StageCosts, plan: Solution) -> Solution:
     sum under the bound, until no lower bound can win.
     """
     if costs.has_fixed_total:
-        return replace(plan, lower_bound=objective_value(costs, plan.loads))
+        return replace(solution, lower_bound=objective_value(costs, solution.loads))
     costs = prune_cuts(costs) if are_cuts_prunable(costs) else costs
     extra, most = costs.problem.num_microbatches - 1, costs.problem.max_stages
-    least_bottleneck, best, least_sum = plan.lower_bound, plan, 0.0
+    least_bottleneck, best, least_sum = solution.lower_bound, solution, 0.0
     bound = largest_conceivable_load(costs, most)
     while bound >= least_bottleneck:
         value = objective_value(costs, best.loads)

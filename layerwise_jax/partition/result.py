@@ -10,7 +10,7 @@ from layerwise_jax._tables import plural
 _STAGES_PRINTED = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Partition:
     """Contiguous stages: stage s holds the layers `boundaries[s]` to `boundaries[s + 1] - 1`.
 
@@ -129,6 +129,13 @@ class Partition:
                 f"{sorted(names - given)} and with the unknown {sorted(given - names)}."
             )
         return cls(**{name: _frozen(value) for name, value in values.items()})
+
+    def __repr__(self) -> str:
+        return (
+            f"Partition({self.num_layers} {plural(self.num_layers, 'layer')} over "
+            f"{self.num_stages} {plural(self.num_stages, 'stage')} by {self.method}, bottleneck "
+            f"{self.bottleneck:.6g}, gap {self.gap:.2%})"
+        )
 
     def __str__(self) -> str:
         head = (

@@ -55,25 +55,25 @@ class Solution:
         )
 
 
-def conclude(plan: Solution, method: str) -> Partition:
+def conclude(solution: Solution, method: str) -> Partition:
     """Converts a solution to layers and the caller's units, and adds blocker and proof."""
-    costs, problem = plan.costs, plan.costs.problem
-    blocker = explain(costs, plan.boundaries)
-    certificate, proof = _proof(plan)
-    devices = plan.busy if costs.may_idle else np.arange(len(plan.busy))
+    costs, problem = solution.costs, solution.costs.problem
+    blocker = explain(costs, solution.boundaries)
+    certificate, proof = _proof(solution)
+    devices = solution.busy if costs.may_idle else np.arange(len(solution.busy))
     return Partition(
-        boundaries=(0, *costs.boundaries[plan.boundaries[plan.busy + 1]].tolist()),
-        stage_loads=tuple((plan.loads * costs.quantum).tolist()),
-        stage_bytes=tuple(plan.bytes.tolist()),
-        lower_bound=plan.lower_bound * costs.quantum,
+        boundaries=(0, *costs.boundaries[solution.boundaries[solution.busy + 1]].tolist()),
+        stage_loads=tuple((solution.loads * costs.quantum).tolist()),
+        stage_bytes=tuple(solution.bytes.tolist()),
+        lower_bound=solution.lower_bound * costs.quantum,
         objective=problem.objective,
-        objective_value=objective_value(costs, plan.loads) * costs.quantum,
+        objective_value=objective_value(costs, solution.loads) * costs.quantum,
         method=method,
         devices=tuple(devices.tolist()),
         capacity=None
         if problem.capacity is None
-        else tuple(costs.by_place[0][plan.places].tolist()),
-        fewest_stages=_fewest(plan),
+        else tuple(costs.by_place[0][solution.places].tolist()),
+        fewest_stages=_fewest(solution),
         blocking_layer=blocker.layer,
         blocking_constraint=blocker.constraint,
         limits=blocker.sentence,
@@ -82,14 +82,14 @@ def conclude(plan: Solution, method: str) -> Partition:
     )
 
 
-def _fewest(plan: Solution) -> int | None:
+def _fewest(solution: Solution) -> int | None:
     """The fewest stages that fit; None without a hard capacity, or where the count is not exact."""
-    problem = plan.costs.problem
+    problem = solution.costs.problem
     if problem.objective == "stages":
-        return len(plan.busy)
+        return len(solution.busy)
     if problem.capacity is None or problem.is_soft or problem.forbidden:
         return None
-    return fewest_stages(plan.costs)
+    return fewest_stages(solution.costs)
 
 
 def objective_value(costs: StageCosts, loads: Floats) -> float:
@@ -104,15 +104,15 @@ def objective_value(costs: StageCosts, loads: Floats) -> float:
     return float(loads.max())
 
 
-def _proof(plan: Solution) -> tuple[tuple[tuple[int, int], ...], str]:
+def _proof(solution: Solution) -> tuple[tuple[tuple[int, int], ...], str]:
     """Certificate of the lower bound (runs of layers, or none) and the proof as a sentence."""
-    costs = plan.costs
-    if plan.proof:
-        return (), plan.proof
-    if plan.failed is None:
+    costs = solution.costs
+    if solution.proof:
+        return (), solution.proof
+    if solution.failed is None:
         heaviest = int(np.diff(costs.compute).argmax())
         first, last = int(costs.boundaries[heaviest]), int(costs.boundaries[heaviest + 1]) - 1
-        if np.diff(costs.compute)[heaviest] / costs.by_place[1].max() >= plan.lower_bound:
+        if np.diff(costs.compute)[heaviest] / costs.by_place[1].max() >= solution.lower_bound:
             if last > first:
                 return (), f"layers {first}..{last} by themselves take as long."
             return (), f"layer {first} by itself takes as long."
@@ -122,7 +122,7 @@ def _proof(plan: Solution) -> tuple[tuple[tuple[int, int], ...], str]:
             (),
             "sweeps from the end under any smaller bound do not reach the first layer.",
         )
-    runs = blocking_runs(costs, plan.failed)
+    runs = blocking_runs(costs, solution.failed)
     return runs, (
         f"each of {len(runs)} {plural(len(runs), 'run')} of layers (certificate) needs another "
         f"boundary inside, and {len(runs)} {plural(len(runs), 'stage')} have only "

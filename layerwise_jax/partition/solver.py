@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from layerwise_jax._arguments import checked_choice
-from layerwise_jax.partition.greedy import greedy_plan
+from layerwise_jax.partition.greedy import greedy_solution
 from layerwise_jax.partition.measured import verified_partition
-from layerwise_jax.partition.optimize import optimal_plan
+from layerwise_jax.partition.optimize import optimal_solution
 from layerwise_jax.partition.options import SolveOptions
 from layerwise_jax.partition.problem import make_problem
 from layerwise_jax.partition.result import CapacityError, Partition
@@ -153,7 +153,9 @@ def solve(
     checked_choice("method", method, _METHODS)
     problem = make_problem(seconds, weight_bytes, transient_bytes, cut_seconds, options, **choices)
     costs = stage_costs(problem)
-    return conclude(greedy_plan(costs) if method == "greedy" else optimal_plan(costs), method)
+    return conclude(
+        greedy_solution(costs) if method == "greedy" else optimal_solution(costs), method
+    )
 
 
 def solve_measured(

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, Self, get_args
 
+from layerwise_jax._tables import plural
+
 ActionKind = Literal["F", "B", "I", "W"]
 ACTION_KINDS: tuple[ActionKind, ...] = get_args(ActionKind)
 
@@ -78,7 +80,7 @@ def round_robin_device(stage: int, num_devices: int) -> int:
     return stage % num_devices
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Schedule:
     """A table of actions, `ticks[tick][device]`; an idle cell is empty.
 
@@ -115,6 +117,15 @@ class Schedule:
 
     def __str__(self) -> str:
         return "\n".join(align([[cell_text(cell) for cell in row] for row in self.ticks]))
+
+    def __repr__(self) -> str:
+        counts = (
+            f"{self.num_stages} {plural(self.num_stages, 'stage')}",
+            f"{self.num_devices} {plural(self.num_devices, 'device')}",
+            f"{self.num_microbatches} {plural(self.num_microbatches, 'microbatch')}",
+            f"{self.num_ticks} {plural(self.num_ticks, 'tick')}",
+        )
+        return f"Schedule({', '.join(counts)})"
 
     @property
     def num_ticks(self) -> int:

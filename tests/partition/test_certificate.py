@@ -195,6 +195,12 @@ def test_a_single_layer_blocks_and_says_so():
     assert partition.proof == "layer 1 by itself takes as long."
 
 
+def test_a_repr_is_one_line():
+    assert repr(solve([1, 2, 3], None, max_stages=2)) == (
+        "Partition(3 layers over 2 stages by dp, bottleneck 3, gap 0.00%)"
+    )
+
+
 def test_a_partition_prints_its_figures():
     text = str(solve([1, 2, 3, 4], [10, 10, 10, 10], max_stages=2, capacity=30))
     assert (

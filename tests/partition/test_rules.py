@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerwise_jax.partition.bottleneck import (
-    bottleneck_plan,
     bottleneck_search,
+    bottleneck_solution,
     is_sweep_exact,
-    search_plan,
+    searched_solution,
 )
 from layerwise_jax.partition.problem import make_problem
 from layerwise_jax.partition.solver import CapacityError, Partition, solve
@@ -45,7 +45,7 @@ def bottleneck(*args, **options):
 def searched_optimum(costs, stages):
     """The bottleneck in units, by the search over all cuts."""
     table, search = bottleneck_search(costs, stages)
-    return search_plan(table, search, stages).lower_bound
+    return searched_solution(table, search, stages).lower_bound
 
 
 def with_cuts(times):
@@ -106,7 +106,7 @@ def test_cuts_only_cost(layers, stages):
 def test_pruned_sweep_and_search_agree(layers, stages):
     times, cuts = layers
     costs = stage_costs(make_problem(times, None, None, cuts, max_stages=stages))
-    assert bottleneck_plan(costs, stages).lower_bound == searched_optimum(costs, stages)
+    assert bottleneck_solution(costs, stages).lower_bound == searched_optimum(costs, stages)
     assert (np.diff(prune_cuts(costs).cut + prune_cuts(costs).compute) >= 0).all()
 
 
@@ -127,7 +127,7 @@ def test_sweep_without_its_condition_is_wrong():
     costs = stage_costs(make_problem([2, 2, 2], None, None, [0, 0, 9, 0], max_stages=2))
     assert not is_sweep_exact(costs)
     swept = least_bottleneck(costs, 2)
-    best = bottleneck_plan(costs, 2)
+    best = bottleneck_solution(costs, 2)
     assert isinstance(swept, Optimum)
     assert best.lower_bound < swept.bound
 

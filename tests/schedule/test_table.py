@@ -59,6 +59,11 @@ def test_1f1b_prints_as_in_the_module_docstring():
     ]
 
 
+def test_a_repr_is_one_line():
+    assert repr(one_f_one_b(2, 3)) == "Schedule(2 stages, 2 devices, 3 microbatches, 8 ticks)"
+    assert repr(one_f_one_b(1, 1)) == "Schedule(1 stage, 1 device, 1 microbatch, 2 ticks)"
+
+
 def test_a_table_is_read_with_comments_and_blank_lines():
     text = """
     # two stages, one microbatch
