@@ -1,4 +1,4 @@
-"""The most memory that this process has held."""
+"""Peak memory of this process."""
 
 import resource
 import sys
@@ -8,7 +8,7 @@ STATUS = Path("/proc/self/status")
 
 
 def peak_memory_bytes() -> int:
-    """The peak of the resident set.
+    """Peak of the resident set, in bytes.
 
     On Linux `ru_maxrss` starts from what the parent held when it started this process, so the
     kernel's own count for this program is read instead.

@@ -1,4 +1,4 @@
-"""Parts of a page that are made from results, put between its marks."""
+"""Generated parts of a page, between their marks."""
 
 import re
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def update_page(page: Path, parts: Mapping[str, str]) -> None:
-    """Replace what stands between `<!-- NAME -->` and `<!-- end of NAME -->`, for every part.
+    """Replaces the text between `<!-- NAME -->` and `<!-- end of NAME -->` for every part.
 
     Raises:
       ValueError: the page lacks one of the marks.
@@ -16,7 +16,8 @@ def update_page(page: Path, parts: Mapping[str, str]) -> None:
         marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         if not marks.search(text):
             raise ValueError(
-                f"{page} has no marks '<!-- {name} -->' and '<!-- end of {name} -->'; put them in."
+                f"{page} must have the marks '<!-- {name} -->' and '<!-- end of {name} -->'. Add "
+                "them."
             )
         text = marks.sub(lambda found, part=part: f"{found[1]}{part}\n{found[2]}", text)
     page.write_text(text, encoding="utf-8")

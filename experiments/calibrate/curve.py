@@ -1,4 +1,4 @@
-"""From a curve of read bandwidth over working sets to the figures of a `DeviceSpec`."""
+"""Figures of a `DeviceSpec` from a curve of read bandwidth over working sets."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -15,7 +15,7 @@ SURELY_STREAMED = 4
 
 
 class Calibration(NamedTuple):
-    """What a curve says: the largest resident working set in bytes, and both bandwidths in bytes a
+    """Calibrated figures: largest resident working set in bytes, both bandwidths in bytes per
     second.
     """
 
@@ -25,7 +25,7 @@ class Calibration(NamedTuple):
 
 
 def calibration_of(readings: Sequence[Reading], l2_bytes: int) -> Calibration:
-    """The figures of a curve.
+    """Derives knee and bandwidths from a curve.
 
     The cache's bandwidth is the median over working sets within half of it, the memory's the median
     over those beyond four times it. The knee is the last working set before the first one that is
@@ -65,7 +65,7 @@ def calibration_of(readings: Sequence[Reading], l2_bytes: int) -> Calibration:
 
 
 def calibrated(spec: DeviceSpec, found: Calibration, how: str) -> DeviceSpec:
-    """The spec with what was measured in place of what was known.
+    """The spec with the measured figures in place of the known ones.
 
     Args:
       spec: the device's spec from the table.

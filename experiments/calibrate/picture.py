@@ -1,6 +1,4 @@
-"""The curve as a picture: bandwidth over working set, with the cache, the knee and both bandwidths
-marked.
-"""
+"""Picture of the curve: bandwidth over working set, with cache, knee and both bandwidths."""
 
 from collections.abc import Sequence
 from pathlib import Path

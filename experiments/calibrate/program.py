@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def report(spec: DeviceSpec, readings: list[Reading], found: Calibration) -> None:
-    """Print the curve, and what was found beside what the table says."""
+    """Print the curve, and the measured figures beside those of the table."""
     print(f"{'working set, MiB':>18} {'TB/s':>8}")
     for reading in readings:
         print(f"{reading.working_set / MIB:18.1f} {reading.bandwidth / 1e12:8.3f}")

@@ -1,4 +1,4 @@
-"""One persistent kernel that reads a working set over and over, and how fast it does."""
+"""Persistent kernel that reads a working set repeatedly, and its bandwidth."""
 
 import functools
 import time
@@ -23,7 +23,7 @@ MIB = 2**20
 
 
 class Reading(NamedTuple):
-    """One point of the curve: bytes of the working set, and bytes a second at which it was read."""
+    """One point of the curve: bytes of the working set, and bytes read per second."""
 
     working_set: int
     bandwidth: float
@@ -35,8 +35,7 @@ Reader = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def persistent_reader(programs: int, interpret: bool = False) -> Reader:
-    """The kernel. A program reads the same blocks in every pass, as a resident stage does with its
-    weights.
+    """The kernel; a program reads the same blocks in every pass, as a resident stage does.
 
     A round is one block of every program, programs side by side. How many rounds and passes is
     data, so that one compilation serves the whole curve. The sums are returned so that nothing read
@@ -73,7 +72,9 @@ def _read_blocks(data, counts, out, *, programs, interpret):
 
 
 def plain_reader(programs: int) -> Reader:
-    """The same reads and sums in plain JAX, for a CPU and as what the kernel is tested against."""
+    """The same reads and sums in plain JAX: for a CPU, and as the reference of the kernel's
+    test.
+    """
 
     def read(data: jax.Array, counts: jax.Array) -> jax.Array:
         def one_round(r, total):
@@ -90,9 +91,7 @@ def plain_reader(programs: int) -> Reader:
 
 
 def round_counts(programs: int, smallest: int, largest: int) -> list[int]:
-    """Rounds for working sets from `smallest` to `largest` bytes: every one at first, then growing
-    by a fifth.
-    """
+    """Rounds of working sets from `smallest` to `largest` bytes; large ones in 20 % steps."""
     round_bytes = programs * BLOCK_BYTES
     counts = [max(1, round(smallest / round_bytes))]
     while counts[-1] * round_bytes < largest:
@@ -122,7 +121,8 @@ def read_curve(
         summed = read(*arguments)
         if not (summed == rounds * passes).all():
             raise RuntimeError(
-                f"Sums of {rounds} rounds of ones, {passes} times over, came out as {summed[:4]}..."
+                f"sums of {passes} passes over {rounds} rounds of ones must be {rounds * passes}, "
+                f"got {summed[:4]}. The kernel does not read what it should."
             )
         seconds = min(
             _seconds(lambda arguments=arguments: read(*arguments), clock) for _ in range(REPEATS)

@@ -1,6 +1,4 @@
-"""What a user should do, by what is computed, by the size of a layer and by the links:
-predicted.
-"""
+"""Predicted advice by phase, size of a layer and link."""
 
 import dataclasses
 import itertools
@@ -32,7 +30,7 @@ BATCH = 128
 
 
 def work_of(phase: str, model: str) -> StepWork:
-    """What a step of a phase has to do."""
+    """The work of one step of a phase."""
     layers, heads, mlp, context = MODELS[model]
     make = dense_decode if phase == "decode" else dense_prefill
     work = make(layers=layers, heads=heads, mlp=mlp, batch=BATCH, context=context)
@@ -40,8 +38,8 @@ def work_of(phase: str, model: str) -> StepWork:
 
 
 def advice_grid() -> Grid:
-    """A row a phase and model; for each link the fastest, and layer-wise over the best of tensor
-    parallelism.
+    """One row per phase and model: per link the fastest strategy, and layer-wise over the best
+    tensor parallelism.
     """
     columns = ["phase", "layers"]
     for link in LINKS:

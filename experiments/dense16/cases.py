@@ -1,4 +1,4 @@
-"""The sizes that are measured: on GPUs, and the same at toy size for machines without."""
+"""Sizes that are measured: for GPUs, and toys for emulated devices."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -26,7 +26,9 @@ CACHE_BYTES = 45 * 10**9  # the most that the caches of one stage's loop may tak
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """A model that all strategies decode with, and the steps of a short and a long program."""
+    """A model that all strategies decode with, and the step counts of a short and a long
+    program.
+    """
 
     model: Dense
     counts: tuple[int, int]
@@ -34,7 +36,7 @@ class DecodeCase:
 
 @dataclass(frozen=True)
 class StageCase:
-    """A stage by itself.
+    """A stage without neighbours.
 
     Attributes:
       model: the stage; its batch is the sequences of a group.
@@ -52,13 +54,11 @@ class StageCase:
 
     @property
     def weights(self) -> str:
-        """Whether every tick reads the same weights ("resident"), or other sets in between
-        ("streaming").
-        """
+        """Name of the weights' use: "resident" with one set, "streaming" with several in turn."""
         return "resident" if self.copies == 1 else "streaming"
 
     def record(self) -> dict[str, Any]:
-        """What results say of it besides its model."""
+        """Fields of the record, besides those of the model."""
         model = self.model
         return {
             "weights": self.weights,
@@ -70,7 +70,7 @@ class StageCase:
 
 
 def decode_cases(scale: Scale, part: Part, num_devices: int) -> list[DecodeCase]:
-    """What all strategies are run with, in the parts `l2`, `decode` and `sizes`."""
+    """Cases of the parts `l2`, `decode` and `sizes`, which all strategies run."""
     if scale == "toy":
         return [DecodeCase(toy_model(num_devices), (0, 6))]
     if part == "decode":
@@ -95,7 +95,7 @@ def decode_cases(scale: Scale, part: Part, num_devices: int) -> list[DecodeCase]
 
 
 def stage_cases(scale: Scale) -> list[StageCase]:
-    """One layer of the exact size, or a toy, at several sizes of a group."""
+    """One layer of the exact size, or a toy, with several sizes of a group."""
     if scale == "toy":
         return [
             StageCase(
@@ -115,9 +115,7 @@ def stage_cases(scale: Scale) -> list[StageCase]:
 
 
 def residency_cases(scale: Scale) -> list[tuple[StageCase, StageCase]]:
-    """Pairs of stages that differ only in whether every tick reads the same weights, or others in
-    turn.
-    """
+    """Pairs of stages: every tick reads the same weights, or several sets take turns."""
     if scale == "toy":
         model = replace(toy_model(1), layers=1, batch=2)
         return [(StageCase(model, 2, 1, 4, 2), StageCase(model, 2, 4, 4, 2))]
@@ -136,11 +134,11 @@ def residency_cases(scale: Scale) -> list[tuple[StageCase, StageCase]]:
 
 
 def counter_cases(scale: Scale) -> list[StageCase]:
-    """All stages that are timed by themselves."""
+    """All stages that are timed without neighbours."""
     return [*(case for pair in residency_cases(scale) for case in pair), *stage_cases(scale)]
 
 
 def toy_model(num_devices: int) -> Dense:
-    """A model small enough for emulated devices, with a layer and a head for each."""
+    """A model for emulated devices, with one layer and one head per device."""
     many = max(4, num_devices)
     return replace(PRESETS["tiny"], layers=many, heads=many, batch=max(16, many))

@@ -1,5 +1,4 @@
-"""Does a stage's working set stay in the cache? Bytes that a GPU reads from its DRAM, by its own
-counters.
+"""DRAM counters: bytes that a GPU reads, to tell if a stage's working set stays in the cache.
 
 JAX's profiler samples them (CUPTI's PM sampling) while programs run as they always do: no kernel
 runs by itself or twice, and clocks and caches are left alone.
@@ -22,7 +21,7 @@ SETTLE_SECONDS = 0.3
 
 
 def dram_bytes_read(device: Any, act: Callable[[], object]) -> float:
-    """Bytes that the GPU reads from its DRAM while `act` runs; `act` returns when its programs have
+    """Bytes that the GPU reads from DRAM while `act` runs; `act` returns after its programs have
     ended.
 
     Raises:
@@ -31,7 +30,8 @@ def dram_bytes_read(device: Any, act: Callable[[], object]) -> float:
     """
     if device.platform != "gpu":
         raise ValueError(
-            f"DRAM counters are those of a GPU; {device} came. Leave the counters out."
+            f"device must be a GPU, which counts its DRAM reads, got {device}. Leave the part "
+            "'counters' out."
         )
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level = options.python_tracer_level = 0
@@ -58,8 +58,8 @@ def dram_bytes_read(device: Any, act: Callable[[], object]) -> float:
 
 
 def samples(profile: Any, gpu: int) -> list[float]:
-    """Samples of `METRIC` in a `ProfileData`, on one GPU by its number on this host. NaN, a lost
-    sample, is dropped.
+    """Samples of `METRIC` in a `ProfileData` for one GPU of this host; lost samples (NaN) are
+    dropped.
     """
     plane = profile.find_plane_with_name(f"/device:GPU:{gpu}")
     events = (

@@ -1,4 +1,4 @@
-"""How far predictions are from what was measured."""
+"""Errors of the predictions, by strategy."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -14,7 +14,7 @@ STAGE_ALONE = "one stage alone"
 
 
 class Point(NamedTuple):
-    """One measurement: the strategy's name, and tokens/s measured and predicted."""
+    """One measurement: name of the strategy, measured and predicted tokens/s."""
 
     name: str
     measured: float
@@ -22,17 +22,17 @@ class Point(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Predicted over measured tokens/s, less one."""
+        """Relative error: predicted over measured tokens/s, minus one."""
         return self.predicted / self.measured - 1
 
 
 def stock_points(run: Run) -> list[Point]:
-    """Predictions as the software comes, for all of a run that can be predicted."""
+    """Points of a run with the package's own calibration."""
     return _points(run, STOCK)
 
 
 def calibrated_points(run: Run) -> list[Point]:
-    """The same after calibration on the run itself."""
+    """Points of a run with a calibration fitted to this run."""
     if run.spec is None or not measurements(run.records):
         return []
     return _points(run, fit_calibration(run.records, run.spec))
@@ -55,9 +55,7 @@ def _points(run: Run, calibration: Calibration) -> list[Point]:
 
 
 def errors_grid(runs: Sequence[Run]) -> Grid | None:
-    """A row a strategy: how far predictions are off, as the software comes and calibrated on each
-    run.
-    """
+    """One row per strategy: errors with the package's calibration, and fitted to each run."""
     stock = [point for run in runs for point in stock_points(run)]
     fitted = [point for run in runs for point in calibrated_points(run)]
     columns = ["strategy", "measurements", "as it comes: median error", "worst"]
@@ -79,15 +77,13 @@ def _spread(values: Sequence[float]) -> list[str]:
 
 
 def with_predictions(document: dict[str, Any]) -> dict[str, Any]:
-    """A document of results with what the software, as it comes, predicts for each of its
-    records.
-    """
+    """The document with the prediction of the package's calibration in each record."""
     known = {key: document[key] for key in ("machine", "versions", "date", "command", "records")}
     return {**document, "records": predicted_records(Run("", **known))}
 
 
 def predicted_records(run: Run) -> list[Record]:
-    """A run's records, each with what the software, as it comes, predicts for it."""
+    """Records of a run, each with the prediction of the package's calibration."""
     return [{**record, "predicted": _figures(record, run)} for record in run.records]
 
 

@@ -1,6 +1,4 @@
-"""What is measured, as jobs: programs that are timed beside each other, and the records that come
-of it.
-"""
+"""Measurement jobs: programs that are timed in turns, and the records that they produce."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +40,7 @@ STAGE, STAGE_WITH_ENDS, LAST_WITH_ENDS = "stage", "stage with ends", "stage with
 
 @dataclass(frozen=True)
 class Job:
-    """Runs, and what is told of them.
+    """Runs that are timed in turns, and the function that makes their records.
 
     Attributes:
       what: which case it is.
@@ -62,7 +60,7 @@ class Job:
 
 
 def jobs_of(part: Part, scale: Scale, devices: Sequence[Any]) -> list[Job]:
-    """The jobs of a part of the measurements."""
+    """Jobs of one part of the measurements."""
     if part == "stage":
         return [_stage_job(scale, case, devices[0]) for case in stage_cases(scale)]
     if part == "residency":
@@ -75,7 +73,7 @@ def jobs_of(part: Part, scale: Scale, devices: Sequence[Any]) -> list[Job]:
 
 
 def _decode_job(scale: Scale, part: Part, case: DecodeCase, devices: Sequence[Any]) -> Job:
-    """All strategies, and after them the layer-wise stage by itself."""
+    """All strategies, followed by the layer-wise stage without neighbours."""
     model = case.model
     runs = _decode_runs(case, devices)
     stages = runs["layer-wise"].strategy.shape["stage"] if "layer-wise" in runs else 0
@@ -105,9 +103,7 @@ def _decode_job(scale: Scale, part: Part, case: DecodeCase, devices: Sequence[An
 
 
 def _decode_runs(case: DecodeCase, devices: Sequence[Any]) -> dict[str, DecodeRun]:
-    """All strategies that fit. Those with stages come first: their start takes the most room
-    besides what they hold.
-    """
+    """All strategies that fit; those with stages first, since their start needs the most memory."""
     # The last device has the most room left: one device alone holds most, and it is the first.
     model, there = case.model, SingleDeviceSharding(devices[-1])
     params = partial(model.params, random_array(model, 0, there))
@@ -121,8 +117,8 @@ def _decode_runs(case: DecodeCase, devices: Sequence[Any]) -> dict[str, DecodeRu
 def stages_alone(
     scale: Scale, model: Dense, stages: int, ticks: int, devices: Sequence[Any]
 ) -> dict[str, StageRun]:
-    """The layer-wise stage in a loop on one device, without and with what first and last stage do
-    besides.
+    """The layer-wise stage in a loop on one device, without and with the work of first and last
+    stage.
     """
     stage = replace(model, layers=model.layers // stages, batch=model.batch // stages)
     rounds = max(1, min(ticks, model.context // 2) // 2)
@@ -137,7 +133,7 @@ def stages_alone(
 
 
 def speed_of(model: Dense, step: float) -> Record:
-    """What a step's seconds come to, for all sequences and for one."""
+    """Rates and latencies that follow from the seconds of one step."""
     return {
         "tokens_per_second": model.batch / step,
         "seconds_per_token": step / model.batch,
@@ -146,7 +142,9 @@ def speed_of(model: Dense, step: float) -> Record:
 
 
 def tokens_of(run: DecodeRun, first: Any) -> Record:
-    """The tokens' digest, and how many are those of one device: of the first step, and of all."""
+    """Digest of the tokens, and the shares that equal one device's: of the first step, and of
+    all.
+    """
     found: Record = {"tokens_digest": digest(run.tokens)}
     if first is not None and run.tokens is not None:
         found |= {"same_first_tokens": float((first[0] == run.tokens[0]).mean())}
@@ -155,8 +153,8 @@ def tokens_of(run: DecodeRun, first: Any) -> Record:
 
 
 def overhead_of(tick: float, timings: Timings) -> Record:
-    """What a tick of the ring takes besides its stage, and besides the slower device's stage with
-    its ends.
+    """Seconds of a ring's tick beyond its stage, and beyond the slower device's stage with its
+    ends.
     """
     found = {"tick_seconds": tick, "stage_seconds": timings[STAGE].seconds}
     found |= {"overhead_seconds": tick - timings[STAGE].seconds}
@@ -170,7 +168,7 @@ def overhead_of(tick: float, timings: Timings) -> Record:
 
 
 def _stage_job(scale: Scale, case: StageCase, device: Any) -> Job:
-    """A stage against the time that its memory takes."""
+    """A stage against the time that its memory traffic takes."""
     model = case.model
     floor = (
         model.layers * (model.layer_bytes + model.batch * model.sequence_bytes)
@@ -189,7 +187,7 @@ def _stage_job(scale: Scale, case: StageCase, device: Any) -> Job:
 
 
 def _residency_job(scale: Scale, stays: StageCase, streams: StageCase, device: Any) -> Job:
-    """The same stage with weights that stay and with weights that are streamed."""
+    """The same stage with resident and with streamed weights."""
     cases = {case.weights: case for case in (stays, streams)}
 
     def records(programs: Programs, timings: Timings) -> Iterator[Record]:
@@ -215,7 +213,7 @@ def _stage_run(scale: Scale, case: StageCase, device: Any) -> StageRun:
 
 
 def _counters_job(scale: Scale, case: StageCase, device: Any) -> Job:
-    """Bytes that a stage reads from DRAM in a tick."""
+    """Bytes that a stage reads from DRAM per tick."""
     run = _stage_run(scale, case, device)
 
     def records(programs: Programs, timings: Timings) -> Iterator[Record]:
@@ -242,7 +240,7 @@ def record_of(
     program: Program,
     timing: Timing,
 ) -> Record:
-    """What was run, how long it took, and what a device held."""
+    """Record of one strategy: mesh, times, and bytes per device."""
     about = {"bytes_per_device": program.device_bytes, "compile_seconds": program.seconds}
     return {**_described(kind, part, model, strategy, mesh), **timing.record(), **about}
 

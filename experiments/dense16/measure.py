@@ -1,4 +1,4 @@
-"""Measure part by part, and write to a file after every record.
+"""Measurement session: runs part by part and writes the document after every record.
 
 What fails, or what time is too short for, stands in the file with its reason; the rest goes on.
 """
@@ -24,7 +24,7 @@ JOBS_AT_A_TIME = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure.
+    """Options of a measurement session.
 
     Attributes:
       scale: the sizes: for GPUs, or toys for emulated devices.
@@ -54,7 +54,7 @@ def run(
 
 
 class Session:
-    """One run of the measurements: the document as it grows."""
+    """Measurement session with its growing document."""
 
     def __init__(self, settings: Settings, out_path: Path, progress: Callable[[str], None]):
         self.settings, self.out_path, self.progress = settings, out_path, progress
@@ -64,13 +64,11 @@ class Session:
         self.document["machine"]["count"] = len(self.devices)
 
     def measure(self, part: Part) -> None:
-        """One part. The programs of some jobs are compiled first, several at a time, then these
-        jobs are timed.
-        """
+        """Measure one part; programs of several jobs are compiled at a time, then timed."""
         self.measure_jobs(part, jobs_of(part, self.settings.scale, self.devices))
 
     def measure_jobs(self, part: str, jobs: list[Job]) -> None:
-        """The same for jobs of any making."""
+        """Compile and time these jobs."""
         for first in range(0, len(jobs), JOBS_AT_A_TIME):
             if self.is_late():
                 self.fail(
@@ -109,7 +107,7 @@ class Session:
     def guarded(
         self, part: str, what: str, act: Callable[[], Iterator[dict[str, Any]]]
     ) -> Iterator[dict[str, Any]]:
-        """What `act` yields, unless the time is up; if it fails, that is put into the document."""
+        """Yields from `act()` unless the time is up; failures go into the document."""
         if self.is_late():
             self.fail(part, what, TimeoutError("not begun: the time was up"))
             return
@@ -119,7 +117,7 @@ class Session:
             self.fail(part, what, error)
 
     def _timed(self, part: str, job: Job, compiled: dict[str, Program]) -> dict[str, Timing]:
-        """What was compiled, timed; what fails is put into the document."""
+        """Times the compiled programs of a job; a failure becomes an entry of the document."""
         found = {}
         for group in job.groups:
             alive = {name: run for name, run in group.items() if name in compiled}
@@ -134,7 +132,7 @@ class Session:
         return time.perf_counter() - self.started > self.settings.seconds
 
     def fail(self, part: str, what: str, error: Exception) -> None:
-        """Put a failure into the document."""
+        """Adds a failure to the document."""
         reason = f"{type(error).__name__}: {error}"[:2000]
         self.document["failures"].append({"part": part, "what": what, "error": reason})
         self.progress(
@@ -147,7 +145,7 @@ class Session:
         write_json(self.out_path, self.document)
 
     def add(self, record: dict[str, Any]) -> None:
-        """Put a record into the document."""
+        """Adds a record to the document."""
         self.document["records"].append({**record, "predicted": None})
         self.progress(f"{record['kind']}, {record['strategy']}: {_figure(record)}")
         self.write()

@@ -1,6 +1,4 @@
-"""What was measured, as tables: strategies side by side, predictions beside them, and what was to
-be reached.
-"""
+"""Tables of the measurements: strategies side by side, with predictions."""
 
 from collections.abc import Sequence
 
@@ -15,7 +13,7 @@ RIVALS = ("tensor", "tensor x pipeline")
 
 
 def best(records: Sequence[Record], *names: str) -> Record | None:
-    """The fastest of these strategies, in whatever shape; None if none was measured."""
+    """The fastest record of these strategies in any shape; None without one."""
     ran = [r for r in records if r["strategy"] in names and r.get("tokens_per_second")]
     return max(ran, key=lambda record: record["tokens_per_second"], default=None)
 
@@ -27,9 +25,7 @@ def ratio(records: Sequence[Record], name: str, rival: str) -> float | None:
 
 
 def strategies_grid(runs: Sequence[Run]) -> Grid | None:
-    """A row a setting, a column a strategy: tokens/s of its best shape, the fastest in bold, and
-    two ratios.
-    """
+    """One row per setting, one column per strategy: tokens/s of its best shape, and two ratios."""
     rows = []
     for run in runs:
         for setting, records in run.settings().items():
@@ -57,7 +53,7 @@ def _times(value: float | None) -> str:
 
 
 def all_records_grid(run: Run) -> Grid:
-    """Every record of strategies, with all that was measured."""
+    """All records of strategies with all figures."""
     columns = ["setting", "strategy", "DP x PP x TP", "tokens/s", "step, ms", "fastest to slowest"]
     columns += [
         "between two tokens, ms",
@@ -101,9 +97,7 @@ def _figures(record: Record) -> list[str]:
 
 
 def stage_grid(runs: Sequence[Run]) -> Grid | None:
-    """A row a microbatch of one stage alone: its time against the floor, its rate, and what it
-    reads from DRAM.
-    """
+    """One row per microbatch of a stage without neighbours: time, floor, rate, DRAM reads."""
     rows = []
     for record in records_of(runs, "stage"):
         if "floor_seconds" not in record:
@@ -141,9 +135,7 @@ def _share_read(counters: Record | None) -> str:
 
 
 def residency_grid(runs: Sequence[Run]) -> Grid | None:
-    """A row a size of a stage and number of sequences: its weights read again every tick, against
-    others in turn.
-    """
+    """One row per size of a stage and number of sequences: resident against streamed weights."""
     found: dict[tuple[float, int, int], dict[str, Record]] = {}
     for record in records_of(runs, "residency"):
         key = record["stage_weight_bytes"], record["batch"], record["context"]
@@ -184,7 +176,7 @@ def residency_grid(runs: Sequence[Run]) -> Grid | None:
 
 
 def counters_of(runs: Sequence[Run], timed: Record) -> Record | None:
-    """What a stage that was timed reads from DRAM; None where that was not counted."""
+    """DRAM reads of a timed stage; None if they were not counted."""
     same = ("model", "batch", "context")
     for record in records_of(runs, "counters"):
         if all(record[name] == timed[name] for name in same) and record["weights"] == timed.get(
@@ -199,8 +191,8 @@ def _megabytes(size: float | None) -> str:
 
 
 def overhead_grid(runs: Sequence[Run]) -> Grid | None:
-    """A row a model: the ring's tick, its stage's own time without and with what the ends do
-    besides, and the rest.
+    """One row per model: the ring's tick, its stage without and with the ends' work, the
+    remainder.
     """
     names = (
         "tick_seconds",
@@ -227,13 +219,13 @@ def overhead_grid(runs: Sequence[Run]) -> Grid | None:
 
 
 def records_of(runs: Sequence[Run], kind: str) -> list[Record]:
-    """All records of a kind that say something."""
+    """All records of one kind, from all runs."""
     return [record for run in runs for record in run.records if record["kind"] == kind]
 
 
 def emulated_grid(records: Sequence[Record]) -> Grid:
-    """A row a strategy on emulated devices: its shape, and whether its tokens are those of one
-    device.
+    """One row per strategy on emulated devices: its shape, and the share of tokens equal to one
+    device's.
     """
     model = records[0]["model"]
     title = (

@@ -1,6 +1,4 @@
-"""What was measured, drawn: strategies by setting, predictions against measurements, and the
-paper's ratio.
-"""
+"""Pictures of the measurements: strategies by setting, prediction errors, the paper's ratio."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +23,8 @@ COLOURS = dict(zip(STRATEGIES, ("black", GREY, BLUE, "#756bb1", RED, "#fd8d3c"),
 
 
 def draw_measured(runs: Sequence[Run], path: Path) -> bool:
-    """A panel a setting, a bar a strategy: measured tokens/s, fastest to slowest, the prediction
-    and the bound.
+    """One panel per setting, one bar per strategy: measured range, prediction and bound of
+    tokens/s.
     """
     found = [
         (run, s, records)
@@ -67,7 +65,7 @@ def draw_measured(runs: Sequence[Run], path: Path) -> bool:
 
 
 def _mark(axes: Axes, j: int, record: Record, run: Run) -> None:
-    """The spread of a measurement, and what was predicted and possible."""
+    """Marks the range of a measurement, its prediction and its bound."""
     low, high = (record["batch"] / seconds for seconds in record["spread"][::-1])
     axes.plot([low, high], [j, j], color="black", linewidth=1.2, label="fastest to slowest")
     if record.get("predicted"):
@@ -90,9 +88,7 @@ def _bound(record: Record, spec: DeviceSpec) -> float | None:
 
 
 def draw_errors(runs: Sequence[Run], path: Path) -> bool:
-    """Predicted against measured tokens/s with a band of 15 %, as the software comes and calibrated
-    on each run.
-    """
+    """Predicted against measured tokens/s with a band of 15 %, by calibration."""
     panels: dict[str, list[Point]] = {
         "as the software comes": [point for run in runs for point in stock_points(run)],
         "calibrated on each run": [point for run in runs for point in calibrated_points(run)],
@@ -134,7 +130,7 @@ def draw_errors(runs: Sequence[Run], path: Path) -> bool:
 
 
 def draw_ratios(runs: Sequence[Run], path: Path) -> bool:
-    """Layer-wise over tensor x pipeline, a bar a setting, beside the paper's ratio."""
+    """Layer-wise over tensor x pipeline, one bar per setting, beside the paper's ratio."""
     found = []
     for run in runs:
         for setting, records in run.settings().items():

@@ -1,4 +1,4 @@
-"""A message by itself, in a loop that does nothing else, with each transport."""
+"""The ring's message in a loop without any other work, for each transport."""
 
 import statistics
 import time
@@ -22,7 +22,7 @@ REPEATS = 7
 
 
 def message_records(devices: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """Seconds a message, by size, transport and messages of an iteration."""
+    """Seconds per message, by size, transport and messages per iteration."""
     mesh = Mesh(np.array(devices), ("stage",), axis_types=(AxisType.Auto,))
     is_gpu = devices[0].platform == "gpu"
     transports: list[Any] = [Permute()]
@@ -46,7 +46,7 @@ def message_records(devices: Sequence[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _seconds(mesh: Mesh, transport: Any, size: int, count: int) -> tuple[float, list[float]]:
-    """The median of a message's seconds, and the least and most."""
+    """Median, minimum and maximum of a message's seconds."""
     stages = mesh.size
     pairs = [(s, (s + 1) % stages) for s in range(stages)]
     aval = jax.ShapeDtypeStruct((size // 2,), jnp.bfloat16)

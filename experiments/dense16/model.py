@@ -1,4 +1,4 @@
-"""The experiment's network: dense decoder layers, one token of every sequence at a time.
+"""Network of the experiment: dense decoder layers, one token of every sequence at a time.
 
 A layer has attention of `heads` heads of 128 and a feed-forward of width `mlp`, without gates,
 biases or parameters of its norms: 4 d^2 + 2 d mlp weights. Letters of shapes: b sequences, d width,
@@ -38,7 +38,7 @@ CACHE_SPEC = PartitionSpec(None, None, TENSOR)
 
 @dataclass(frozen=True)
 class Dense:
-    """The network and what it is run on.
+    """The network, with batch and context.
 
     Attributes:
       layers: how many.
@@ -86,7 +86,7 @@ class Dense:
         return jnp.dtype(self.dtype).itemsize
 
     def record(self) -> dict[str, Any]:
-        """What results say of the model."""
+        """Fields of a record that describe the model."""
         names = ("layers", "heads", "mlp", "dtype", "vocabulary", "head_dim", "attention")
         return {name: getattr(self, name) for name in names}
 
@@ -117,7 +117,7 @@ class Dense:
         }
 
     def cache(self, sequences: int, make: Maker) -> Cache:
-        """The cache of so many sequences, made as `params` are."""
+        """Cache of `count` sequences, made by `make` as the parameters are."""
         shape = (sequences, self.context, self.heads, self.head_dim)
         return [
             {name: make(shape, 1.0, 2 * i + j) for j, name in enumerate("kv")}
@@ -127,11 +127,11 @@ class Dense:
     def abstract(
         self, shape: tuple[int, ...], scale: float = 1.0, number: int = 0
     ) -> jax.ShapeDtypeStruct:
-        """What `params` and `cache` make as types alone."""
+        """Maker of types instead of arrays, for `params` and `cache`."""
         return jax.ShapeDtypeStruct(shape, self.dtype)
 
     def param_specs(self) -> Any:
-        """How parameters are sharded over `tensor`."""
+        """Partition specs of the parameters over the axis `tensor`."""
         whole = PartitionSpec()
         return {"embed": whole, "blocks": [dict(BLOCK_SPECS)] * self.layers, "head": whole}
 
@@ -178,8 +178,8 @@ class Dense:
         return x + _summed(_product(hidden, block["down"]), axis), cache
 
     def _attend(self, query: Any, keys: Any, values: Any, positions: Any) -> Any:
-        """Attention of one query a sequence [b, h, w] to the positions up to its own of [b, t, h,
-        w].
+        """Attention of one query per sequence [b, h, w] to the cached positions up to its own, [b,
+        t, h, w].
         """
         if self.attention == "cudnn":
             lengths = positions + 1
@@ -213,7 +213,7 @@ PRESETS = {
 
 
 def random_array(model: Dense, seed: int, sharding: Sharding) -> Maker:
-    """A maker of arrays that are drawn where they are to lie: the same numbers whatever the
+    """Maker of random arrays, drawn on the devices that hold them; equal numbers for any
     sharding.
     """
 
@@ -246,7 +246,7 @@ def _norm(x: Any) -> Any:
 
 
 def _product(x: Any, weight: Any) -> Any:
-    """A product over all axes of x but the first."""
+    """Product over all axes of x but the first."""
     summed = tuple(range(1, x.ndim))
     return lax.dot_general(x, weight, ((summed, tuple(j - 1 for j in summed)), ((), ())))
 
@@ -256,7 +256,7 @@ def _summed(x: Any, axis: str | None) -> Any:
 
 
 def _written(cache: Any, rows: Any, positions: Any) -> Any:
-    """The cache [b, t, h, w] with every sequence's row [b, h, w] at its position, in place."""
+    """Cache [b, t, h, w] with the row [b, h, w] written at every sequence's position, in place."""
     sequences = jnp.arange(cache.shape[0])
     at = cache.at[sequences, positions]
     return at.set(rows, mode="promise_in_bounds", indices_are_sorted=True, unique_indices=True)

@@ -1,6 +1,4 @@
-"""The two rows of the paper's table, and the devices they are for. The network is
-`model.PRESETS["paper"]`.
-"""
+"""Rows of the paper's table and its configuration; the network is `model.PRESETS["paper"]`."""
 
 from dataclasses import dataclass
 
@@ -30,9 +28,7 @@ class Claim:
     seconds_per_token: float
 
     def inter_token_latency(self, batch: int = BATCH) -> float:
-        """Seconds between two tokens of one sequence, if all of the batch is in flight: batch /
-        TPS.
-        """
+        """Seconds between two tokens of one sequence with all of the batch in flight: batch/TPS."""
         return batch / self.tokens_per_second
 
 

@@ -1,6 +1,4 @@
-"""The experiment as planned, drawn: strategies against their bounds, the ring in time, memory
-against the cache.
-"""
+"""Pictures of the planned experiment: strategies and bounds, the ring in time, memory and cache."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +29,8 @@ GROUP_COLOURS = (
 
 
 def draw_paper(setup: Setup, devices: Sequence[DeviceSpec], path: Path) -> None:
-    """A panel a device, a bar a strategy: predicted tokens/s, the bound of memory traffic, and the
-    paper's figures.
+    """One panel per device, one bar per strategy: predicted tokens/s, memory bound, the paper's
+    figures.
     """
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, len(devices), sharex=True, squeeze=False)[0]
@@ -65,9 +63,7 @@ def _is_claimed(strategy: Strategy, setup: Setup) -> bool:
 
 
 def draw_ring(path: Path, stages: int = 4, rounds: int = 3) -> None:
-    """Which group each stage works on in each tick, and the first group's way: its token goes back
-    to stage 0.
-    """
+    """Group of each stage in each tick, and the way of the first group's token back to stage 0."""
     figure = Figure(figsize=(11, 2.8), layout="constrained")
     axes = figure.subplots()
     ticks = stages * rounds
@@ -102,8 +98,8 @@ def draw_ring(path: Path, stages: int = 4, rounds: int = 3) -> None:
 
 
 def draw_memory(setup: Setup, devices: Sequence[DeviceSpec], path: Path) -> None:
-    """Left: a layer's share of weights against the cache, by tensor ways. Right: what a device
-    reads in a step.
+    """Left: a layer's weights per device against the cache. Right: bytes a device reads per
+    step.
     """
     figure = Figure(figsize=(12, 4), layout="constrained")
     shares, reads = figure.subplots(1, 2)
@@ -142,7 +138,7 @@ def draw_memory(setup: Setup, devices: Sequence[DeviceSpec], path: Path) -> None
 
 
 def _weights_read(row: Prediction) -> float:
-    """Bytes of weights that a device reads in a step: once a group."""
+    """Bytes of weights that a device reads per step, once per group."""
     return row.weight_bytes * row.strategy.num_groups(row.work.batch)
 
 

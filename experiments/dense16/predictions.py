@@ -1,6 +1,4 @@
-"""What plain numbers say of the paper's experiment: whether it fits the cache, its bounds, and what
-to expect.
-"""
+"""Predictions for the paper's experiment: capacity law, bounds, rates of all strategies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ ALL_REDUCE_SECONDS = 20e-6
 
 @dataclass(frozen=True)
 class Setup:
-    """A decoding experiment: a network, and how many devices it runs on."""
+    """Decoding experiment: a network and its number of devices."""
 
     model: Dense
     devices: int
@@ -47,20 +45,20 @@ class Setup:
 
     @property
     def baseline(self) -> Strategy:
-        """The paper's, or the nearest to it that these devices allow."""
+        """The paper's baseline, or the nearest shape that these devices allow."""
         stages = BASELINE_STAGES if self.devices % BASELINE_STAGES == 0 else 1
         return Strategy(BASELINE.strategy, stage=stages, tensor=self.devices // stages)
 
 
 def cache_verdict(setup: Setup, device: DeviceSpec) -> CapacityBound:
-    """The capacity law for the network's layers in 16 bits."""
+    """Capacity law for the network's layers in 16 bits."""
     weights = 2 * setup.model.layer_weights
     costs = [LayerCost(f"layer {i}", weights, 0, 0) for i in range(setup.model.layers)]
     return capacity_bound(costs, device, setup.devices)
 
 
 def verdict_text(setup: Setup, device: DeviceSpec) -> str:
-    """What the verdict means for the paper's constraint, in sentences."""
+    """Sentences on the capacity law and the paper's constraint."""
     found, model = cache_verdict(setup, device), setup.model
     ways = found.tensor_ways
     fits = "fits" if found.is_resident else "breaks its own constraint"
@@ -81,7 +79,7 @@ def verdict_text(setup: Setup, device: DeviceSpec) -> str:
 
 
 def rows_to_show(setup: Setup, device: DeviceSpec) -> list[Prediction]:
-    """The best row of every strategy, and the paper's baseline; fastest first.
+    """The best row of every strategy and the paper's baseline, the fastest first.
 
     Of the products of replicas with something else only the best is shown, if it is the best of
     all.
@@ -103,8 +101,8 @@ def _rank(row: Prediction) -> tuple[bool, float]:
 
 
 def bounds(setup: Setup, device: DeviceSpec) -> dict[str, float]:
-    """Tokens/s that memory traffic alone allows, by what is read; the baseline's also with its
-    all-reduces.
+    """Upper bounds of tokens/s from memory traffic, by its kind; the baseline's also with all-
+    reduces.
     """
 
     def bound(strategy: Strategy) -> Prediction:
@@ -134,7 +132,7 @@ def bounds(setup: Setup, device: DeviceSpec) -> dict[str, float]:
 
 
 def bounds_grid(setup: Setup, devices: Sequence[DeviceSpec]) -> Grid:
-    """A row a bound, a column a device."""
+    """One row per bound, one column per device."""
     found = [bounds(setup, device) for device in devices]
     rows = [[name, *(count(each[name]) for each in found)] for name in found[0]]
     columns = [
@@ -145,13 +143,13 @@ def bounds_grid(setup: Setup, devices: Sequence[DeviceSpec]) -> Grid:
 
 
 def shape_text(strategy: Strategy) -> str:
-    """Replicas, stages and tensor ways, those that are more than one: PP=2 x TP=8."""
+    """Replicas, stages and tensor ways that exceed one, such as PP=2 x TP=8."""
     parts = {"DP": strategy.data, "PP": strategy.stage, "TP": strategy.tensor}
     return " x ".join(f"{name}={ways}" for name, ways in parts.items() if ways > 1) or "1"
 
 
 def predictions_grid(setup: Setup, device: DeviceSpec, compiled: Mapping[str, Any]) -> Grid:
-    """The paper's rows, the bounds, and the prediction for every strategy on one kind of device.
+    """The paper's rows, the bounds, and predictions for every strategy on one kind of device.
 
     Args:
       setup: the experiment.

@@ -69,7 +69,7 @@ def plan(console: Console, output: Output) -> None:
 
 
 def planned() -> Setup:
-    """What the flags say, the paper's experiment where they say nothing."""
+    """Setup of the flags; the defaults are the paper's."""
     layers = options.LAYERS.value[0] if options.LAYERS.value else PAPER.layers
     flagged = {"heads": options.HEADS.value, "mlp": options.MLP.value, "dtype": options.DTYPE.value}
     model = dataclasses.replace(
@@ -79,7 +79,7 @@ def planned() -> Setup:
 
 
 def compile_programs(console: Console, setup: Setup, folder: Path) -> None:
-    """Compile every strategy's program for absent H100s, and write down what a device holds."""
+    """Compiles every strategy for absent H100s and writes the bytes per device."""
     if not can_compile_for_absent_gpus():
         console.print(
             "Nothing is compiled: XLA's compiler for GPUs is missing. pip install "
@@ -92,7 +92,7 @@ def compile_programs(console: Console, setup: Setup, folder: Path) -> None:
 
 
 def run_emulated(console: Console, count: int, folder: Path) -> None:
-    """All strategies at toy size on emulated devices; ends the program if their tokens differ."""
+    """Runs all strategies at toy size on emulated devices; exits with 1 if their tokens differ."""
     with progress(console, 1 + len(MAKERS)) as done:
         records = emulate(toy_model(count), count, options.THREADS.value, done)
     write_json(folder / "emulated.json", {**circumstances(), "records": records})
@@ -103,7 +103,7 @@ def run_emulated(console: Console, count: int, folder: Path) -> None:
 
 
 def measure(console: Console, folder: Path) -> None:
-    """What was asked for, on the GPUs that are there."""
+    """Measures the selected parts on the local GPUs."""
     if options.REHEARSE.value:
         command.use_emulated(console, options.DEVICE_COUNT.value or DEVICES)
     about = circumstances()["machine"]
@@ -134,7 +134,7 @@ def measure(console: Console, folder: Path) -> None:
 def jobs(
     parts: Any, count: int, done: Callable[[str], None]
 ) -> Mapping[str, Callable[[Path], dict[str, Any]]]:
-    """What is to be run, by the ending of its file's name: (path) to the document."""
+    """Selected measurements: suffix of the file to a function from its path to the document."""
     scale = "toy" if options.REHEARSE.value else "gpu"
     found: dict[str, Callable[[Path], dict[str, Any]]] = {}
     limits = (options.SECONDS.value, options.REPEATS.value)
@@ -160,7 +160,7 @@ def jobs(
 
 
 def scaling_models(scale: str) -> tuple[Dense, ...]:
-    """What the flags say, and a model of the cache's size; toys to rehearse with."""
+    """The model of the flags and one of the size of a cache; toys to rehearse."""
     if scale == "toy":
         count = options.DEVICE_COUNT.value or DEVICES
         return (
@@ -175,7 +175,7 @@ def scaling_models(scale: str) -> tuple[Dense, ...]:
 
 
 def show(console: Console, document: Mapping[str, Any], name: str) -> None:
-    """The strategies side by side, and what failed."""
+    """Prints the strategies side by side, and the failures."""
     known = {key: document[key] for key in ("machine", "versions", "date", "command", "records")}
     grid = strategies_grid([Run(name, **known)])
     if grid:
@@ -190,7 +190,7 @@ def show(console: Console, document: Mapping[str, Any], name: str) -> None:
 
 @contextmanager
 def progress(console: Console, total: int | None = None) -> Iterator[Callable[[str], None]]:
-    """A bar; what is yielded says what comes next, which is printed above the bar too."""
+    """Progress bar; yields a function that announces the next piece of work."""
     columns = (SpinnerColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)

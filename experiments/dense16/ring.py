@@ -23,9 +23,7 @@ from layerwise_jax.mesh import STAGE
 
 
 class Ring(Strategy):
-    """Equal stages of whole layers; the batch is split into as many groups of sequences as there
-    are stages.
-    """
+    """Equal stages of whole layers; the batch is split into one group of sequences per stage."""
 
     def __init__(
         self,
@@ -42,8 +40,8 @@ class Ring(Strategy):
         stages = self.shape[STAGE]
         if model.batch % stages or model.layers % stages:
             raise ValueError(
-                f"{model.batch} sequences and {model.layers} layers came for {stages} stages; "
-                "multiples are wanted."
+                f"batch and layers must be multiples of the {stages} stages, got {model.batch} and "
+                f"{model.layers}. Use another number of stages."
             )
         self.groups = (stages, model.batch // stages)
 
@@ -96,7 +94,7 @@ class Ring(Strategy):
         return self.ring.compiled(weights, self._state_types(), steps)
 
     def _state_types(self) -> RingState:
-        """The types of what `start` returns, with their shardings."""
+        """Types of the results of `start`, with shardings."""
         numbers = np.zeros(self.groups, np.int32)
         types = jax.eval_shape(lambda: self.ring.start(numbers, numbers))
         specs = types._replace(

@@ -1,6 +1,4 @@
-"""Results as they lie in files: a run of the experiment on one machine, and its records by
-setting.
-"""
+"""Results in files: runs on one machine, and their records by setting."""
 
 import datetime
 import importlib.metadata
@@ -22,9 +20,7 @@ Record = Mapping[str, Any]
 
 
 class Setting(NamedTuple):
-    """What strategies must have in common to be compared: the devices, the network, the
-    sequences.
-    """
+    """Devices, network and sequences; strategies are compared within one setting."""
 
     device: str
     devices: int
@@ -37,7 +33,7 @@ class Setting(NamedTuple):
 
     @property
     def layer_bytes(self) -> int:
-        """Weights of a layer."""
+        """Bytes of a layer's weights."""
         parameters = 4 * self.width**2 + 2 * self.width * self.mlp
         return parameters * (4 if self.dtype == "float32" else 2)
 
@@ -51,7 +47,7 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """One file of results.
+    """One file of results: machine, versions, date, command, records.
 
     Attributes:
       name: of the file, without its ending.
@@ -72,12 +68,12 @@ class Run:
 
     @property
     def device(self) -> str:
-        """The kind of its devices."""
+        """Kind of the devices."""
         return self.machine["gpus"][0] if self.machine["gpus"] else "CPU"
 
     @property
     def spec(self) -> DeviceSpec | None:
-        """What is known of them; None for what is not in the table."""
+        """Known figures of the device; None for an unknown one."""
         return next((device for device in DEVICES if device.name == self.device), None)
 
     @property
@@ -149,7 +145,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def _asked(arguments: Sequence[str]) -> list[str]:
-    """The arguments, but for those that only say where to write."""
+    """Arguments of the command line, without those that name output folders."""
     return [each for each in arguments if not each.startswith(("--out=", "--update_results"))]
 
 

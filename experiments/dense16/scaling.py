@@ -1,6 +1,4 @@
-"""Every strategy in every shape, on any number of devices: as deep as asked for, the context as
-long as fits.
-"""
+"""Scaling: every strategy in every shape, at a given depth and the longest context that fits."""
 
 import dataclasses
 import traceback
@@ -41,7 +39,7 @@ UNKNOWN_MEMORY = 2**30
 
 @dataclass(frozen=True)
 class Scaling:
-    """What to measure.
+    """Options of a scaling measurement.
 
     Attributes:
       models: the networks, each with the longest context to take; their layers are replaced.
@@ -63,9 +61,7 @@ class Scaling:
 
 
 def shapes(model: Dense, count: int) -> list[Shape]:
-    """Every strategy in every shape that takes all devices and splits the model, and one device
-    alone.
-    """
+    """Every strategy in every shape that uses all devices and splits the model; one device."""
     found = (
         [Shape("one device"), Shape("replicas", data=count)] if count > 1 else [Shape("one device")]
     )
@@ -81,14 +77,14 @@ def _splits(model: Dense, shape: Shape) -> bool:
 
 
 def device_bytes(model: Dense, shape: Shape) -> float:
-    """Weights and caches that a device holds."""
+    """Bytes of weights and caches per device."""
     weights = model.layers * model.layer_bytes / (shape.stage * shape.tensor)
     return weights + model.layers * model.batch * model.sequence_bytes / shape.num_devices
 
 
 def longest_context(model: Dense, shape: Shape, memory: float) -> int:
-    """The model's context, or what fits of it, in steps of 64 positions (of one below that); 0 if
-    nothing does.
+    """Longest context that fits, at most the model's, in steps of 64 (of 1 below that); 0 for
+    none.
     """
     without = device_bytes(dataclasses.replace(model, context=0), shape)
     position = (device_bytes(model, shape) - without) / model.context
@@ -97,14 +93,12 @@ def longest_context(model: Dense, shape: Shape, memory: float) -> int:
 
 
 def step_counts(model: Dense) -> tuple[int, int]:
-    """Steps of the short and of the long program."""
+    """Step counts of the short and of the long program."""
     return COUNTS if model.layer_bytes >= LARGE_LAYER_BYTES else SMALL_COUNTS
 
 
 def cases(scaling: Scaling, memory: float) -> Iterator[tuple[Dense, list[Shape]]]:
-    """Models with the shapes to measure: at the longest context that all but one device have room
-    for, then at the longest for which one device has room too, if that is another.
-    """
+    """Models with their shapes: at the longest context for several devices, then for one device."""
     for model in (
         dataclasses.replace(each, layers=n) for each in scaling.models for n in scaling.layers
     ):
@@ -126,9 +120,7 @@ def cases(scaling: Scaling, memory: float) -> Iterator[tuple[Dense, list[Shape]]
 def measure_scaling(
     scaling: Scaling, path: Path, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measure one strategy after the other, each alone in memory; the document, written after
-    each.
-    """
+    """Measures one strategy after the other, each with all memory; returns the document."""
     started = perf_counter()
     document = {**circumstances(), "records": [], "failures": []}
     document["machine"]["count"] = scaling.devices
@@ -164,7 +156,7 @@ def _measure_case(
     failed: Callable[[str, Exception], None],
     progress: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """One model: a record a shape."""
+    """Measures one model; one record per shape."""
     devices = jax.local_devices()[: scaling.devices]
     progress(f"compiling {len(wanted)} strategies: {model}")
     params = partial(model.params, random_array(model, 0, SingleDeviceSharding(devices[0])))

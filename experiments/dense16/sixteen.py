@@ -1,5 +1,5 @@
-"""All strategies' programs for the paper's sixteen devices, compiled for GPUs that are not there;
-run emulated.
+"""Programs of all strategies for sixteen devices: compiled for absent GPUs, run on emulated
+devices.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ Progress = Callable[[str], None]
 
 
 def shapes(setup: Setup) -> list[Strategy]:
-    """The strategies that are compiled: the paper's two, and the rivals."""
+    """Strategies that are compiled: the paper's two, and the rivals."""
     n = setup.devices
     found = [
         Strategy("replicas", data=n),
@@ -41,8 +41,7 @@ def shapes(setup: Setup) -> list[Strategy]:
 
 
 def compile_absent(setup: Setup, device: DeviceSpec, progress: Progress) -> dict[str, Any]:
-    """Every strategy's program compiled for absent devices, and what one of them holds, by strategy
-    and shape.
+    """Compiles every strategy for absent devices; bytes per device, by strategy and shape.
 
     cuDNN's attention needs the library and a GPU to be compiled; here it is what XLA makes of
     products and sums, which has the same arguments and a larger workspace.
@@ -58,7 +57,7 @@ def compile_absent(setup: Setup, device: DeviceSpec, progress: Progress) -> dict
 
 
 def _compiled_sizes(model: Dense, strategy: Strategy, devices: list[Any]) -> dict[str, int]:
-    """Bytes of one device's program: arguments, workspace, and all that it holds."""
+    """Bytes of one device's program: arguments, workspace, total."""
     ways = {axis: size for axis, size in strategy.mesh.items() if size > 1}
     sizes = make_strategy(strategy.name, model, devices, **ways).compile(STEPS).memory_analysis()
     own_outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
@@ -70,8 +69,8 @@ def _compiled_sizes(model: Dense, strategy: Strategy, devices: list[Any]) -> dic
 
 
 def emulate(model: Dense, count: int, threads: int, progress: Progress) -> list[dict[str, Any]]:
-    """All strategies on emulated devices: what each holds, and whether its tokens are those of one
-    device.
+    """Runs all strategies on emulated devices; bytes, and the share of tokens equal to one
+    device's.
 
     Emulated devices share the cores of one machine, so that nothing is timed.
 

@@ -1,6 +1,4 @@
-"""One stage on one device, as it runs in a ring's steady state: tick after tick, each on another
-group of sequences.
-"""
+"""One stage on one device in a ring's steady state: every tick has another group of sequences."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +13,8 @@ from experiments.dense16.model import Cache, Dense, random_array
 
 
 class Groups(NamedTuple):
-    """What a stage holds between two ticks: a cache and int32[b] positions a group; x[b, d] and
-    tokens int32[b].
+    """Loop-carried state of a stage: per group a cache and int32[b] positions; x[b, d], tokens
+    int32[b].
     """
 
     caches: list[Cache]
@@ -27,7 +25,7 @@ class Groups(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StageLoop:
-    """A loop over ticks of one stage, without neighbours.
+    """Loop over ticks of one stage without neighbours.
 
     A round of ticks is written out, as a ring's is, and a loop goes over rounds. Ticks depend on
     each other through x, since the compiler would merge the products of independent ones, which no
@@ -55,8 +53,8 @@ class StageLoop:
     def __post_init__(self) -> None:
         if self.ticks % self.groups or self.ticks % self.copies:
             raise ValueError(
-                f"{self.ticks} ticks came for {self.groups} groups and {self.copies} sets of "
-                "weights."
+                f"ticks must be a multiple of groups={self.groups} and copies={self.copies}, got "
+                f"{self.ticks}."
             )
 
     @property
@@ -65,11 +63,11 @@ class StageLoop:
 
     @cached_property
     def program(self) -> Any:
-        """(weights, groups) to groups, which are donated; compiled."""
+        """Compiled program from (weights, groups) to groups; the groups are donated."""
         return jax.jit(self._run, donate_argnums=1).lower(*self._types()).compile()
 
     def weights(self, seed: int = 0) -> list[Any]:
-        """Random weights, as many sets as take turns."""
+        """Random weights, one set per copy."""
         sharding = jax.sharding.SingleDeviceSharding(self.device)
         return [
             self.model.params(random_array(self.model, seed + j, sharding))
@@ -77,9 +75,7 @@ class StageLoop:
         ]
 
     def start(self, seed: int = 1000) -> Groups:
-        """Random caches, the next token of every sequence to be written near the end of its
-        context.
-        """
+        """Random caches; the next token of every sequence is near the end of its context."""
         model, sharding = self.model, jax.sharding.SingleDeviceSharding(self.device)
         make = [random_array(model, seed + j, sharding) for j in range(self.groups)]
         caches = [model.cache(model.batch, each) for each in make]
@@ -88,7 +84,7 @@ class StageLoop:
         return Groups(caches, self.positions(), x, tokens)
 
     def positions(self) -> list[Any]:
-        """Positions of the groups that leave room for the rounds of one program."""
+        """Positions of the groups, with room for the rounds of one program."""
         first = self.model.context - self.rounds * (self.ticks // self.groups)
         numbers = np.full(self.model.batch, first, np.int32)
         return [jax.device_put(numbers, self.device, may_alias=False) for _ in range(self.groups)]

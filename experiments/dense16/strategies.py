@@ -1,4 +1,4 @@
-"""All strategies by name, and which of them fit a number of devices."""
+"""Strategies by name, and those that fit a number of devices."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,25 +27,25 @@ def make_strategy(
     stage: int = 1,
     tensor: int = 1,
 ) -> Strategy:
-    """A strategy on the first of the devices, present or absent.
+    """A strategy on the first of the devices, which may be absent.
 
     Raises:
       ValueError: no strategy of this name, or the model does not split so.
     """
     if name not in MAKERS:
-        raise ValueError(f"No strategy is called {name!r}; there are {', '.join(MAKERS)}.")
+        raise ValueError(f"name must be one of {', '.join(MAKERS)}, got {name!r}.")
     if model.batch % data or model.heads % tensor or model.mlp % tensor:
         raise ValueError(f"{model} does not split into {data} replicas of {tensor} tensor ways.")
     if data * stage * tensor > len(devices):
         raise ValueError(
-            f"{data} x {stage} x {tensor} devices are wanted for {name}; there are {len(devices)}."
+            f"{name} needs data * stage * tensor = {data * stage * tensor} devices, got "
+            f"{len(devices)}."
         )
     return MAKERS[name](name, model, devices, {"data": data, "stage": stage, "tensor": tensor})
 
 
 def fitting(model: Dense, num_devices: int) -> list[tuple[str, dict[str, int]]]:
-    """(name, axes) of every strategy that uses all devices and splits the model, one device alone
-    first.
+    """(name, axes) of every strategy that uses all devices and splits the model; one device first.
 
     Tensor x pipeline has two stages; layer-wise + tensor has as many stages as leave two ways of
     tensor parallelism or more, at one layer a stage.

@@ -1,4 +1,4 @@
-"""One interface for all that is compared, so that the same harness runs it."""
+"""Interface of all strategies, used by one harness."""
 
 import math
 from abc import ABC, abstractmethod
@@ -15,8 +15,7 @@ AXES = ("data", "stage", "tensor")
 
 
 class Strategy(ABC):
-    """A way to decode with a model: one jitted program generates many tokens for every sequence of
-    the batch.
+    """Decoding strategy: one jitted program generates many tokens for every sequence of the batch.
 
     Each token is fed back as the next input; the cache is donated and updated in place.
 
@@ -48,9 +47,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def _compile(self, steps: int) -> Any:
-        """A program of so many steps, as `jax.stages.Compiled`, from types alone: the devices may
-        be absent.
-        """
+        """Program of `steps` steps as `jax.stages.Compiled`, from types; devices may be absent."""
 
     @abstractmethod
     def place(self, params: Any) -> Any:
@@ -58,18 +55,16 @@ class Strategy(ABC):
 
     @abstractmethod
     def start(self, cache: Any, tokens: np.ndarray, positions: np.ndarray) -> Any:
-        """The state before the first step: the batch's cache, its first inputs int32[batch] and
-        their positions.
+        """State before the first step: cache of the batch, first inputs int32[batch], their
+        positions.
         """
 
     @abstractmethod
     def rewind(self, state: Any, tokens: np.ndarray, positions: np.ndarray) -> Any:
-        """The state with these inputs next; what the cache holds at and after their positions is
-        overwritten unread.
+        """The state with these next inputs; later cache positions are overwritten before they are
+        read.
         """
 
     @abstractmethod
     def run(self, weights: Any, state: Any, steps: int) -> tuple[Any, np.ndarray]:
-        """So many steps: the state, and tokens int32[steps, batch]. The state that came is
-        donated.
-        """
+        """Runs `steps` steps: state, and tokens int32[steps, batch]. The given state is donated."""

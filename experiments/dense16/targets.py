@@ -1,4 +1,4 @@
-"""What was to be reached on GPUs, and what was."""
+"""Targets of the measurements on GPUs, and the figures reached."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +18,7 @@ LARGEST_RESIDENT = 48 * 2**20
 
 
 class Target(NamedTuple):
-    """What was wanted, what was found, and whether that reaches it."""
+    """Target, measured figure, and the verdict."""
 
     goal: str
     found: str
@@ -26,7 +26,7 @@ class Target(NamedTuple):
 
 
 def targets_grid(runs: Sequence[Run]) -> Grid | None:
-    """A row a target that something was measured for."""
+    """One row per target that has a measurement."""
     found = [*_ring(runs), *_stage(runs), *_errors(runs), *_overhead(runs)]
     rows = [
         [target.goal, target.found, "reached" if target.is_reached else "missed"]
@@ -36,7 +36,7 @@ def targets_grid(runs: Sequence[Run]) -> Grid | None:
 
 
 def is_small(setting: Setting) -> bool:
-    """Whether a stage's weights fit an H200's cache."""
+    """True if a stage's weights fit an H200's cache."""
     return setting.layers // setting.devices * setting.layer_bytes <= LARGEST_RESIDENT
 
 

@@ -1,6 +1,4 @@
-"""Steady-state times: programs compiled ahead, warmed up, and run in turns, so that slow drifts
-reach all alike.
-"""
+"""Steady-state times: programs are compiled first, warmed up, and run in turns."""
 
 import hashlib
 import statistics
@@ -19,40 +17,38 @@ from experiments.dense16.strategy import Strategy
 
 
 class Run(Protocol):
-    """What is timed, in units of its own: steps, or calls of a program."""
+    """Timed program; its unit is a step, or one call."""
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Two numbers of units; the time of one is the difference of their times by the difference
-        of the numbers.
-        """
+        """Two counts of units; times are compared by their differences."""
         ...
 
     @property
     def steps_a_unit(self) -> int:
-        """Steps, or ticks, that a unit stands for."""
+        """Steps or ticks per unit."""
         ...
 
     def compile(self) -> Any:
-        """Compile all that will run; the longest program, as `jax.stages.Compiled`."""
+        """Compiles all programs of the run; returns the longest as `jax.stages.Compiled`."""
         ...
 
     def prepare(self) -> None:
-        """Put weights and state on the devices."""
+        """Puts weights and state on the devices."""
         ...
 
     def seconds(self, count: int) -> float:
-        """Run so many units, from dispatch to completion."""
+        """Seconds of `units` units, from dispatch to completion."""
         ...
 
     def release(self) -> None:
-        """Let go of weights and state."""
+        """Frees weights and state."""
         ...
 
 
 @dataclass
 class DecodeRun:
-    """A strategy from a common start: the same parameters, cache, tokens and positions each time.
+    """A strategy from a fixed start: the same parameters, cache, tokens and positions each time.
 
     Attributes:
       strategy: what runs.
@@ -102,8 +98,8 @@ class DecodeRun:
         )
 
     def _inputs(self) -> tuple[np.ndarray, np.ndarray]:
-        """First tokens, and positions near the end of the context, so that all steps read about as
-        much of it.
+        """First tokens, and positions near the end of the context: all steps read about as much of
+        it.
         """
         model = self.strategy.model
         tokens = np.arange(model.batch, dtype=np.int32) % model.vocabulary
@@ -114,7 +110,7 @@ class DecodeRun:
 
 @dataclass
 class StageRun:
-    """A stage's loop, its program called several times without waiting in between."""
+    """A stage's loop; its program is called several times without waiting in between."""
 
     loop: StageLoop
     counts: tuple[int, int]
@@ -147,7 +143,7 @@ class StageRun:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one step, or tick.
+    """Seconds per step or tick.
 
     Attributes:
       repeats: of every repetition, by the difference of a long and a short run.
@@ -159,11 +155,11 @@ class Timing:
 
     @property
     def seconds(self) -> float:
-        """The median."""
+        """Median of `repeats`."""
         return statistics.median(self.repeats)
 
     def record(self) -> dict[str, Any]:
-        """What results say of it."""
+        """Fields of a record that describe the times."""
         return {
             "seconds_per_step": self.seconds,
             "spread": [min(self.repeats), max(self.repeats)],
@@ -174,7 +170,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Program:
-    """What compiling told: seconds, and bytes that one device holds."""
+    """Compile seconds, and bytes per device."""
 
     seconds: float
     device_bytes: int
@@ -183,7 +179,7 @@ class Program:
 def compile_all[K](
     runs: Mapping[K, Run], failed: Callable[[K, Exception], None], threads: int
 ) -> dict[K, Program]:
-    """Compile several at a time; those that fail are told and left out."""
+    """Compiles several programs at a time; failures are reported and left out."""
 
     def compile_one(run: Run) -> Program | Exception:
         started = time.perf_counter()
@@ -207,7 +203,7 @@ def compile_all[K](
 def time_in_turns(
     runs: Mapping[str, Run], repeats: int, failed: Callable[[str, Exception], None]
 ) -> dict[str, Timing]:
-    """Prepare and warm up all, then time all, `repeats` times over; those that fail are told and
+    """Prepares and warms up all runs, then times all `repeats` times; failures are reported and
     left out.
     """
     alive = dict(runs)
@@ -242,7 +238,7 @@ def _timing(run: Run, pairs: Sequence[Sequence[float]]) -> Timing:
 
 
 def digest(tokens: np.ndarray | None) -> str | None:
-    """What tells two arrays of tokens apart."""
+    """Hash of an array of tokens."""
     return (
         None
         if tokens is None

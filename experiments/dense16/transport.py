@@ -1,4 +1,4 @@
-"""Transports of the ring's message against each other and against the strategies without stages.
+"""Transports of the ring's message, compared with each other and with strategies without stages.
 
 `measure_transport` times; `measure_rounds` compares tokens over many rounds, silences a stage, and
 runs two rings at once. Both write after every record, as `measure.py` does.
@@ -50,7 +50,7 @@ SILENCE_SECONDS = 2.0
 
 
 def models() -> dict[str, Dense]:
-    """The networks of the size of a cache: 34 and 50 MB of weights a device."""
+    """Networks of the size of a cache: 34 and 50 MB of weights per device."""
     heads, mlp = LAYER_SIZES[8]
     return {
         "8 x d=512": replace(PRESETS["l2"], layers=8, heads=heads, mlp=mlp),
@@ -61,7 +61,9 @@ def models() -> dict[str, Dense]:
 def measure_transport(
     settings: Settings, path: Path, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Tokens/s of every strategy and transport, then a message by itself; returns the document."""
+    """Measures tokens/s of every strategy and transport, then a message without work; the
+    document.
+    """
     session = Session(settings, path, progress)
     devices = session.devices
     if settings.scale == "toy":
@@ -79,7 +81,9 @@ def measure_transport(
 
 
 def _job(scale: Scale, case: DecodeCase, devices: Sequence[Any]) -> Job:
-    """One device, replicas, tensor parallelism and the rings in turns; then a stage alone."""
+    """One device, replicas, tensor parallelism and the rings in turns; then a stage without
+    neighbours.
+    """
     model, n = case.model, len(devices)
     there = SingleDeviceSharding(devices[-1])
     params = partial(model.params, random_array(model, 0, there))
@@ -141,7 +145,7 @@ def measure_rounds(settings: Settings, path: Path, progress: Callable[[str], Non
 
 @dataclass(frozen=True)
 class Trial:
-    """Comparisons of rings on some devices.
+    """Comparisons of rings on given devices.
 
     Attributes:
       model: the network; its batch is 16 sequences a stage.
@@ -154,7 +158,7 @@ class Trial:
     rounds: int
 
     def compare(self, transports: Sequence[str]) -> Iterator[Record]:
-        """A record a transport: digests of all tokens and of a cache at the end."""
+        """One record per transport: digests of all tokens and of a cache at the end."""
         first = None
         for transport in transports:
             started = time.perf_counter()
@@ -170,7 +174,7 @@ class Trial:
             }
 
     def silence(self) -> Iterator[Record]:
-        """A stage that never sends: the exception, how long it took, and the run after it."""
+        """A stage that never sends: the exception, its delay, and the run after it."""
         ring = self._ring(PeerStore(wait_seconds=SILENCE_SECONDS))
         before = self._run(ring, 20)
         last = len(self.devices) - 1
@@ -190,7 +194,7 @@ class Trial:
         }
 
     def together(self) -> Iterator[Record]:
-        """Two rings of the same devices, run by two threads at once."""
+        """Two rings of the same devices, run by two threads at the same time."""
         rings = [self._ring("auto") for _ in range(2)]
         want = [self._run(ring, 200) for ring in rings]
         got: list[Any] = [None, None]

@@ -1,6 +1,4 @@
-"""The rivals without stages: one device, replicas, and tensor parallelism, written out under
-`shard_map`.
-"""
+"""Rivals without stages: one device, replicas and tensor parallelism, under `shard_map`."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,9 +16,7 @@ WHOLE = PartitionSpec()
 
 
 class Sequences(NamedTuple):
-    """The batch between two steps: its cache, and int32[b] tokens that go in next and their
-    positions.
-    """
+    """Loop-carried state of the batch: cache, next tokens int32[b], their positions."""
 
     cache: Cache
     tokens: Any
@@ -28,8 +24,8 @@ class Sequences(NamedTuple):
 
 
 class Unstaged(Strategy):
-    """Every device runs all layers: on its share of the batch (replicas), or with its share of
-    every layer (tensor).
+    """Every device runs all layers: on its share of the batch (replicas), or on its share of a
+    layer (tensor).
 
     A tensor-parallel layer sums twice over the devices, as Megatron's does; embedding and head,
     small here, are whole on every device.

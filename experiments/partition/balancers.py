@@ -27,7 +27,7 @@ RIVALS: dict[str, Callable[[Times, int], list[int]]] = {
 
 
 def cases() -> dict[str, tuple[Times, int]]:
-    """Layers' times and a number of stages, by name."""
+    """Times of layers and a number of stages, by name of the case."""
     draw = np.random.default_rng(0)
     decoder = np.concatenate([[3.0], np.tile([1.0, 2.0], 48), [14.0]])
     return {
@@ -43,7 +43,7 @@ def cases() -> dict[str, tuple[Times, int]]:
 
 
 def compare() -> list[dict[str, Any]]:
-    """Each rival's bottleneck over the optimum, and its time over the time of `solve`."""
+    """Per case, each rival's bottleneck over the optimum and its time over that of `solve`."""
     rows = []
     for name, (times, stages) in cases().items():
         optimum, seconds = timed(
@@ -67,7 +67,7 @@ def compare() -> list[dict[str, Any]]:
 
 
 def worst_of_many(trials: int = 1000) -> dict[str, float]:
-    """The worst bottleneck over the optimum on small random sequences, by rival."""
+    """Largest bottleneck over the optimum on small random sequences, by rival."""
     draw = np.random.default_rng(1)
     worst = dict.fromkeys(RIVALS, 1.0)
     for _ in range(trials):
@@ -81,7 +81,7 @@ def worst_of_many(trials: int = 1000) -> dict[str, float]:
 
 
 def growth() -> list[dict[str, Any]]:
-    """Milliseconds of `solve` as layers and stages grow, by what the problem holds."""
+    """Milliseconds of `solve` by numbers of layers and stages, and by kind of problem."""
     sizes = [
         (1000, 10),
         (1000, 64),
@@ -102,7 +102,7 @@ def growth() -> list[dict[str, Any]]:
 
 
 def structures(layers: int, stages: int) -> dict[str, dict[str, Any]]:
-    """Keywords of `solve` for problems of one size."""
+    """Keywords of `solve` for each kind of problem at one size."""
     draw = np.random.default_rng(2)
     plain = {
         "seconds": draw.random(layers),
@@ -121,7 +121,7 @@ def structures(layers: int, stages: int) -> dict[str, dict[str, Any]]:
 
 
 def timed(action: Callable[[], Any], repeats: int) -> tuple[Any, float]:
-    """The value of an action, and the least processor seconds that it took."""
+    """Value of an action, and the least processor seconds of its runs."""
     least, value = float("inf"), None
     for _ in range(repeats):
         start = time.process_time()

@@ -1,4 +1,4 @@
-"""A model's layers as stages under each method: how long every stage takes, and whether it fits."""
+"""Picture of a model's stages under each method: their times, and if they fit."""
 
 import itertools
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 
 
 class LayerFigures(NamedTuple):
-    """What the picture needs of a layer."""
+    """Name, seconds and bytes of a layer."""
 
     name: str
     seconds: float
@@ -27,8 +27,8 @@ class LayerFigures(NamedTuple):
 def draw_stages(
     layers: Sequence[LayerFigures], num_stages: int, capacity: float, path: Path, title: str = ""
 ) -> Path:
-    """Draw the stages of greedy, even-by-count and dp, each as a column of its layers; returns the
-    path of the picture.
+    """Draws the stages of greedy, even-by-count and dp, one column of layers per stage; returns
+    `path`.
 
     A column's height is the stage's seconds, its segments are the layers. The dashed line is the
     bottleneck; a stage that exceeds the capacity is drawn in red, and a method that finds no
@@ -56,7 +56,7 @@ def draw_stages(
 def stagings(
     layers: Sequence[LayerFigures], num_stages: int, capacity: float
 ) -> dict[str, Sequence[int] | str]:
-    """The boundaries by method, or the reason why a method has none."""
+    """Boundaries by method, or the message of a method that finds none."""
     seconds, sizes = [layer.seconds for layer in layers], [layer.bytes for layer in layers]
     found: dict[str, Sequence[int] | str] = {}
     for method in ("greedy", "even by count", "dp"):

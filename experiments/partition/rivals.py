@@ -1,5 +1,4 @@
-"""The balancing algorithms of other pipelines, written anew from what their authors publish, as
-fast as numpy allows.
+"""Balancing algorithms of other pipelines, written from their publications.
 
 Each takes the layers' times and a number of stages, and returns boundaries 0..n. None knows a
 capacity or the cost of a cut.
@@ -14,8 +13,8 @@ Times = NDArray[np.float64]
 
 
 def even_by_count(times: Times, num_stages: int) -> list[int]:
-    """The same number of layers a stage, the first stages one more where it does not come out
-    even.
+    """Equal counts of layers per stage; the first stages get one more if the division has a
+    remainder.
     """
     return [len(times) * stage // num_stages for stage in range(num_stages + 1)]
 
@@ -47,8 +46,8 @@ def block_partition(times: Times, num_stages: int) -> list[int]:
 
 
 def _pass_one(splits: list[int], elements: list[float], giver: int, taker: int) -> float:
-    """Move the split between two neighbouring blocks by one element, in place; the size of that
-    element.
+    """Moves the split between two neighbouring blocks by one element, in place; returns its
+    size.
     """
     if giver < taker:
         splits[taker] -= 1
@@ -86,5 +85,5 @@ def least_spread(times: Times, num_stages: int) -> list[int]:
 
 
 def bottleneck_of(times: Times, boundaries: list[int]) -> float:
-    """The largest sum of times over the stages."""
+    """Largest sum of times of a stage."""
     return max(float(times[start:stop].sum()) for start, stop in itertools.pairwise(boundaries))

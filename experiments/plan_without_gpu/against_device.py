@@ -1,14 +1,11 @@
-"""Hold sizes of programs compiled for an absent GPU against those of the same programs on the real
-one.
+"""Sizes of programs compiled for an absent GPU against the same programs on the real one.
 
-    python -m experiments.plan_without_gpu.against_device                             # on a machine
-    with a GPU python -m experiments.plan_without_gpu.against_device --write_absent=absent.json  #
-    anywhere: the absent half alone
+    python -m experiments.plan_without_gpu.against_device        # on a machine with a GPU
+    python -m experiments.plan_without_gpu.against_device --write_absent=absent.json   # anywhere
 
-Compiles every stage of `stages.py` for the GPU at hand as if it were not there (in a process that
-does not see it, or read from --absent) and for the GPU itself, and runs it once there. Writes
-against_device.json and a table of it. What fails is reported in its row, and nothing else is lost
-by it.
+Compiles every stage of `stages.py` for the local GPU as if it were absent (in a process that does
+not see it, or read from --absent) and for the GPU itself, and runs it once there. Writes
+against_device.json and a table of it. A failure is reported in its row; the others go on.
 """
 
 import json
@@ -47,15 +44,11 @@ GRACE = 20
 SIZES = ("argument_bytes", "output_bytes", "constant_bytes", "temp_bytes", "peak_bytes")
 
 flags.adopt_module_key_flags(command)
-DEVICE = flags.DEFINE_string(
-    "device", None, "the absent device; the one at hand, or an H200, unless given"
-)
-ABSENT = flags.DEFINE_string("absent", None, "a file with the absent half, from --write_absent")
-WRITE_ABSENT = flags.DEFINE_string(
-    "write_absent", None, "write the absent half into this file, and do nothing else"
-)
+DEVICE = flags.DEFINE_string("device", None, "absent device (default: the local one, or an H200)")
+ABSENT = flags.DEFINE_string("absent", None, "file with the absent half, from --write_absent")
+WRITE_ABSENT = flags.DEFINE_string("write_absent", None, "write only the absent half, to this file")
 SECONDS = flags.DEFINE_integer(
-    "seconds", 210, "begin no compilation after so many seconds", lower_bound=1
+    "seconds", 210, "seconds after which no compilation is started", lower_bound=1
 )
 
 
@@ -88,7 +81,7 @@ def main(argv: list[str]) -> None:
 
 
 def absent_half(spec: DeviceSpec, deadline: float) -> dict[str, Any]:
-    """Sizes of every stage compiled for a device that is not there."""
+    """Sizes of every stage, compiled for an absent device."""
     programs: dict[str, dict[str, Any]] = {stage.name: {} for stage in stage_programs()}
     for variant, options in ABSENT_VARIANTS.items():
         for stage in stage_programs():
@@ -97,9 +90,7 @@ def absent_half(spec: DeviceSpec, deadline: float) -> dict[str, Any]:
 
 
 def real_half(kind: str, deadline: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Sizes of every stage compiled for the device at hand, and whether it ran; saved after each
-    stage.
-    """
+    """Sizes of every stage, compiled for the local device and run once; saved after each stage."""
     programs: dict[str, dict[str, Any]] = {}
     half = {"device": kind, "jax": jax.__version__, "programs": programs}
     for stage in stage_programs():
@@ -112,7 +103,7 @@ def real_half(kind: str, deadline: float, save: Callable[[dict[str, Any]], None]
 
 
 def guarded(measure: Callable[..., dict[str, Any]], deadline: float, *args: Any) -> dict[str, Any]:
-    """What `measure` returns, or the reason why there is nothing."""
+    """Result of `measure`, or the reason of its failure."""
     if time.monotonic() > deadline:
         return {"error": "no time was left"}
     try:
@@ -126,7 +117,7 @@ def guarded(measure: Callable[..., dict[str, Any]], deadline: float, *args: Any)
 def compiled_sizes(
     spec: DeviceSpec | None, stage: StageProgram, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Sizes from the buffer assignment, with what takes the most workspace by name."""
+    """Sizes from the buffer assignment, and the largest workspace buffers by name."""
     compiled = compile_for(spec, stage.fn, [stage.weights, stage.x], weights=[0], options=options)
     # Of several buffers that one instruction makes, the largest comes last and stays.
     largest = compiled.assignment.largest_temporaries() if compiled.assignment else ()
@@ -142,7 +133,7 @@ def compiled_sizes(
 
 
 def run_once(stage: StageProgram) -> dict[str, Any]:
-    """Run a stage, and say what XLA itself reports of the program that ran."""
+    """Runs a stage; sizes that XLA reports of the program."""
     arrays = jax.tree.map(some_array, (stage.weights, stage.x))
     compiled = jax.jit(stage.fn, keep_unused=True).lower(*arrays).compile()
     outputs = jax.block_until_ready(compiled(*arrays))
@@ -157,7 +148,7 @@ def run_once(stage: StageProgram) -> dict[str, Any]:
 
 
 def some_array(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """Small positive numbers, since some are variances, or small indices."""
+    """Array of small positive numbers (some are variances) or of small indices."""
     draw = np.random.default_rng(0)
     if jnp.issubdtype(shape.dtype, jnp.integer):
         return jnp.asarray(draw.integers(0, 100, shape.shape), shape.dtype)
@@ -165,7 +156,7 @@ def some_array(shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def start_absent(spec: DeviceSpec, path: Path) -> tuple[subprocess.Popen[bytes], Path]:
-    """Begin the absent half in a process of its own, which leaves the GPU alone."""
+    """Starts the absent half in a process that does not use the GPU."""
     module = "experiments.plan_without_gpu.against_device"
     command = [sys.executable, "-m", module, f"--write_absent={path}", f"--device={spec.name}"]
     command.append(f"--seconds={max(1, SECONDS.value - GRACE)}")
@@ -173,9 +164,7 @@ def start_absent(spec: DeviceSpec, path: Path) -> tuple[subprocess.Popen[bytes],
 
 
 def finish_absent(process: subprocess.Popen[bytes], path: Path, deadline: float) -> dict[str, Any]:
-    """The absent half, when its process is done; the committed one if it failed or takes too
-    long.
-    """
+    """Waits for the absent half; the committed one if the process fails or is late."""
     try:
         process.wait(timeout=max(1.0, deadline + GRACE - time.monotonic()))
     except subprocess.TimeoutExpired:

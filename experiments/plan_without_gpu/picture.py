@@ -1,6 +1,4 @@
-"""A plan's stages against the cache: what they hold as sums of their layers, and compiled as one
-program.
-"""
+"""Picture of a plan's stages against the cache: sums over layers, and compiled as one program."""
 
 from pathlib import Path
 
@@ -18,7 +16,7 @@ MIB = 2**20
 
 
 def draw_plan(plan: Plan, device: DeviceSpec, title: str, path: Path) -> Path:
-    """Draw a column a stage; returns the path of the picture."""
+    """Draws one column per stage; returns `path`."""
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
     _draw_stages(axes, plan)

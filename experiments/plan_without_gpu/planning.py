@@ -1,4 +1,4 @@
-"""Plans of models for devices that are not there."""
+"""Plans of models for absent devices."""
 
 import time
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from layerwise_jax.xla import absent_mesh
 
 
 def plan(subject: Subject, device: DeviceSpec) -> Plan:
-    """The plan of a model for its number of devices, microbatch and cuts chosen to fit their
+    """Plan of a model for its number of devices; microbatch and cuts are chosen to fit their
     caches.
 
     Raises:
@@ -27,8 +27,7 @@ def plan(subject: Subject, device: DeviceSpec) -> Plan:
 def plan_large(
     subject: Subject, device: DeviceSpec, device_counts: Sequence[int]
 ) -> dict[str, Any]:
-    """Plans of one model for several numbers of devices, without a capacity: what does not fit
-    streams.
+    """Plans of one model for several numbers of devices without a capacity; the excess is streamed.
 
     The layers are traced and measured once; each number of devices is then a partition of its own.
     Where there are more devices than layers, the pipeline is repeated over replicas.

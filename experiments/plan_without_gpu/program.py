@@ -46,9 +46,7 @@ def main() -> None:
 
 
 def plan_one(name: str, device: DeviceSpec, folder: Path) -> dict[str, Any] | None:
-    """Plan one model, print the plan and draw it; None, with the reason printed, if it does not
-    fit.
-    """
+    """Plans, prints and draws one model; None, after printing the reason, if it does not fit."""
     subject, started = SUBJECTS[name](), time.perf_counter()
     print(
         f"{subject.title}: {count_parameters(subject.params):,} parameters, {subject.num_devices} "

@@ -1,6 +1,4 @@
-"""Stages of usual kinds, each a function of (weights, input) with the types of both, to compile and
-to run.
-"""
+"""Stages of usual kinds as functions of (weights, input), with the types of both."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,7 +15,7 @@ VOCABULARY = 16384
 
 
 class StageProgram(NamedTuple):
-    """A stage: `fn(weights, x)`, with `jax.ShapeDtypeStruct` for what it takes."""
+    """A stage: `fn(weights, x)`, and `jax.ShapeDtypeStruct` of its arguments."""
 
     name: str
     fn: Callable[[Any, Any], Any]
@@ -26,7 +24,7 @@ class StageProgram(NamedTuple):
 
 
 def stage_programs() -> Iterator[StageProgram]:
-    """The stages, each forward, and forward with the gradients of its weights and of its input."""
+    """All stages: forward, and forward with the gradients of weights and input."""
     for stage in forward_stages():
         yield stage._replace(name=f"{stage.name}, forward")
         yield stage._replace(
@@ -72,7 +70,7 @@ def mlp(weights: Any, x: jax.Array) -> jax.Array:
 
 
 def tied_loss(weights: Any, tokens: jax.Array) -> jax.Array:
-    """The embedding as first and last layer of a model without any other."""
+    """Loss of a model whose only layer is an embedding, used first and last."""
     logits = weights["embedding"][tokens[:, :-1]] @ weights["embedding"].T
     return optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), tokens[:, 1:]
@@ -80,14 +78,14 @@ def tied_loss(weights: Any, tokens: jax.Array) -> jax.Array:
 
 
 def of_module(name: str, module: nn.Module, x: jax.ShapeDtypeStruct) -> StageProgram:
-    """A Linen module with weights in half precision."""
+    """Stage of a Linen module with weights in half precision."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)
     weights = jax.tree.map(lambda leaf: half(*leaf.shape), shapes)
     return StageProgram(name, lambda weights, x: module.apply(weights, x), weights, x)
 
 
 def with_gradients(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """`fn` with the gradients, for a cotangent of ones, of all arguments that have one."""
+    """`fn` with gradients of all differentiable arguments, for a cotangent of ones."""
 
     def both(weights: Any, x: jax.Array) -> Any:
         if jnp.issubdtype(x.dtype, jnp.inexact):

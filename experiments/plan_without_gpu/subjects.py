@@ -1,4 +1,4 @@
-"""What is planned: real architectures in half precision, of which no weight is ever in memory."""
+"""Models that are planned: real architectures in half precision, never held in memory."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,9 +13,7 @@ HALF = jnp.float16
 
 
 class Subject(NamedTuple):
-    """A function with its parameters and its full batch, both abstract, and how many devices there
-    are for it.
-    """
+    """Function with abstract parameters and full batch, and its number of devices."""
 
     title: str
     fn: Callable[..., Any]
@@ -45,7 +43,7 @@ def moe() -> Subject:
 
 
 def small() -> Subject:
-    """Small enough for a test."""
+    """A GPT for tests."""
     model = GPT(vocabulary=256, width=64, depth=3, heads=2, context=32, dtype=HALF)
     return of_model("small GPT", model, tokens(8, 32), 2)
 
@@ -59,7 +57,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 
 
 def large() -> Subject:
-    """The shape of GPT-3, one sequence at a time."""
+    """GPT-3's shape, one sequence per batch."""
     model = GPT(vocabulary=50257, width=12288, depth=96, heads=96, context=2048, dtype=HALF)
     return of_model("GPT, 96 blocks of width 12288, 2048 tokens", model, tokens(1, 2048), 1024)
 
@@ -71,7 +69,7 @@ def tokens(sequences: int, length: int) -> jax.ShapeDtypeStruct:
 def of_model(
     title: str, model: nn.Module, batch: jax.ShapeDtypeStruct, num_devices: int
 ) -> Subject:
-    """A Linen model with all of its variables in half precision."""
+    """Subject of a Linen model with all variables in half precision."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, HALF), shapes)
     return Subject(title, model.apply, params, batch, num_devices)

@@ -47,7 +47,7 @@ def _comparison_row(name: str, absent: Mapping[str, Any], real: Mapping[str, Any
 
 
 def _libraries(figures: Mapping[str, Any]) -> str:
-    """The libraries that a program calls, of those that bring workspace along."""
+    """Libraries that a program calls and that bring workspace of their own."""
     known = {"cublas": "cuBLAS", "cudnn": "cuDNN"}
     return ", ".join(
         name for key, name in known.items() if any(key in call for call in figures["library_calls"])
@@ -55,7 +55,7 @@ def _libraries(figures: Mapping[str, Any]) -> str:
 
 
 def _both(before: Mapping[str, Any], after: Mapping[str, Any], size: str) -> str:
-    """One figure where both are equal, as they should be."""
+    """One figure if both are equal, else both."""
     same = before[size] == after[size]
     return _mib(before[size]) if same else f"{_mib(before[size])}, real {_mib(after[size])}"
 

@@ -1,4 +1,4 @@
-"""Schedules simulated, beside what is known of them in closed form."""
+"""Simulated schedules, compared with their closed forms."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ BACKWARD_SECONDS = 2.0
 
 
 def schedules(num_stages: int, num_microbatches: int) -> dict[str, Schedule]:
-    """By name; interleaved with two stages on each of as many devices as the others have stages."""
+    """Schedules by name; interleaved has two stages per device."""
     return {
         "GPipe": gpipe(num_stages, num_microbatches),
         "1F1B": one_f_one_b(num_stages, num_microbatches),
@@ -29,9 +29,7 @@ def schedules(num_stages: int, num_microbatches: int) -> dict[str, Schedule]:
 
 
 def simulate(num_stages: int, num_microbatches: int) -> dict[str, ScheduleSimulation]:
-    """Equal stages, all of the work taking as long under every schedule: two stages a device are
-    half as long each.
-    """
+    """Simulated schedules of equal total work: two stages per device take half as long each."""
     simulations = {}
     for name, schedule in schedules(num_stages, num_microbatches).items():
         share = num_stages / schedule.num_stages
@@ -42,8 +40,8 @@ def simulate(num_stages: int, num_microbatches: int) -> dict[str, ScheduleSimula
 
 
 def expected(num_stages: int, num_microbatches: int) -> dict[str, dict[str, Any]]:
-    """What is known: makespans in seconds (Narayanan et al. 2021, arXiv:2104.04473), live
-    microbatches by device.
+    """Closed forms: makespans in seconds (Narayanan et al. 2021, arXiv:2104.04473), live
+    microbatches per device.
     """
     work, rest = FORWARD_SECONDS + BACKWARD_SECONDS, num_stages - 1
 
@@ -69,9 +67,7 @@ def expected(num_stages: int, num_microbatches: int) -> dict[str, dict[str, Any]
 
 
 def compare_with_closed_forms(num_stages: int, num_microbatches: int) -> dict[str, Any]:
-    """For every schedule, simulated and in closed form where there is one: makespan and live
-    microbatches.
-    """
+    """Makespan and live microbatches of every schedule, simulated and in closed form."""
     known = expected(num_stages, num_microbatches)
     return {
         "stages": num_stages,

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
 
 
 def within_tolerance(figures: dict[str, Any], console: Console) -> bool:
-    """Whether every pair of runs ends close enough together; says so."""
+    """Prints the losses; True if every pair of runs ends within the tolerance."""
     for name, run in figures["subjects"].items():
         console.print(
             f"{name}: {run['staged'][0]:.5f} to {run['staged'][-1]:.5f} staged, "

@@ -56,9 +56,7 @@ def train_state(
 
 
 def nnx_optimizer(num_stages: int) -> tuple[list[float], list[float]]:
-    """Losses of an nnx model: (staged and put back into the model after every step, under
-    `nnx.Optimizer`).
-    """
+    """Losses of an nnx model: (staged by `train_step`, unstaged under `nnx.Optimizer`)."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 8)), jnp.float32)
     y = jnp.sin(x.sum(axis=1, keepdims=True))
 
@@ -101,7 +99,7 @@ def _mlp() -> nnx.Sequential:
 
 
 def compare(num_stages: int = 4) -> dict[str, tuple[list[float], list[float]]]:
-    """(staged, unstaged) losses of both."""
+    """(staged, unstaged) losses by name of the interface."""
     batch = jax.random.randint(jax.random.key(0), (16, 33), 0, 128)
     model = GPT(vocabulary=128, width=32, depth=4, heads=4, context=32)
     return {

@@ -1,15 +1,13 @@
-"""A training step of a GPT on several GPUs: layer-wise against one device, replicas, tensor
-parallelism and FSDP.
+"""Training step of a GPT on several GPUs: layer-wise, one device, replicas, tensor parallel, FSDP.
 
-    python -m experiments.training.gpu                                     # 1.1 billion parameters,
-    on all local GPUs python -m experiments.training.gpu --platform=cpu --devices=2 --preset=tiny
-    # the same code, on emulated devices
+    python -m experiments.training.gpu                  # 1.1 billion parameters, all local GPUs
+    python -m experiments.training.gpu --platform=cpu --devices=2 --preset=tiny   # emulated devices
 
 All strategies train the same model on the same global batches from the same parameters, in one
-process: bfloat16 with float32 master weights and AdamW, parameters and moments overwritten. They
-take turns, each turn from the start, so that losses compare and slow drifts of the machine reach
-all alike. A strategy that fails, or that time is too short for, is recorded with the reason. Writes
-JSON after every strategy, then a table and a picture.
+process: bfloat16 with float32 master weights and AdamW; parameters and moments are donated. They
+take turns, and each turn starts from the initial parameters: losses compare, and slow drifts of the
+machine affect all strategies. A strategy that fails, or that the time does not suffice for, is
+recorded with the reason. Writes JSON after every strategy, then a table and a picture.
 """
 
 import datetime
@@ -68,40 +66,46 @@ HOST: dict[str, Literal["cheap", "stage"] | None] = {
 COMPILING_SHARE = 0.6
 SCHEDULER = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
-PLATFORM = flags.DEFINE_enum("platform", "gpu", ["gpu", "cpu"], "where to run")
+PLATFORM = flags.DEFINE_enum("platform", "gpu", ["gpu", "cpu"], "platform to run on")
 DEVICES = flags.DEFINE_integer(
-    "devices", None, "how many devices; by default all; on the CPU they are emulated"
+    "devices", None, "devices (default: all; on the CPU two emulated ones)"
 )
 PRESET = flags.DEFINE_enum(
-    "preset", "full", list(PRESETS), "sizes, each of which a flag of its own can change"
+    "preset",
+    "full",
+    list(PRESETS),
+    "sizes; --size, --sequence, --batch and --microbatches change each",
 )
 SIZE = flags.DEFINE_string("size", None, "depth,width,heads,vocabulary")
-SEQUENCE = flags.DEFINE_integer("sequence", None, "tokens of an example")
-BATCH = flags.DEFINE_integer("batch", None, "examples of a global batch")
+SEQUENCE = flags.DEFINE_integer("sequence", None, "tokens per example")
+BATCH = flags.DEFINE_integer("batch", None, "examples per global batch")
 MICROBATCHES = flags.DEFINE_list(
-    "microbatches", None, "numbers of microbatches to run layer-wise with"
+    "microbatches", None, "numbers of microbatches of the layer-wise strategies"
 )
 STRATEGIES = flags.DEFINE_list(
-    "strategies", [*RIVALS, *LAYER_WISE], f"of {', '.join((*RIVALS, *LAYER_WISE, *HOST))}"
+    "strategies",
+    [*RIVALS, *LAYER_WISE],
+    f"strategies to run, of {', '.join((*RIVALS, *LAYER_WISE, *HOST))}",
 )
 ACCUMULATE = flags.DEFINE_integer(
-    "accumulate", 2, "microbatches over which the one device adds up gradients"
+    "accumulate", 2, "microbatches over which one device accumulates gradients"
 )
 ATTENTION = flags.DEFINE_enum(
-    "attention", "auto", ["auto", "cudnn", "xla"], "auto: cuDNN's if it runs, else XLA's"
+    "attention",
+    "auto",
+    ["auto", "cudnn", "xla"],
+    "attention kernel; auto is cuDNN's if it runs, else XLA's",
 )
 ROUNDS = flags.DEFINE_integer("rounds", 3, "turns of every strategy", lower_bound=1)
-STEPS = flags.DEFINE_integer(
-    "steps", 4, "steps of a turn, the first of which is not timed", lower_bound=2
-)
+STEPS = flags.DEFINE_integer("steps", 4, "steps per turn; the first is not timed", lower_bound=2)
 SECONDS = flags.DEFINE_float(
-    "seconds", 270, "wall-clock time to keep to: what does not fit is left out, and said so"
+    "seconds", 270, "time limit in seconds; strategies that do not fit are recorded as left out"
 )
 COMPILE_THREADS = flags.DEFINE_integer(
-    "compile_threads", 4, "strategies that are compiled at a time", lower_bound=1
+    "compile_threads", 4, "strategies compiled at the same time", lower_bound=1
 )
 HIDE_LATENCY = flags.DEFINE_bool(
-    "hide_latency", True, "compile all with XLA's latency-hiding scheduler"
+    "hide_latency", True, "compile with XLA's latency-hiding scheduler"
 )
 OUTPUT = flags.DEFINE_string(
     "output", "gpu.json", "JSON file in the output folder, or an absolute path"
@@ -110,7 +114,7 @@ flags.adopt_module_key_flags(command)
 
 
 class Clock:
-    """The time since the program started, against the time that it may take."""
+    """Elapsed time against its limit."""
 
     def __init__(self, limit: float):
         self.started, self.limit = time.perf_counter(), limit
@@ -143,7 +147,7 @@ def main(argv: list[str]) -> None:
 
 
 def start_backend() -> list[Any]:
-    """The devices to run on. Emulated ones must be asked for before JAX starts."""
+    """Starts JAX and returns the devices; emulated ones are asked for first."""
     jax.config.update("jax_platforms", "cpu" if PLATFORM.value == "cpu" else "cuda")
     if PLATFORM.value == "cpu":
         jax.config.update("jax_num_cpu_devices", DEVICES.value or 2)
@@ -154,7 +158,7 @@ def start_backend() -> list[Any]:
 
 
 def choices(devices: list[Any]) -> tuple[Model, int, list[int]]:
-    """The model, examples of a global batch, numbers of microbatches: from the preset and the
+    """Model, examples per global batch and numbers of microbatches, from the preset and the
     flags.
     """
     size, sequence, examples, microbatches = PRESETS[PRESET.value]
@@ -166,9 +170,7 @@ def choices(devices: list[Any]) -> tuple[Model, int, list[int]]:
 
 
 def attention_kernel(heads: int, features: int, sequence: int, platform: str) -> AttentionKernel:
-    """The kernel asked for; with "auto" cuDNN's, unless its forward and backward fail on one
-    example.
-    """
+    """The selected kernel; "auto" is cuDNN's unless it fails on one example."""
     if ATTENTION.value != "auto":
         return cast(AttentionKernel, ATTENTION.value)
     if platform == "cpu":
@@ -190,7 +192,7 @@ def attention_kernel(heads: int, features: int, sequence: int, platform: str) ->
 
 
 def everywhere(model: Model, devices: list[Any]) -> Any:
-    """Initial parameters on every device, from which each turn starts."""
+    """Initial parameters, replicated on all devices; every turn starts from them."""
     mesh = Mesh(np.array(devices), ("device",), axis_types=(AxisType.Auto,))
     return jax.block_until_ready(
         jax.device_put(model.initial(), NamedSharding(mesh, PartitionSpec()))
@@ -200,7 +202,7 @@ def everywhere(model: Model, devices: list[Any]) -> Any:
 def builders(
     model: Model, devices: list[Any], examples: int, microbatches: list[int]
 ) -> dict[str, Callable[[], Compiled]]:
-    """What compiles each strategy that was asked for, by name, what matters most first."""
+    """Functions that make the selected strategies, by name, the most important first."""
     options = SCHEDULER if HIDE_LATENCY.value and devices[0].platform == "gpu" else {}
     shape = (examples, model.sequence + 1)
     makers: dict[str, Callable[[], Strategy]] = {
@@ -243,7 +245,7 @@ def compile_all(
     results: dict[str, Any],
     clock: Clock,
 ) -> list[Compiled]:
-    """Compile all strategies for which there is time; failures go into the results."""
+    """Compiles all strategies that time allows; failures go into the results."""
 
     def compile_one(make: Callable[[], Compiled]) -> Compiled | str:
         if clock.is_past(COMPILING_SHARE):
@@ -286,7 +288,7 @@ def take_turns(
     results: dict[str, Any],
     clock: Clock,
 ) -> None:
-    """Every strategy's turns, round by round; one that fails takes no further turn."""
+    """Runs the turns of all strategies, round by round; one that fails takes no further turn."""
     turns: dict[str, list[dict[str, Any]]] = {each.strategy.name: [] for each in compiled}
     for number in range(ROUNDS.value):
         for each in compiled:
@@ -313,7 +315,7 @@ def conclude(
     turns: dict[str, list[dict[str, Any]]],
     clock: Clock,
 ) -> None:
-    """Put the figures of all turns so far into the results."""
+    """Puts the figures of all turns so far into the results."""
     for each in compiled:
         about = results["strategies"][each.strategy.name]
         if turns[each.strategy.name]:
@@ -334,7 +336,7 @@ def conclude(
 
 
 def described(model: Model, examples: int, devices: list[Any]) -> dict[str, Any]:
-    """Machine, versions, command and sizes; strategies are to come."""
+    """Results without strategies: machine, versions, command and sizes."""
     now = datetime.datetime.now(tz=datetime.UTC)
     return {
         "date": now.isoformat(timespec="seconds"),

@@ -1,6 +1,4 @@
-"""The same model layer-wise by executor `host`: every stage as programs of its own, driven by a
-thread per device.
-"""
+"""Executor `host`: every stage as separate programs, driven by one thread per device."""
 
 import time
 from collections.abc import Sequence

@@ -1,6 +1,4 @@
-"""Compile strategies, then run them in turns: losses from one start, times in steady state,
-memory.
-"""
+"""Strategies compiled, then run in turns: losses from one start, steady-state times, memory."""
 
 import re
 import statistics
@@ -115,8 +113,8 @@ def summary(
 
 
 def loss_differences(figures: Mapping[str, dict[str, Any]]) -> dict[str, float]:
-    """For every strategy that ran, the largest relative difference of a loss from the first one's
-    at the same step.
+    """Per strategy, the largest relative difference of a loss from the first strategy's at the same
+    step.
     """
     ran = {name: each["losses"] for name, each in figures.items() if "losses" in each}
     base = np.array(next(iter(ran.values()), []))
@@ -127,11 +125,11 @@ def loss_differences(figures: Mapping[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def _collectives(hlo: str) -> dict[str, int]:
-    """How often each collective stands in the program."""
+    """Counts of each collective in the program."""
     found = COLLECTIVE.findall(hlo)
     return {kind: found.count(kind) for kind in sorted(set(found))}
 
 
 def _memory(statistic: str) -> list[int]:
-    """A statistic of every device's allocator, 0 where it keeps none (a CPU)."""
+    """A statistic of every device's allocator; 0 if the device has none (a CPU)."""
     return [(device.memory_stats() or {}).get(statistic, 0) for device in jax.local_devices()]

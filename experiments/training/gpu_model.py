@@ -1,6 +1,4 @@
-"""A GPT in plain JAX whose sharding and attention kernel can be chosen, and what a training step of
-it costs.
-"""
+"""GPT in plain JAX with a choice of sharding and attention kernel, and its training FLOPs."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +23,7 @@ def _as_it_is(x: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class Sharding:
-    """What a strategy that shards the model tells XLA about it; by default nothing.
+    """Sharding constraints of a strategy; by default none.
 
     Attributes:
       hidden: applied to float[batch, tokens, width] between blocks.
@@ -45,7 +43,7 @@ UNSHARDED = Sharding()
 
 @dataclass(frozen=True)
 class Model:
-    """A causal transformer: learned positions, pre-norm blocks, the embedding tied to the logits.
+    """Causal transformer: learned positions, pre-norm blocks, tied embedding.
 
     Attributes:
       depth: blocks.

@@ -40,7 +40,7 @@ def rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _in_order(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Strategies as they were compiled, the layer-wise ones last, by microbatches."""
+    """Strategies in the order of compilation, layer-wise ones last, by microbatches."""
     return sorted(
         results["strategies"].items(),
         key=lambda item: (item[0].startswith("layer-wise"), item[1].get("microbatches", 0)),
@@ -76,7 +76,7 @@ def _ms(seconds: float) -> str:
 
 
 def heading(results: Mapping[str, Any]) -> str:
-    """Model, machine, versions and command, in a paragraph."""
+    """Model, machine, versions and command in one paragraph."""
     model, machine = results["model"], results["machine"]
     kinds = machine["devices"]
     return (
@@ -112,9 +112,7 @@ def print_table(results: Mapping[str, Any]) -> None:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> Path:
-    """Bars of step time, with fastest and slowest, and of memory, as state and workspace; returns
-    the path.
-    """
+    """Bars of step time (fastest to slowest) and memory (state, workspace); returns `path`."""
     ran = {name: about for name, about in _in_order(results) if "step_seconds" in about}
     names, figures = list(ran)[::-1], list(ran.values())[::-1]
     figure = Figure(figsize=(11, 1.4 + 0.38 * len(names)), layout="constrained")

@@ -1,5 +1,5 @@
-"""What else can be done with the same devices: one alone, replicas, tensor parallelism, fully
-sharded data parallelism.
+"""Rivals on the same devices: one device, replicas, tensor parallelism, fully sharded data
+parallelism.
 
 Replicas and tensor parallelism are `jit` with shardings, partitioned by XLA, with the constraints
 that users write; attention stands under `shard_map`, since its kernel is opaque to the partitioner.
@@ -38,7 +38,7 @@ TENSOR_SPECS = {
 
 
 def one_device(model: Model, device: Any, microbatches: int, options: dict[str, Any]) -> Strategy:
-    """One device alone, gradients added up over microbatches."""
+    """One device; gradients accumulated over microbatches."""
     mesh = _mesh([device])
     whole = NamedSharding(mesh, WHOLE)
     loss = _accumulated(lambda params, tokens: model.loss(params, tokens), microbatches)
@@ -53,7 +53,7 @@ def one_device(model: Model, device: Any, microbatches: int, options: dict[str, 
 
 
 def replicas(model: Model, devices: Sequence[Any], options: dict[str, Any]) -> Strategy:
-    """Data parallelism: a copy of everything on each device, the batch split, gradients summed."""
+    """Data parallelism: parameters replicated, batch split, gradients summed."""
     mesh = _mesh(devices)
     split = NamedSharding(mesh, FIRST)
     told = Sharding(
@@ -66,9 +66,7 @@ def replicas(model: Model, devices: Sequence[Any], options: dict[str, Any]) -> S
 
 
 def tensor_parallel(model: Model, devices: Sequence[Any], options: dict[str, Any]) -> Strategy:
-    """Heads, feed-forward and vocabulary split over the devices, every device with the whole
-    batch.
-    """
+    """Heads, MLP and vocabulary split over the devices; the batch is replicated."""
     mesh = _mesh(devices)
     whole = NamedSharding(mesh, WHOLE)
     told = Sharding(

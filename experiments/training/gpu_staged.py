@@ -1,4 +1,4 @@
-"""The same model layer-wise: two stages, or as many as there are devices, by the schedule 1F1B."""
+"""The model layer-wise: one stage per device, by the schedule 1F1B."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from experiments.training.gpu_strategies import Strategy
 
 @dataclass(frozen=True)
 class StagedModel:
-    """The model as a pipeline, with what results say of it.
+    """The model as a pipeline, with its figures for results.
 
     Attributes:
       pipeline: the pipeline.
@@ -79,7 +79,7 @@ def layer_wise(
     remat: Literal["stage"] | None,
     options: dict[str, Any],
 ) -> Strategy:
-    """All stages in one program; backward recomputes a stage or has residuals."""
+    """All stages in one program; backward recomputes a stage or reads stored residuals."""
     staged = stage_model(model, devices, examples, microbatches, remat=remat, executor="loop")
     pipeline = staged.pipeline
     shapes = pipeline.place(model.shapes())
@@ -107,13 +107,13 @@ def layer_wise(
 
 
 def _load(model: Model, name: str) -> float:
-    """A layer's arithmetic, in operations a token; lookups and norms have next to none."""
+    """FLOPs of a layer per token; lookups and norms have next to none."""
     if name.startswith("block"):
         return model.block_flops
     return model.logits_flops if name == "embed (use 2)" else 0.0
 
 
 def _stage_loads(loads: Sequence[float], boundaries: Sequence[int]) -> list[float]:
-    """Every stage's share of all the arithmetic."""
+    """Share of every stage in the total FLOPs."""
     total = sum(loads)
     return [sum(loads[start:stop]) / total for start, stop in pairwise(boundaries)]

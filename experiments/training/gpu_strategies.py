@@ -1,4 +1,4 @@
-"""A strategy of training: where parameters live, and how a step is computed over them."""
+"""Training strategy: placement of the parameters, and the step over them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ class Strategy:
 
     @property
     def state_shardings(self) -> State:
-        """Of the parameters and the optimiser's state, whose moments lie as the parameters do."""
+        """Shardings of parameters and optimizer state; moments are sharded as the parameters."""
         moments = optax.tree_utils.tree_map_params(
             OPTIMIZER,
             lambda _, sharding: sharding,

@@ -30,7 +30,7 @@ from experiments.training.subjects import (
 
 
 def marked(subject: Subject, last_blocks: Sequence[str]) -> Callable[..., jax.Array]:
-    """The loss with a marker behind each of those blocks, and one at the end, as JaxPP wants it."""
+    """The loss with JaxPP's markers after the last block of every stage, and at the end."""
 
     def mark(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         result = next_call(*args, **kwargs)
@@ -47,7 +47,7 @@ def marked(subject: Subject, last_blocks: Sequence[str]) -> Callable[..., jax.Ar
 def pipelined_step(
     subject: Subject, schedule: Any, mesh: Any, num_microbatches: int
 ) -> Callable[..., Any]:
-    """(params, *batch) to (params, loss), compiled when it is called first."""
+    """Step from (params, *batch) to (params, loss), compiled at its first call."""
     loss = marked(subject, subject.last_blocks(schedule.num_stages))
 
     def step(params: Any, *inputs: jax.Array) -> tuple[Any, jax.Array]:
@@ -65,9 +65,7 @@ def pipelined_step(
 
 
 def schedules(num_stages: int) -> dict[str, Any]:
-    """JaxPP's schedules under the names that the staged runs have, each with the devices that it is
-    for.
-    """
+    """JaxPP's schedules by the names of the staged runs."""
     named = {
         "1F1B": jaxpp.Std1F1B(num_stages),
         "GPipe": GPipe(num_stages),
@@ -79,20 +77,20 @@ def schedules(num_stages: int) -> dict[str, Any]:
 
 
 class Runner:
-    """A step and where its training stands."""
+    """A step and its parameters."""
 
     def __init__(self, step: Callable[..., Any], subject: Subject, num_microbatches: int):
         self.step, self.params = step, subject.params
         self.batch = subject.batch(num_microbatches)
 
     def advance(self) -> dict[str, float]:
-        """One step: seconds, and the loss before it."""
+        """Takes one step: seconds, and the loss before it."""
         seconds, (self.params, loss) = timed(lambda: self.step(self.params, *self.batch))
         return {"wall": seconds.wall, "cpu": seconds.cpu, "loss": float(np.sum(on_host(loss)))}
 
 
 def on_host(x: Any) -> np.ndarray:
-    """An array of JAX, or what JaxPP has for one."""
+    """A JAX or JaxPP array as a numpy array."""
     local = getattr(x, "to_mpmd_local_array", x)
     return np.asarray(local[0] if isinstance(local, list) else local)
 

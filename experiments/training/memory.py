@@ -1,4 +1,4 @@
-"""What a compiled step holds, by the number of microbatches."""
+"""Bytes of a compiled step, by the number of microbatches."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,9 +19,7 @@ WAYS = (DIFFERENTIATED, CHECKPOINTED, *SCHEDULED, UNPAIRED)
 
 
 def subjects(num_blocks: int) -> dict[str, Callable[[bool], Subject]]:
-    """By whether their stages are equal; each given whether its blocks are under
-    `jax.checkpoint`.
-    """
+    """Subjects by kind of stages (equal or not), as functions of `checkpointed`."""
     rising = [64 * (2 + block % 5) for block in range(num_blocks)]
     return {
         "equal": lambda checkpointed: mlp([256] * num_blocks, checkpointed=checkpointed),
@@ -62,8 +60,7 @@ def measure_memory(
 
 
 def growth(held: Sequence[dict[str, Any]]) -> float | None:
-    """How much more temporary memory the most microbatches take than the fewest that have as large
-    a stash.
+    """Relative growth of temporary memory from the fewest to the most microbatches of equal stash.
 
     A share of the latter; None if no two of them have equal stashes.
     """

@@ -1,6 +1,4 @@
-"""Models that are trained here, in Flax Linen: blocks of one kind, so that they can be cut anywhere
-between two.
-"""
+"""Models of the training experiment in Flax Linen: equal blocks, cut between any two."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,27 +13,25 @@ GROUPS = 4
 
 
 class FeedForward(nn.Module):
-    """Two dense layers with `hidden` features between them, added to their input."""
+    """Two dense layers with `hidden` features between them and a residual connection."""
 
     hidden: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """From and to float[batch, width]."""
+        """float[batch, width] to the same shape."""
         return x + nn.Dense(x.shape[-1], name="down")(nn.gelu(nn.Dense(self.hidden, name="up")(x)))
 
 
 class MLP(nn.Module):
-    """Blocks of as many hidden features as `hidden` says for each, each under `jax.checkpoint` if
-    `checkpointed`.
-    """
+    """One block per entry of `hidden`, each under `jax.checkpoint` if `checkpointed`."""
 
     hidden: Sequence[int]
     checkpointed: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """From and to float[batch, width]."""
+        """float[batch, width] to the same shape."""
         block: Any = nn.remat(FeedForward) if self.checkpointed else FeedForward
         for index, hidden in enumerate(self.hidden):
             x = block(hidden, name=f"block_{index}")(x)
@@ -43,9 +39,7 @@ class MLP(nn.Module):
 
 
 def mean_square(model: nn.Module) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """The mean squared difference between what the model makes of float[batch, width] and a target
-    of that shape.
-    """
+    """Mean squared error between the model's output and a target, both float[batch, width]."""
 
     def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.mean((jnp.asarray(model.apply(params, x)) - y) ** 2)
@@ -54,8 +48,8 @@ def mean_square(model: nn.Module) -> Callable[[Any, jax.Array, jax.Array], jax.A
 
 
 class Residual(nn.Module):
-    """Two convolutions of 3 x 3, normalised, added to their input, which is projected where the
-    shape changes.
+    """Two normalised 3 x 3 convolutions with a residual connection, projected if the shape
+    changes.
     """
 
     channels: int
@@ -78,7 +72,7 @@ class Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """An image classifier.
+    """Image classifier.
 
     Attributes:
       classes: classes that there are.
@@ -93,7 +87,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits float[batch, classes] for float[batch, height, width, 3]."""
+        """float[batch, height, width, 3] to logits, float[batch, classes]."""
         norm: Callable[..., nn.Module] = partial(nn.GroupNorm, num_groups=GROUPS)
         if self.norm == "batch":
             norm = partial(nn.BatchNorm, use_running_average=False, momentum=0.9)
@@ -106,9 +100,7 @@ class ResNet(nn.Module):
 
 
 def classification(model: nn.Module) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """The mean cross-entropy (nats) of int[batch] labels; images are float[batch, height, width,
-    3].
-    """
+    """Mean cross-entropy (nats) of int[batch] labels; images are float[batch, height, width, 3]."""
 
     def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         logits = jnp.asarray(model.apply(params, images))
@@ -120,7 +112,7 @@ def classification(model: nn.Module) -> Callable[[Any, jax.Array, jax.Array], ja
 def classification_with_statistics(
     model: nn.Module,
 ) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]:
-    """The same for a model with batch norm, beside its new running averages."""
+    """The same for a model with batch norm, with its new running averages."""
 
     def loss(variables: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
         logits, updated = model.apply(variables, images, mutable=["batch_stats"])

@@ -1,4 +1,4 @@
-"""What was measured, drawn."""
+"""Pictures of the measurements."""
 
 import statistics
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ DOTS_PER_INCH = 130
 
 
 def draw_memory(figures: Mapping[str, Any], path: Path) -> None:
-    """Temporary bytes against the number of microbatches, a panel a kind of stages, a line a way of
+    """Temporary bytes over microbatches: one panel per kind of stages, one line per way of
     training.
     """
     kinds = figures["stages"]
@@ -41,8 +41,8 @@ def draw_memory(figures: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_step_time(figures: Mapping[str, Any], path: Path) -> None:
-    """Processor time of a step over that of the unstaged step of the same JAX: a panel a subject, a
-    bar a program.
+    """Processor time of a step over the unstaged step's: one panel per subject, one bar per
+    program.
     """
     subjects = figures["subjects"]
     figure, panels = plt.subplots(1, len(subjects), figsize=(5 * len(subjects), 5), squeeze=False)
@@ -66,7 +66,7 @@ def _draw_ratios(axes: Any, programs: Mapping[str, Any], jax: str, colour: str) 
 
 
 def draw_schedules(simulations: Mapping[str, ScheduleSimulation], path: Path) -> None:
-    """One below the other, on one scale of time."""
+    """Timelines of the schedules, one below the other on one time axis."""
     figure, panels = plt.subplots(
         len(simulations), 1, figsize=(13, 2.4 * len(simulations)), squeeze=False
     )
@@ -81,7 +81,7 @@ def draw_schedules(simulations: Mapping[str, ScheduleSimulation], path: Path) ->
 
 
 def draw_losses(figures: Mapping[str, Any], path: Path) -> None:
-    """Both runs' losses against the step, a panel a subject."""
+    """Losses of both runs over steps, one panel per subject."""
     runs = figures["subjects"]
     figure, panels = plt.subplots(1, len(runs), figsize=(6 * len(runs), 4), squeeze=False)
     for axes, (name, run) in zip(panels[0], runs.items(), strict=True):

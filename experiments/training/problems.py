@@ -1,4 +1,4 @@
-"""Two training problems, each with its step in a pipeline and out of it, and runs of both."""
+"""Two training problems, each with a staged and an unstaged step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Step = Callable[..., tuple[Any, Any, jax.Array]]
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A training problem and its two ways of taking a step.
+    """Training problem with its staged and unstaged step.
 
     Attributes:
       title: what it is.
@@ -52,7 +52,9 @@ class Problem:
 def cut(
     loss: Callable[..., Any], params: Any, batch: tuple[jax.Array, ...], **choices: Any
 ) -> Pipeline:
-    """The loss as a pipeline of `STAGES` stages with about as many layers each, trained by 1F1B."""
+    """The loss as a pipeline of `STAGES` stages of about equal counts of layers, trained by
+    1F1B.
+    """
     layers = trace_layers(loss, params, *(x[: len(x) // MICROBATCHES] for x in batch))
     boundaries = np.linspace(0, len(layers), STAGES + 1).round().astype(int).tolist()
     mesh = Mesh(np.array(jax.devices()[:STAGES]), (STAGE,))
@@ -60,12 +62,12 @@ def cut(
 
 
 def gpt_problem() -> Problem:
-    """The batch as a whole against its microbatches."""
+    """A GPT: the whole batch unstaged, its microbatches staged."""
     model = GPT(vocabulary=128, width=64, depth=6, heads=4, context=32)
     loss = next_token_loss(model)
 
     def batch(step: int) -> tuple[jax.Array, ...]:
-        """Ramps modulo the vocabulary, of slopes to be found out."""
+        """Ramps modulo the vocabulary with random slopes."""
         start, slope = jax.random.randint(jax.random.key(step), (2, 16, 1), 1, 128)
         return ((start + (slope % 7) * jnp.arange(model.context + 1)) % model.vocabulary,)
 
@@ -87,14 +89,14 @@ def gpt_problem() -> Problem:
 
 
 def resnet_problem() -> Problem:
-    """Microbatches one after the other, in the pipeline and out of it, each with its own
+    """A ResNet with batch norm: microbatches in sequence, staged and unstaged, each with its
     statistics.
     """
     model = ResNet(classes=4, channels=(8, 8, 16, 16), norm="batch")
     loss = classification_with_statistics(model)
 
     def batch(step: int) -> tuple[jax.Array, ...]:
-        """Noise about a pattern of the class."""
+        """Images: a pattern for each class, with noise."""
         labels = jnp.arange(32) % model.classes
         patterns = jax.random.normal(jax.random.key(0), (model.classes, 8, 8, 3))
         return patterns[labels] + 2 * jax.random.normal(
@@ -131,9 +133,7 @@ def resnet_problem() -> Problem:
 def accumulating_with_statistics(
     loss: Callable[..., Any], optimiser: optax.GradientTransformation
 ) -> Step:
-    """The unstaged step: gradients added up over microbatches, running averages handed from one to
-    the next.
-    """
+    """Unstaged step: gradients accumulated over microbatches, running averages handed on."""
 
     def step(variables: Any, state: Any, *inputs: jax.Array) -> tuple[Any, Any, jax.Array]:
         def add(so_far: Any, microbatch: Any) -> Any:
@@ -160,9 +160,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {"GPT": gpt_problem, "ResNet": resn
 
 
 def train_both(problem: Problem, steps: int, progress: Callable[[], None]) -> dict[str, Any]:
-    """Both runs' losses from the first step on, and how far they are apart relative to the unstaged
-    run's.
-    """
+    """Losses of both runs from the first step, and their largest relative difference."""
     runs = {
         "staged": (jax.jit(problem.staged), problem.pipeline.place(problem.params)),
         "unstaged": (jax.jit(problem.unstaged), problem.params),

@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def measure(console: Console, folder: Path) -> None:
-    """Measure what was asked for, and write it down."""
+    """Measures the selected parts and writes the results."""
     command.use_emulated(console, options.DEVICES.value)
     columns = (
         BarColumn(),
@@ -64,7 +64,7 @@ def measure(console: Console, folder: Path) -> None:
 
 
 def measure_step_time(done: Any) -> dict[str, Any]:
-    """Every subject that was asked for."""
+    """Step times of every selected subject."""
     devices, microbatches = options.DEVICES.value, options.MICROBATCHES.value
     repetitions, jaxpp = options.REPETITIONS.value, options.JAXPP.value
     return {
@@ -83,7 +83,7 @@ def memory_steps() -> int:
 
 
 def time_steps() -> int:
-    """A step for every program compiled, one for the rival, one for every round."""
+    """Progress steps: one per compiled program, one for the rival, one per round."""
     return len(options.MODELS.value) * (
         UNSTAGED_PROGRAMS + len(TIME_WAYS) + 1 + 1 + options.REPETITIONS.value
     )

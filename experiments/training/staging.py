@@ -1,4 +1,4 @@
-"""The ways in which a subject is trained here, each as one step that can be compiled."""
+"""Ways of training a subject, each as one compiled step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from layerwise_jax.trace import trace_layers
 
 @dataclass(frozen=True)
 class Way:
-    """How a pipeline is trained.
+    """A way of training by a pipeline.
 
     Attributes:
       name: as the tables have it.
@@ -58,7 +58,7 @@ STORED = (
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A step (params, *batch) to (params, loss), and what it starts from.
+    """A step from (params, *batch) to (params, loss), and its initial parameters.
 
     `stash_slots` is how many microbatches the fullest device holds for their backward, None where
     nothing is stashed.
@@ -72,8 +72,8 @@ class Program:
 
 
 def stage(subject: Subject, way: Way, num_stages: int, num_microbatches: int) -> Pipeline:
-    """The subject's loss as a pipeline over emulated devices, cut between equal counts of
-    blocks.
+    """The subject's loss as a pipeline over emulated devices, with equal counts of blocks per
+    stage.
     """
     num_devices = num_stages // way.stages_per_device
     layers = trace_layers(subject.loss, subject.params, *subject.inputs)
@@ -106,7 +106,7 @@ def staged_program(subject: Subject, way: Way, num_stages: int, num_microbatches
 
 
 def unstaged_programs(subject: Subject, num_microbatches: int) -> list[Program]:
-    """On one device: the batch at once, and its microbatches one after the other."""
+    """Programs on one device: the whole batch, and microbatches in sequence."""
     batch = subject.batch(num_microbatches)
     return [
         Program("unstaged", unstaged_step(subject), subject.params, batch),
@@ -117,9 +117,7 @@ def unstaged_programs(subject: Subject, num_microbatches: int) -> list[Program]:
 
 
 def device_bytes(compiled: Any, batch: tuple[jax.Array, ...]) -> dict[str, int]:
-    """What each device holds by the compiler's account; the batch, which every device has, stands
-    apart.
-    """
+    """Bytes per device from the compiler; the batch, replicated on all devices, is separate."""
     sizes = compiled.memory_analysis()
     inputs = sum(x.nbytes for x in batch)
     return {

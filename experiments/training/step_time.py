@@ -1,4 +1,4 @@
-"""What a step takes, in turns with every other way of taking it."""
+"""Step times of all programs of a subject, measured in turns."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WAYS = (DIFFERENTIATED, *SCHEDULED, *STORED)
 
 @dataclass(eq=False)
 class Runner:
-    """A compiled step and where its training stands."""
+    """A compiled step and its parameters."""
 
     program: Program
     compiled: Callable[..., Any]
@@ -49,7 +49,7 @@ class Runner:
         )
 
     def advance(self) -> dict[str, float]:
-        """One step: seconds, and the loss before it."""
+        """Takes one step: seconds, and the loss before it."""
         seconds, (self.params, loss) = timed(
             lambda: self.compiled(self.params, *self.program.batch)
         )
@@ -57,9 +57,7 @@ class Runner:
 
 
 class Rival:
-    """JaxPP in a process of its own, which takes a step of each of its programs whenever it is
-    asked.
-    """
+    """JaxPP in a separate process, which takes one step of each of its programs per request."""
 
     def __init__(self, python: str, subject: str, num_stages: int, num_microbatches: int):
         """Start it; it compiles until `first` is read."""
@@ -76,7 +74,7 @@ class Rival:
         self.first = self._answer()
 
     def advance(self) -> dict[str, dict[str, float]]:
-        """A step of every program, as `Runner.advance` has it."""
+        """Takes a step of every program, as `Runner.advance` does."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -144,7 +142,7 @@ def measure_subject(
 
 
 def samples(rounds: Sequence[dict[str, dict[str, float]]], program: str) -> dict[str, Any]:
-    """One program's seconds without those of the first round, and its losses."""
+    """Seconds of one program without the first round, and its losses."""
     steps = [turn[program] for turn in rounds]
     return {
         "wall_seconds": [step["wall"] for step in steps[1:]],
@@ -156,9 +154,7 @@ def samples(rounds: Sequence[dict[str, dict[str, float]]], program: str) -> dict
 def rival_figures(
     first: dict[str, Any], rounds: Sequence[dict[str, dict[str, float]]]
 ) -> dict[str, Any]:
-    """The rival's figures in the form of the staged runs'; what its first step takes is mostly
-    compiling.
-    """
+    """Figures of the rival in the format of the staged runs."""
     programs = {}
     for name, step in first["first"].items():
         found = samples(rounds, name)

@@ -1,4 +1,4 @@
-"""Time by the clock and by the processors, of one call."""
+"""Wall and processor time of one call."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import jax
 
 
 class Seconds(NamedTuple):
-    """How long something took.
+    """Elapsed seconds.
 
     Attributes:
       wall: by the clock.
@@ -20,7 +20,7 @@ class Seconds(NamedTuple):
 
 
 def timed(run: Callable[[], Any]) -> tuple[Seconds, Any]:
-    """What `run` took, until all of its results were there, and its results."""
+    """Seconds of `run` until all of its results are ready, and the results."""
     wall, cpu = time.perf_counter(), time.process_time()
     results = jax.block_until_ready(run())
     return Seconds(time.perf_counter() - wall, time.process_time() - cpu), results

@@ -1,4 +1,4 @@
-"""What is trained: a loss, its parameters and a batch, and where it is cut.
+"""Training subjects: loss, parameters, batch and possible cuts.
 
 Used by the staged runs and by the rival alike, which has another JAX: nothing here knows about
 either of them.
@@ -20,7 +20,7 @@ LEARNING_RATE = 1e-2
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A training problem.
+    """Training subject.
 
     Attributes:
       title: what it is, in a line.
@@ -37,9 +37,7 @@ class Subject:
     num_blocks: int
 
     def batch(self, num_microbatches: int) -> tuple[jax.Array, ...]:
-        """Inputs of that many microbatches, no two of them equal: (microbatches * examples,
-        ...).
-        """
+        """Inputs of `num_microbatches` distinct microbatches: (microbatches * examples, ...)."""
         return tuple(
             jnp.concatenate(
                 [
@@ -51,8 +49,7 @@ class Subject:
         )
 
     def last_blocks(self, num_stages: int) -> tuple[str, ...]:
-        """The names of the blocks that a stage ends with, all stages but the last; each stage has
-        as many blocks.
+        """Names of the last block of every stage but the last; stages have equal counts of blocks.
 
         Raises:
           ValueError: the blocks do not divide evenly.
@@ -60,8 +57,7 @@ class Subject:
         blocks, left = divmod(self.num_blocks, num_stages)
         if left or not blocks:
             raise ValueError(
-                f"{self.num_blocks} blocks do not make {num_stages} stages of equally many; give "
-                "a divisor"
+                f"num_stages must be a divisor of the {self.num_blocks} blocks, got {num_stages}."
             )
         return tuple(f"block_{stage * blocks - 1}" for stage in range(1, num_stages))
 
@@ -108,17 +104,17 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 
 
 def descend(params: Any, grads: Any) -> Any:
-    """A step of plain gradient descent."""
+    """One step of plain gradient descent."""
     return jax.tree.map(lambda weight, grad: weight - LEARNING_RATE * grad, params, grads)
 
 
 def split(inputs: Sequence[jax.Array], num_microbatches: int) -> tuple[jax.Array, ...]:
-    """Every input as (microbatches, examples of one, ...)."""
+    """Inputs as (microbatches, examples per microbatch, ...)."""
     return tuple(x.reshape(num_microbatches, -1, *x.shape[1:]) for x in inputs)
 
 
 def unstaged_step(subject: Subject) -> Callable[..., Any]:
-    """(params, *batch) to (params, loss): the gradient of the whole batch at once."""
+    """Step from (params, *batch) to (params, loss) with the gradient of the whole batch."""
 
     def step(params: Any, *inputs: jax.Array) -> tuple[Any, jax.Array]:
         loss, grads = jax.value_and_grad(subject.loss)(params, *inputs)
@@ -128,9 +124,7 @@ def unstaged_step(subject: Subject) -> Callable[..., Any]:
 
 
 def accumulating_step(subject: Subject, num_microbatches: int) -> Callable[..., Any]:
-    """(params, *batch) to (params, loss): one microbatch after the other, their gradients added
-    up.
-    """
+    """Step from (params, *batch) to (params, loss), gradients accumulated over microbatches."""
 
     def step(params: Any, *inputs: jax.Array) -> tuple[Any, jax.Array]:
         def add(

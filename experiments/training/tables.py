@@ -1,4 +1,4 @@
-"""What was measured, as Markdown."""
+"""Tables of the measurements as Markdown."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ KIB, MIB = 2**10, 2**20
 
 
 def circumstances(figures: Mapping[str, Any]) -> str:
-    """Where and when figures came about."""
+    """Machine, versions and date of the figures."""
     return (
         f"{figures['machine']}; Python {figures['python']}, JAX {figures['jax']}; "
         f"{figures['date']}."
@@ -18,8 +18,8 @@ def circumstances(figures: Mapping[str, Any]) -> str:
 
 
 def memory_table(figures: Mapping[str, Any]) -> str:
-    """A row a way of training: temporary MiB a device by the number of microbatches, and how much
-    that grows.
+    """One row per way of training: temporary MiB per device by number of microbatches, and its
+    growth.
     """
     head = [
         "temporary MiB a device",
@@ -54,7 +54,7 @@ def _memory_row(name: str, held: Sequence[dict[str, Any]]) -> str:
 
 
 def step_time_table(figures: Mapping[str, Any]) -> str:
-    """A table a subject, a row a program."""
+    """One table per subject, one row per program."""
     head = (
         f"{figures['stages']} stages, {figures['microbatches']} microbatches, "
         f"{figures['repetitions']} repetitions."
@@ -117,13 +117,13 @@ def _program_row(label: str, figures: Mapping[str, Any], programs: Mapping[str, 
 
 
 def ratio(figures: Mapping[str, Any], base: Mapping[str, Any], seconds: str) -> float:
-    """The median, over that of `base`."""
+    """Median over the median of `base`."""
     return statistics.median(figures[seconds]) / statistics.median(base[seconds])
 
 
 def rivals_table(figures: Mapping[str, Any]) -> str:
-    """A row a schedule and subject: CPU time of ours and of JaxPP, each over the unstaged step of
-    its own JAX.
+    """One row per schedule and subject: CPU time of the staged run and of JaxPP, over the unstaged
+    step's.
     """
     columns = ["model", "schedule", "ours, recomputing", "ours, stored", "JaxPP"]
     columns += [
@@ -160,7 +160,7 @@ def _rival_row(name: str, schedule: str, found: Mapping[str, Any]) -> str:
 
 
 def schedules_table(figures: Mapping[str, Any]) -> str:
-    """A row a schedule: simulated, and in closed form."""
+    """One row per schedule: simulated, and in closed form."""
     columns = [
         "schedule",
         "makespan",
@@ -188,7 +188,7 @@ def schedules_table(figures: Mapping[str, Any]) -> str:
 
 
 def losses_table(figures: Mapping[str, Any]) -> str:
-    """A row a subject: both runs' first and last losses, and how far they are apart."""
+    """One row per subject: first and last losses of both runs, and their difference."""
     columns = [
         "model",
         "first loss",

@@ -125,10 +125,10 @@ def test_what_fits_uses_all_devices() -> None:
 @pytest.mark.parametrize(
     ("name", "ways", "reason"),
     [
-        ("by hand", {}, "No strategy is called"),
-        ("layer-wise", {"stage": 3}, "multiples are wanted"),
+        ("by hand", {}, "name must be one of"),
+        ("layer-wise", {"stage": 3}, "must be multiples of the 3 stages"),
         ("tensor", {"tensor": 3}, "does not split"),
-        ("tensor", {"tensor": 4, "stage": 8}, "devices are wanted"),
+        ("tensor", {"tensor": 4, "stage": 8}, "needs data \\* stage \\* tensor = 32 devices"),
     ],
 )
 def test_what_does_not_split_is_refused(name: str, ways: dict[str, int], reason: str) -> None:
@@ -285,7 +285,7 @@ def test_what_time_is_too_short_for_and_what_fails_is_recorded(
 
 
 def test_counters_are_those_of_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"those of a GPU; cpu:0 came"):
+    with pytest.raises(ValueError, match=r"must be a GPU, .* got cpu:0"):
         dram_bytes_read(jax.devices()[0], lambda: None)
     document = run(Settings("toy", ("counters",)), tmp_path / "counters.json")
     assert len(document["failures"]) == len(counter_cases("toy"))

@@ -257,5 +257,5 @@ def test_one_device_is_compared_where_it_fits() -> None:
 def test_a_page_without_marks_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text("nothing here\n")
-    with pytest.raises(ValueError, match="no marks '<!-- bounds -->'"):
+    with pytest.raises(ValueError, match="must have the marks '<!-- bounds -->'"):
         update_page(page, {"bounds": Grid("", ["a"], [["b"]]).markdown()})

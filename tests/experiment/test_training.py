@@ -93,7 +93,7 @@ def test_the_page_is_filled_from_results(tmp_path: Path) -> None:
 def test_a_page_without_marks_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text("nothing here\n")
-    with pytest.raises(ValueError, match="no marks '<!-- memory -->'"):
+    with pytest.raises(ValueError, match="must have the marks '<!-- memory -->'"):
         update_page(page, {"memory": "| |"})
 
 
@@ -109,7 +109,7 @@ def test_the_committed_page_is_what_the_committed_results_say(tmp_path: Path) ->
 def test_subjects_are_cut_between_equal_counts_of_blocks() -> None:
     subject = SUBJECTS["small"]()
     assert subject.last_blocks(2) == ("block_1",)
-    with pytest.raises(ValueError, match="4 blocks do not make 3 stages"):
+    with pytest.raises(ValueError, match="divisor of the 4 blocks, got 3"):
         subject.last_blocks(3)
 
 
