@@ -12,25 +12,25 @@ from pathlib import Path
 
 from absl import app, flags
 
+from experiments import command
+
 PROCESSES = flags.DEFINE_integer("processes", 2, "processes on this machine", lower_bound=1)
 DEVICES = flags.DEFINE_integer("devices", 2, "emulated CPU devices a process", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 40, "training steps", lower_bound=1)
 KILLS = flags.DEFINE_integer("kills", 3, "times that a process is killed", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "seed of the moments and of the processes killed")
-OUT = flags.DEFINE_string("out", "build/multihost", "folder for checkpoints, losses and picture")
-UPDATE = flags.DEFINE_boolean(
-    "update_results", False, "write losses and picture to experiments/multihost/results"
-)
+flags.adopt_module_key_flags(command)
 
 
 def main(argv: list[str]) -> None:
     """Run what the flags describe, and exit with its status."""
-    if len(argv) > 1:
-        raise app.UsageError(f"arguments must be flags (--name=value), got {argv[1:]}")
-    from experiments.multihost.run import RESULTS, Setup, run
+    command.refuse_arguments(argv)
+    from experiments.multihost.run import Setup, run
 
     setup = Setup(PROCESSES.value, DEVICES.value, STEPS.value, KILLS.value, SEED.value)
-    sys.exit(run(setup, Path(OUT.value), RESULTS if UPDATE.value else Path(OUT.value)))
+    results = command.output("multihost").folder
+    scratch = Path("build/multihost") if command.UPDATE_RESULTS.value else results
+    sys.exit(run(setup, scratch, results))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from experiments.multihost.launch import Cluster, Ended
 
-RESULTS = Path(__file__).parent / "results"
 # Losses of both runs are float32 sums over the same numbers in another order.
 TOLERANCE = 1e-4
 POLL_SECONDS = 0.05

@@ -51,8 +51,7 @@ def train(directory: Path, steps: int, save_every: int) -> None:
     import optax
 
     import layerwise_jax as lw
-    from layerwise_jax.examples.gpt import GPT, next_token_loss
-    from layerwise_jax.examples.text import draw_batches, read_text
+    from layerwise_jax.examples import GPT, draw_batches, next_token_loss, read_text
 
     model = GPT(vocabulary=128, width=32, depth=4, heads=2, context=32)
     batches = draw_batches(read_text(), steps, batch=8, length=33)

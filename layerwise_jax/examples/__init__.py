@@ -13,18 +13,29 @@ if TYPE_CHECKING:
     from layerwise_jax.examples.moe import MixtureOfExperts
     from layerwise_jax.examples.pictures import COLOURS, draw_bars
     from layerwise_jax.examples.resnet import ResNet
+    from layerwise_jax.examples.text import draw_batches, read_text
 
 _HOMES = {
     "gpt": ("GPT", "next_token_loss"),
     "moe": ("MixtureOfExperts",),
     "resnet": ("ResNet",),
     "pictures": ("COLOURS", "draw_bars"),
+    "text": ("draw_batches", "read_text"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 # Modules whose parts (blocks, experts, flags) are public too.
 _MODULES = ("gpt", "moe", "resnet", "quickstart")
 
-__all__ = ["GPT", "MixtureOfExperts", "ResNet", "next_token_loss", "COLOURS", "draw_bars"]
+__all__ = [
+    "GPT",
+    "MixtureOfExperts",
+    "ResNet",
+    "next_token_loss",
+    "COLOURS",
+    "draw_bars",
+    "draw_batches",
+    "read_text",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,8 @@ from tests.support.paths import ROOT
 COMMANDS = {
     "experiments.calibrate": "--smallest_mib",
     "experiments.dense16": "--measure",
+    "experiments.multihost": "--kills",
+    "experiments.multihost.worker": "--coordinator",
     "experiments.partition": "--parts",
     "experiments.plan_without_gpu": "--models",
     "experiments.quickstart": "--stages",
