@@ -13,10 +13,14 @@ WORKERS ?= 2
 SAMPLE ?= 6
 OLDEST_JAX := 0.11.2
 
+# Programs that tests compile are kept here between runs, except in continuous integration. JAX's
+# key of an entry covers the program, the versions, the devices and the compiler's options.
+CACHE := $(if $(CI),,JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5)
+
 BIN = $(VENV)/bin
 DEMO_INSTALLED := $(VENV)/.installed-demo
 TEST_INSTALLED := $(VENV)/.installed-test
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST = $(CACHE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 12))
 
 .DEFAULT_GOAL := test
@@ -62,7 +66,7 @@ lock: $(BIN)/python
 	$(LOCK) --extra test --constraint requirements.lock --output-file requirements-test.lock
 
 clean:
-	rm -rf .venv-oldest $(VENV) build dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv-oldest $(VENV) .jax_cache build dist .hypothesis .pytest_cache .ruff_cache
 	find layerwise_jax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(DEMO_INSTALLED): requirements.lock | $(BIN)/python
