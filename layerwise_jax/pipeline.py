@@ -23,6 +23,7 @@ from layerwise_jax.options import Executor, PipelineOptions
 from layerwise_jax.plan import Plan
 from layerwise_jax.run.outputs import Outputs
 from layerwise_jax.run.spmd import LoopExecutor
+from layerwise_jax.run.ticks import Backward
 from layerwise_jax.schedule.table import Schedule
 from layerwise_jax.stage.inputs import check_inputs
 from layerwise_jax.stage.placement import Placement, Staged
@@ -72,8 +73,12 @@ class Pipeline:
     def loop_executor(self) -> LoopExecutor:
         """All stages in one program."""
         options = self.options
-        recomputes, skips = options.remat == "stage", bool(options.skip_bubbles)
-        return LoopExecutor(self.loop, self._outputs, self.schedule, self._seed, recomputes, skips)
+        backward = Backward(
+            self._seed,
+            recomputes=options.remat == "stage",
+            skips_bubbles=bool(options.skip_bubbles),
+        )
+        return LoopExecutor(self.loop, self._outputs, self.schedule, backward)
 
     @cached_property
     def host_executor(self) -> HostExecutor:

@@ -17,12 +17,11 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
@@ -31,12 +30,17 @@ from layerwise_jax.decode.message import Message
 from layerwise_jax.decode.step import StepProgram
 from layerwise_jax.decode.transport import Transport
 from layerwise_jax.decode.values import Carry, Prompts, RingState, Slots
-from layerwise_jax.run.buffers import do_if
-from layerwise_jax.run.segment import StageSegment, segment_after_body, segment_before_body
+from layerwise_jax.run.conditions import BranchPolicy, run_if, select
+from layerwise_jax.run.segment import (
+    StageSegment,
+    empty_results,
+    put_results,
+    segment_after_body,
+    segment_before_body,
+)
 from layerwise_jax.run.stage import LocalStage, MicrobatchContext, StageResults
-from layerwise_jax.run.wire import fill, from_wire, to_wire, wire_aval
+from layerwise_jax.run.wire import from_wire, to_wire, zeros_of
 from layerwise_jax.stage.staged_program import StagedProgram
-from layerwise_jax.trace.program import Operand
 
 
 class TokenContext(MicrobatchContext):
@@ -114,7 +118,7 @@ class RingLoop:
           arrival at the first stage, meaningless on the others, and where nothing arrived.
         """
         device = LocalStage(self.loop, [], jnp.int32(0), gates=False)
-        carry = Carry(places, [fill(wire_aval(x), 0.0) for x in self.message.avals])
+        carry = Carry(places, [zeros_of(x) for x in self.message.avals])
         ring = _Round(self, device, list(weights), prompts, operand)
         arrived = []
         for phase, rounds in (
@@ -195,8 +199,8 @@ class _Round:
             _, caches = state
             return self._run_stage(moment, carry.arrived, caches)
 
-        idle = ([fill(wire_aval(x), 0.0) for x in self.message.avals], places.caches[j])
-        made, caches = run(idle) if active is None else do_if(active, run, idle)
+        idle = ([zeros_of(x) for x in self.message.avals], places.caches[j])
+        made, caches = run(idle) if active is None else run_if(active, run, idle)
         positions = (
             next_positions
             if active is None
@@ -256,86 +260,57 @@ class _Round:
     def _run_own(
         self, moment: TokenContext, arrived: list[Any], caches: Slots
     ) -> tuple[list[Any], Slots]:
-        """What stages run before the common body: results in the order of the wiring, and the
-        cache.
-        """
-        avals = [aval for aval, _ in self.loop.wiring.branch_results]
-        carry = ([fill(wire_aval(aval), 0.0) for aval in avals], caches)
+        """Segments before the common body: branch results, and the cache."""
+        runs = {}
         for s in self.device.stages:
-            piece, asked = segment_before_body(self.device, s)
-            new = {
-                j: x
-                for j, x in self.ring.step.own_state[s].items()
-                if x not in _made_by(segment_after_body(self.device)[0], s)
-            }
-            if asked or new:
-                known = self.device.arrived_values(s, arrived)
-                carry = self._on_stage(
-                    s, partial(self._run_piece, piece, asked, new, moment, known), carry
-                )
-        rows, caches = carry
-        return [from_wire(x, aval) for x, aval in zip(rows, avals, strict=True)], caches
+            segment = self._with_own_state(segment_before_body(self.loop, s))
+            if not segment.is_empty:
+                reads = self.device.arrived_values(s, arrived)
+                runs[s] = partial(self._run_segment, segment, moment, reads)
+        start = (empty_results(self.loop), caches)
+        results, caches = self.device.run_segments(runs, start, self._policy)
+        return self.device.from_results(results), caches
 
-    def _run_piece(
+    def _with_own_state(self, segment: StageSegment) -> StageSegment:
+        """The segment with only those caches as state that change and that the body does not."""
+        own = self.ring.step.own_state[segment.stage]
+        return replace(segment, state={j: x for j, x in segment.state.items() if j in own})
+
+    def _run_segment(
         self,
-        piece: StageSegment,
-        asked: Sequence[int],
-        new: dict[int, Operand],
+        segment: StageSegment,
         moment: TokenContext,
-        arrived: dict[int, Any],
+        reads: dict[int, Any],
         carry: tuple[list[Any], Slots],
     ) -> tuple[list[Any], Slots]:
-        rows, caches = carry
-        known = {**self.device.known(moment, piece.stage, self._slots(caches)), **arrived}
-        made = self.device.evaluate(piece.ops, known, [*piece.wanted, *new.values()], moment)
-        found = dict(zip(asked, made, strict=False))
-        rows = [to_wire(found[r]) if r in found else x for r, x in enumerate(rows)]
-        return rows, {
-            **caches,
-            **{j: to_wire(x) for j, x in zip(new, made[len(asked) :], strict=True)},
-        }
+        """A segment on its stage: (branch results in wire format, caches) with what it makes."""
+        results, caches = carry
+        made, new = self.device.run_segment(segment, moment, self._slots(caches), reads)
+        return put_results(results, made), {**caches, **{j: to_wire(x) for j, x in new.items()}}
 
     def _sample(
         self, moment: TokenContext, results: StageResults, caches: Slots
     ) -> tuple[Any, Slots]:
         """The tokens that the last stage samples, meaningless on the others, and the cache."""
         (output,) = self.loop.wiring.outputs
-        piece, positions = segment_after_body(self.device)
-        if not positions:
+        if not output.lag:
             return results.made(output.source), caches
-        kept = {x: results.made(source) for x, source in self.loop.wiring.kept}
-        last = piece.stage
-        new = {
-            j: x for j, x in self.ring.step.own_state[last].items() if x in _made_by(piece, last)
-        }
-        run = partial(self._run_piece, piece, [0], new, moment, kept)
-        idle = ([fill(self.loop.output_aval(0), 0.0)], caches)
-        if self.ring.selects:  # the caches; of tokens, only the last stage's are sent
-            (tokens,), held = run(idle)
-            return tokens, self._selected(last, held, caches)
-        (tokens,), caches = self._on_stage(last, run, idle)
+        after = self._with_own_state(segment_after_body(self.loop))
+        # tokens are its only result
+        segment = replace(after, results={0: after.results[output.source.result]})
+        reads = {x: results.made(source) for x, source in self.loop.wiring.kept}
+        run = partial(self._run_segment, segment, moment, reads)
+        start = ([zeros_of(self.loop.output_aval(0))], caches)
+        if self._policy == "select":  # the caches; of tokens, only the last stage's are sent
+            (tokens,), held = run(start)
+            return tokens, select(self.device.stage == segment.stage, held, caches)
+        runs = {segment.stage: run}
+        (tokens,), caches = self.device.run_segments(runs, start, self._policy)
         return tokens, caches
 
-    def _on_stage(
-        self, s: int, run: Callable, carry: tuple[list[Any], Slots]
-    ) -> tuple[list[Any], Slots]:
-        """`run(carry)` on stage s, the carry elsewhere."""
-        if self.loop.num_stages == 1:
-            return run(carry)
-        if self.ring.selects:
-            return self._selected(s, run(carry), carry)
-        return do_if(self.device.stage == s, run, carry)
-
-    def _selected(self, s: int, new: Any, old: Any) -> Any:
-        """`new` on stage s, `old` elsewhere."""
-        return jax.tree.map(
-            lambda x, held: x if x is held else jnp.where(self.device.stage == s, x, held), new, old
-        )
-
-
-def _made_by(piece: StageSegment, stage: int) -> set[Any]:
-    """The values that a piece makes, if it is this stage's."""
-    return {x for op in piece.ops for x in op.results} if piece.stage == stage else set()
+    @property
+    def _policy(self) -> BranchPolicy:
+        return "select" if self.ring.selects else "at_most_once"
 
 
 def _with(values: Sequence[Any], j: int, value: Any) -> list[Any]:

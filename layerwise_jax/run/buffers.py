@@ -1,12 +1,12 @@
-"""What a device keeps from tick to tick, changed in place: buffers, outputs so far, accumulators.
+"""Per-device loop-carried buffers, updated in place.
 
-Every buffer has one slot more than the schedule uses: what is for no one goes there, and nothing
-reads it.
+A buffer has a slot for each value that the schedule keeps at once, and a dummy slot behind them:
+idle ticks write there and read from there, so that no tick needs a branch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from layerwise_jax.run.wire import fill, to_wire
 
 
 def empty_buffers(avals: Sequence[Any], num_slots: int, value: float) -> list[Any]:
-    """A buffer for each type, filled with what bubbles compute on."""
+    """A buffer [num_slots + 1, *shape] for each type, filled with the fill value of bubbles."""
     return [
         fill(jax.ShapeDtypeStruct((num_slots + 1, *aval.shape), aval.dtype), value)
         for aval in avals
@@ -25,32 +25,20 @@ def empty_buffers(avals: Sequence[Any], num_slots: int, value: float) -> list[An
 
 
 def store(buffers: Sequence[Any], slot: Any, values: Sequence[Any]) -> list[Any]:
-    """Each value into its buffer's slot; slot -1 is the last, which nothing reads."""
+    """The buffers with a value each written to `slot`; -1 is the dummy slot."""
     return [
-        lax.dynamic_update_index_in_dim(
-            buffer, to_wire(x), jnp.where(slot < 0, buffer.shape[0] - 1, slot), 0
-        )
+        lax.dynamic_update_index_in_dim(buffer, to_wire(x), _index(buffer, slot), 0)
         for buffer, x in zip(buffers, values, strict=True)
     ]
 
 
 def load(buffers: Sequence[Any], slot: Any) -> list[Any]:
-    """The slot of every buffer."""
+    """The value in `slot` of every buffer; -1 is the dummy slot."""
     return [
-        lax.dynamic_index_in_dim(
-            buffer, jnp.where(slot < 0, buffer.shape[0] - 1, slot), 0, keepdims=False
-        )
+        lax.dynamic_index_in_dim(buffer, _index(buffer, slot), 0, keepdims=False)
         for buffer in buffers
     ]
 
 
-def do_if[T](condition: Any, run: Callable[[T], T], carry: T) -> T:
-    """`run(carry)` if the condition holds, else the carry.
-
-    A loop of one turn or none. XLA updates the carry of a loop in place, whereas a branch returns
-    all of its results in buffers of their own, so that gradients that are only handed through would
-    be copied in every tick.
-    """
-    return lax.while_loop(
-        lambda state: state[0], lambda state: (jnp.bool_(False), run(state[1])), (condition, carry)
-    )[1]
+def _index(buffer: Any, slot: Any) -> Any:
+    return jnp.where(slot < 0, buffer.shape[0] - 1, slot)

@@ -1,52 +1,93 @@
-"""The pieces of a stage, each with its vjp: what precedes the body, the body, and what follows it.
+"""VJPs of a stage's parts: the segment before the body, the body, the segment after it.
 
-A piece is a function of weights and of reads, what comes from the microbatch. Weights that are
-trained and reads that are inexact have gradients; state has none, and counts as a read, since it
-changes with every microbatch.
+A part is a function of weights and of reads, the values of its microbatch. It is differentiated
+with respect to trained weights and floating-point reads. State changes with every microbatch, so it
+counts as a read; it has no gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from layerwise_jax.run.residuals import Residuals, StashLayout, find_residuals, share_buffers
-from layerwise_jax.run.segment import segment_before_body
+from layerwise_jax.run.segment import StageSegment, segment_before_body
 from layerwise_jax.run.stage import LocalStage, MicrobatchContext
 from layerwise_jax.stage.wiring import FromBody, FromBranch
 from layerwise_jax.trace.derivative import is_inexact, type_of
+from layerwise_jax.trace.program import Value, evaluate
 
 
 def linearize_body(
-    device: LocalStage, moment: MicrobatchContext, weights: Sequence[Any], reads: Sequence[Any]
+    device: LocalStage, context: MicrobatchContext, weights: Sequence[Any], reads: Sequence[Any]
 ) -> tuple[dict[int, Any], Callable]:
-    """The body's results, and its vjp with respect to trained weights and inexact reads, by
-    position.
+    """The body's results, and its VJP.
+
+    Args:
+      device: the stage.
+      context: the microbatch.
+      weights: the body's weights.
+      reads: the values that it reads.
+
+    Returns:
+      Results by index. A function from their cotangents, by index, to a tuple of one dict: the
+      gradients of trained weights and floating-point reads, by position in [*weights, *reads].
     """
     values = [*weights, *reads]
     trained = [device.loop.has_gradient(j) for j in device.body_slots]
-    moves = [*trained, *(is_inexact(x) for x in reads)]
-    moving = {j: x for j, x in enumerate(values) if moves[j]}
-    fixed = {j: x for j, x in enumerate(values) if not moves[j]}
+    is_differentiated = [*trained, *(is_inexact(x) for x in reads)]
+    arguments = {j: x for j, x in enumerate(values) if is_differentiated[j]}
+    fixed = {j: x for j, x in enumerate(values) if not is_differentiated[j]}
 
-    def run(moving: dict[int, Any]) -> dict[int, Any]:
-        return device.run_body(moment, [x for _, x in sorted({**moving, **fixed}.items())])
+    def run(arguments: dict[int, Any]) -> dict[int, Any]:
+        return device.run_body(context, [x for _, x in sorted({**arguments, **fixed}.items())])
 
-    return jax.vjp(run, moving)
+    return jax.vjp(run, arguments)
+
+
+def linearize_segment(
+    device: LocalStage,
+    segment: StageSegment,
+    context: MicrobatchContext,
+    weights: Mapping[Value, Any],
+    reads: Mapping[Value, Any],
+) -> tuple[list[Any], Callable]:
+    """A segment's results, and its VJP.
+
+    Args:
+      device: a device with the segment's chunk.
+      segment: the segment.
+      context: the microbatch.
+      weights: its weights, by value.
+      reads: the values that it reads, old state included, by value.
+
+    Returns:
+      Results in the order of `segment.results`. A function from their cotangents to a tuple of one
+      dict: the gradients of trained weights and floating-point reads, by value.
+    """
+    known = {**device.given(context, segment.stage), **weights, **reads}
+    state = {x for x, j in segment.slots.items() if j in device.loop.state_slots}
+    arguments = {x: known[x] for x in segment.trained}
+    arguments |= {x: v for x, v in reads.items() if is_inexact(v) and x not in state}
+
+    def run(arguments: dict[Value, Any]) -> list[Any]:
+        return evaluate(segment.ops, {**known, **arguments}, segment.wanted, context.rows)
+
+    return jax.vjp(run, arguments)
 
 
 def lay_out_stash(device: LocalStage, slots: Sequence[Any]) -> StashLayout:
-    """Buffers for what the vjps of all stages keep.
+    """Stash buffers for the residuals of all stages.
 
     Args:
       device: any chunk of the device.
-      slots: its row of every slot.
+      slots: this device's shard of every slot.
     """
     chunks = [device.of_chunk(c) for c in range(device.loop.num_chunks)]
-    own = {s: _own_residuals(chunk, s, slots) for chunk in chunks for s in chunk.stages}
+    own = {s: _segment_residuals(chunk, s, slots) for chunk in chunks for s in chunk.stages}
     places, own_avals = share_buffers(own)
     body = _body_residuals(device, slots) if device.loop.has_body else None
     results = tuple(result_aval(device, source) for source in stashed_sources(device))
@@ -54,13 +95,10 @@ def lay_out_stash(device: LocalStage, slots: Sequence[Any]) -> StashLayout:
 
 
 def stashed_sources(device: LocalStage) -> list[FromBody | FromBranch]:
-    """The results that backward reads: what `after` reads, and outputs."""
+    """Sources of the results that backward reads: reads of `after`, and outputs."""
     kept = [source for _, source in device.wiring.kept]
-    return list(
-        dict.fromkeys(
-            [*kept, *(output.source for output in device.wiring.outputs if not output.lag)]
-        )
-    )
+    outputs = [output.source for output in device.wiring.outputs if not output.lag]
+    return list(dict.fromkeys([*kept, *outputs]))  # each once, in order
 
 
 def result_aval(device: LocalStage, source: FromBody | FromBranch) -> Any:
@@ -70,23 +108,22 @@ def result_aval(device: LocalStage, source: FromBody | FromBranch) -> Any:
     return device.program.avals[device.loop.alignment.parts[0].shape.made[source.result]]
 
 
-def _own_residuals(device: LocalStage, s: int, slots: Sequence[Any]) -> Residuals:
-    piece, _ = segment_before_body(device, s)
+def _segment_residuals(device: LocalStage, s: int, slots: Sequence[Any]) -> Residuals:
+    """Residuals of the segment before stage s's body."""
+    segment = segment_before_body(device.loop, s)
     arrived = {x: type_of(device.program.avals[x]) for x in device.arriving(s)}
 
     def linearized(weights: Any, microbatch: Any) -> tuple[Any, Callable]:
         index, reads = microbatch
-        return piece.linearize(MicrobatchContext(device, index), weights, reads)
+        context = MicrobatchContext(device, index)
+        return linearize_segment(device, segment, context, weights, reads)
 
-    weights = piece.weights(slots)
-    return find_residuals(
-        linearized,
-        weights,
-        (jax.ShapeDtypeStruct((), jnp.int32), {**arrived, **piece.state(slots)}),
-    )
+    reads = {**arrived, **segment.old_state(slots)}
+    return find_residuals(linearized, segment.weights(slots), (_INDEX, reads))
 
 
 def _body_residuals(device: LocalStage, slots: Sequence[Any]) -> Residuals:
+    """Residuals of the common body."""
     shape = device.loop.alignment.parts[0].shape
     reads = [type_of(device.program.avals[x]) for x in shape.reads]
 
@@ -95,4 +132,7 @@ def _body_residuals(device: LocalStage, slots: Sequence[Any]) -> Residuals:
         return linearize_body(device, MicrobatchContext(device, index), weights, reads)
 
     weights = [slots[j] for j in device.body_slots]
-    return find_residuals(linearized, weights, (jax.ShapeDtypeStruct((), jnp.int32), reads))
+    return find_residuals(linearized, weights, (_INDEX, reads))
+
+
+_INDEX = jax.ShapeDtypeStruct((), jnp.int32)  # of a microbatch

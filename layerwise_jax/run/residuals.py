@@ -1,13 +1,13 @@
-"""What a vjp keeps from forward to backward, and how little of that has to be stashed.
+"""Residuals of a VJP: those that are stashed from forward to backward, and those that are not.
 
-A vjp's residuals are a tree of arrays. Those that come from the weights alone (the weights
-themselves, or a cast of them) are the same for every microbatch: backward makes them again and
-nothing stashes them. Those that come from the microbatch are stashed, each once, whatever the
-function's own `jax.checkpoint` policy leaves of them.
+A VJP's residuals are a tree of arrays. Residuals that come from weights alone (a weight, a cast of
+one) are equal for every microbatch: they are recomputed in the backward pass instead of stashed.
+Residuals that come from the microbatch are stashed, each once; the function's own `jax.checkpoint`
+policies decide which exist.
 
-To make the first kind again, backward traces the same vjp on zeros in place of the microbatch and
-takes from it what does not depend on them; all else of that forward is dead code, which the
-compiler removes.
+To recompute the first kind, backward traces the same VJP on zeros in place of the microbatch, and
+takes from it the residuals that do not depend on them. All else of that forward is dead code, which
+XLA removes.
 """
 
 from __future__ import annotations
@@ -21,65 +21,63 @@ import jax
 from layerwise_jax._jax import Literal, Tracer
 from layerwise_jax.run.wire import from_wire, to_wire, wire_aval
 
-# (weights, microbatch) to (results, pull).
+# (weights, microbatch) -> (results, VJP function)
 Linearized = Callable[[Any, Any], tuple[Any, Callable]]
 
 
 @dataclass(frozen=True)
 class Residuals:
-    """Which of a vjp's residuals are stashed.
+    """The stashed residuals of one VJP.
 
     Attributes:
-      sources: for every residual, its place among the stashed ones, or None if it is made again.
+      sources: for every residual, its index among the stashed ones, or None if it is recomputed.
       avals: the types of the stashed ones.
     """
 
     sources: tuple[int | None, ...]
     avals: tuple[Any, ...]
 
-    def of(self, pull: Callable) -> list[Any]:
-        """What is to be stashed of a vjp."""
+    def of(self, vjp_fn: Callable) -> list[Any]:
+        """The stashed residuals of a VJP function, in wire format."""
         found: dict[int, Any] = {}
-        for source, leaf in zip(self.sources, jax.tree.leaves(pull), strict=True):
+        # a VJP function is a pytree whose leaves are its residuals
+        for source, leaf in zip(self.sources, jax.tree.leaves(vjp_fn), strict=True):
             if source is not None:
                 found.setdefault(source, to_wire(leaf))
         return [found[j] for j in range(len(self.avals))]
 
-    def put_back(self, pull: Callable, stashed: Sequence[Any]) -> Callable:
-        """The vjp with what was stashed in the place of its own residuals."""
-        leaves, tree = jax.tree.flatten(pull)
+    def put_back(self, vjp_fn: Callable, stashed: Sequence[Any]) -> Callable:
+        """The VJP function with stashed residuals in place of its own."""
+        leaves, tree = jax.tree.flatten(vjp_fn)
         values = [from_wire(x, aval) for x, aval in zip(stashed, self.avals, strict=True)]
         sources = zip(self.sources, leaves, strict=True)
         return jax.tree.unflatten(tree, [leaf if j is None else values[j] for j, leaf in sources])
 
 
 def find_residuals(linearized: Linearized, weights: Any, microbatch: Any) -> Residuals:
-    """The residuals of a vjp, by tracing it.
+    """Trace a VJP and classify its residuals.
 
     Args:
-      linearized: gives (results, pull) as `jax.vjp` does.
-      weights: what it takes that is the same for every microbatch, arrays or types.
-      microbatch: what it takes besides, likewise.
+      linearized: returns (results, VJP function), as `jax.vjp` does.
+      weights: its arguments that are the same for every microbatch, arrays or types.
+      microbatch: its other arguments, likewise.
     """
-    # What the function reads without being given it stays the same too, unless it is traced:
-    # inputs, the stage.
     closed = jax.make_jaxpr(
         lambda weights, microbatch: jax.tree.leaves(linearized(weights, microbatch)[1])
     )(weights, microbatch)
     jaxpr = closed.jaxpr
     num_weights = len(jax.tree.leaves(weights))
-    moving = {*jaxpr.invars[num_weights:]}
-    moving |= {
-        x
-        for x, value in zip(jaxpr.constvars, closed.consts, strict=True)
-        if isinstance(value, Tracer)
-    }
+    # varying: values that differ between microbatches. Captured tracers (inputs, the stage index)
+    # count as varying; captured constants do not.
+    varying = {*jaxpr.invars[num_weights:]}
+    captured = zip(jaxpr.constvars, closed.consts, strict=True)
+    varying |= {x for x, value in captured if isinstance(value, Tracer)}
     for eqn in jaxpr.eqns:
-        if any(not isinstance(x, Literal) and x in moving for x in eqn.invars):
-            moving.update(eqn.outvars)
+        if any(not isinstance(x, Literal) and x in varying for x in eqn.invars):
+            varying.update(eqn.outvars)
     places: dict[Any, int] = {}
     sources = [
-        None if isinstance(x, Literal) or x not in moving else places.setdefault(x, len(places))
+        None if isinstance(x, Literal) or x not in varying else places.setdefault(x, len(places))
         for x in jaxpr.outvars
     ]
     return Residuals(tuple(sources), tuple(x.aval for x in places))
@@ -87,14 +85,13 @@ def find_residuals(linearized: Linearized, weights: Any, microbatch: Any) -> Res
 
 @dataclass(frozen=True)
 class StashLayout:
-    """Buffers for the residuals of all stages: the common body's first, then those of what stages
-    have of their own.
+    """Stash buffers for all stages: results, residuals of the body, residuals of segments.
 
     Attributes:
       results: the types of results that backward reads.
       body: the residuals of the common body, or None if there is none.
-      own: the residuals of every stage's own operations.
-      places: for every stage, in which buffer after the common ones each of its own residuals goes.
+      own: for every stage, the residuals of the segment before its body.
+      places: for every stage, the buffer of each of those residuals, counted behind the body's.
       own_avals: the types of those buffers, which stages share.
     """
 
@@ -106,28 +103,35 @@ class StashLayout:
 
     @property
     def avals(self) -> list[Any]:
-        """All buffers' types, as they are held."""
+        """The types of all buffers, in wire format."""
         body = () if self.body is None else self.body.avals
         return [wire_aval(aval) for aval in (*self.results, *body, *self.own_avals)]
 
     def split(self, stashed: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """What was stashed of results, of the body, and of a stage's own operations."""
-        first = len(self.results)
-        second = first + (0 if self.body is None else len(self.body.avals))
-        return list(stashed[:first]), list(stashed[first:second]), list(stashed[second:])
+        """Stashed values as (results, residuals of the body, shared buffers of segments)."""
+        end_results = len(self.results)
+        end_body = end_results + (0 if self.body is None else len(self.body.avals))
+        return (
+            list(stashed[:end_results]),
+            list(stashed[end_results:end_body]),
+            list(stashed[end_body:]),
+        )
 
 
 def share_buffers(
     own: Mapping[int, Residuals],
 ) -> tuple[dict[int, tuple[int, ...]], tuple[Any, ...]]:
-    """A buffer for every stage's residuals, stages sharing those of a type: (places by stage, the
-    buffers' types).
+    """Buffers that stages share by type: only one stage of a device fills them at a time.
+
+    Returns:
+      For every stage, the buffer of each residual. The types of the buffers.
     """
     avals: list[Any] = []
-    places = {}
+    places: dict[int, tuple[int, ...]] = {}
     for stage, residuals in own.items():
         taken: list[int] = []
         for aval in map(wire_aval, residuals.avals):
+            # the first buffer of this type that this stage has not used yet, or a new one
             fits = (
                 j for j, other in enumerate(avals) if j not in taken and _same_type(other, aval)
             )

@@ -14,10 +14,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from layerwise_jax.mesh import DATA, STAGE
-from layerwise_jax.run.forward import run_forward
-from layerwise_jax.run.interleaved import run_forward_in_rounds
 from layerwise_jax.run.outputs import Outputs
-from layerwise_jax.run.ticks import TrainingLoop
+from layerwise_jax.run.ticks import Backward, TickLoop
 from layerwise_jax.run.tied import tie_copies
 from layerwise_jax.run.wire import choose
 from layerwise_jax.schedule.arrays import lower_schedule
@@ -30,25 +28,23 @@ from layerwise_jax.stage.staged_program import StagedProgram
 class LoopExecutor:
     """A pipeline's stages as one program over the mesh, stepped by ticks.
 
+    Placed parameters are one dict (`Staged`) from `Placement.place` to the devices of the program.
+
     Attributes:
       loop: the staged program.
       outputs: how the function's outputs combine over microbatches.
       schedule: the order of forwards and backwards.
-      seed: the cotangent of the loss of one microbatch.
-      recomputes: whether backward runs a stage again from what it received.
-      skips_bubbles: whether devices branch around the work while they have no microbatch.
+      backward: options of the backward pass.
     """
 
     loop: StagedProgram
     outputs: Outputs
     schedule: Schedule
-    seed: float
-    recomputes: bool
-    skips_bubbles: bool
+    backward: Backward
 
     @property
     def placement(self) -> Placement:
-        """Where weights live."""
+        """The slots of weights."""
         return self.loop.placement
 
     @property
@@ -62,158 +58,140 @@ class LoopExecutor:
           staged: placed parameters.
           inputs: the leaves of the full batch.
         """
-        results, slots = self._mapped([staged[slot.name] for slot in self.placement.slots], inputs)
-        return results, self._named(slots)
+        return self._forward_program(staged, inputs)
 
     def value_and_grad(
         self, staged: Staged, inputs: Sequence[Any]
     ) -> tuple[list[Any], Staged, Staged]:
-        """All outputs for the batch, placed gradients, and the placed parameters with new state."""
-        slots = [staged[slot.name] for slot in self.placement.slots]
-        results, grads, slots = self._mapped_training(slots, inputs)
-        moving = iter(grads)
-        placed = {
-            slot.name: next(moving) if self.loop.has_gradient(j) else self._no_gradient(j, slots[j])
-            for j, slot in enumerate(self.placement.slots)
-        }
-        return results, placed, self._named(slots)
+        """All outputs for the batch, placed gradients, and the placed parameters with new state.
 
-    def _named(self, slots: Sequence[Any]) -> Staged:
-        return {slot.name: x for slot, x in zip(self.placement.slots, slots, strict=True)}
+        Args:
+          staged: placed parameters.
+          inputs: the leaves of the full batch.
+        """
+        results, gradients, after = self._training_program(staged, inputs)
+        for j, slot in enumerate(self.placement.slots):
+            if slot.name not in gradients:
+                gradients[slot.name] = self._no_gradient(j, staged[slot.name])
+        return results, gradients, after
 
     def _no_gradient(self, slot: int, held: Any) -> Any:
+        """Zeros for state, float0 for integers and frozen weights."""
         is_state = any(map(self.loop.is_state, self.placement.slots[slot].weights))
         if is_state and jnp.issubdtype(held.dtype, jnp.inexact):
             return jnp.zeros_like(held)
         return np.zeros(held.shape, jax.dtypes.float0)
 
     @cached_property
-    def _mapped_training(self) -> Callable[[Sequence[Any], Sequence[Any]], tuple[list, list, list]]:
-        """The training program over the mesh: (slots, input leaves) to (output leaves, gradients,
-        slots).
-        """
-        inputs, slots, outputs = self._specs()
-        grads = [
-            PartitionSpec(STAGE)
-            for j in range(len(self.placement.slots))
-            if self.loop.has_gradient(j)
-        ]
-        training = TrainingLoop(
-            self.loop,
-            lower_schedule(self.schedule),
-            self.outputs.roles,
-            self.seed,
-            recomputes=self.recomputes,
-            skips_bubbles=self.skips_bubbles,
-        )
+    def _forward_program(self) -> Callable[[Staged, Sequence[Any]], tuple[list, Staged]]:
+        """The forward program: (weights, inputs) -> (outputs, weights)."""
+        ticks = TickLoop.forward(self.loop, self.outputs.roles)
+        slots = self.placement.specs()
         return jax.shard_map(
-            partial(self._train_on_device, training),
+            partial(self._forward_on_device, ticks),
             mesh=self.mesh,
-            in_specs=(slots, inputs),
-            out_specs=(outputs, grads, slots),
+            in_specs=(slots, self._input_specs()),
+            out_specs=(self.outputs.specs(), slots),
             check_vma=False,
         )
 
-    def _train_on_device(
-        self, training: TrainingLoop, slots: Sequence[Any], inputs: Sequence[Any]
-    ) -> tuple[list, list, list]:
-        weights, split, replica = self._local(slots, inputs)
-        outputs, grads, weights_after = training.run(weights, split, replica)
-        grads = self._without_frozen(self._sum_copies(grads))
-        if DATA in self.mesh.axis_names:
-            grads = [None if g is None else lax.psum(g, DATA) for g in grads]
-        placed = [
-            grad.astype(weight.dtype)[None]
-            for grad, weight in zip(grads, weights, strict=True)
-            if grad is not None
-        ]
-        results = self.outputs.of_batch(outputs)
-        return results, placed, self._slots(weights_after, results)
+    @cached_property
+    def _training_program(self) -> Callable[[Staged, Sequence[Any]], tuple[list, Staged, Staged]]:
+        """The training program: (weights, inputs) -> (outputs, gradients, weights)."""
+        ticks = TickLoop(
+            self.loop, lower_schedule(self.schedule), self.outputs.roles, self.backward
+        )
+        slots = self.placement.specs()
+        names = [slot.name for slot in self.placement.slots]
+        trained = {name: slots[name] for j, name in enumerate(names) if self.loop.has_gradient(j)}
+        return jax.shard_map(
+            partial(self._train_on_device, ticks),
+            mesh=self.mesh,
+            in_specs=(slots, self._input_specs()),
+            out_specs=(self.outputs.specs(), trained, slots),
+            check_vma=False,
+        )
 
-    def _slots(self, weights: Sequence[Any], results: Sequence[Any]) -> list[Any]:
+    def _forward_on_device(
+        self, ticks: TickLoop, staged: Staged, inputs: Sequence[Any]
+    ) -> tuple[list, Staged]:
+        weights = tie_copies(self._shards(staged), self.placement.copies())
+        outputs, _, weights = ticks.run(weights, self._split(inputs), self._replica())
+        results = self.outputs.combine(outputs)
+        return results, self._slots(weights, results)
+
+    def _train_on_device(
+        self, ticks: TickLoop, staged: Staged, inputs: Sequence[Any]
+    ) -> tuple[list, Staged, Staged]:
+        weights = self._shards(staged)
+        outputs, sums, after = ticks.run(weights, self._split(inputs), self._replica())
+        sums = self._without_frozen(self._sum_copies(sums))
+        if DATA in self.mesh.axis_names:
+            sums = [None if x is None else lax.psum(x, DATA) for x in sums]
+        gradients = {
+            slot.name: total.astype(weight.dtype)[None]  # [1, *weight shape]
+            for slot, total, weight in zip(self.placement.slots, sums, weights, strict=True)
+            if total is not None
+        }
+        results = self.outputs.combine(outputs)
+        return results, gradients, self._slots(after, results)
+
+    def _input_specs(self) -> list[PartitionSpec]:
+        """The sharding of every input leaf: split over replicas if it has a batch axis."""
+        over_batch = PartitionSpec(DATA) if DATA in self.mesh.axis_names else PartitionSpec()
+        return [PartitionSpec() if axis is None else over_batch for axis in self.loop.in_axes]
+
+    def _shards(self, staged: Staged) -> list[Any]:
+        """On a device: its weight of every slot, in the weight's own shape."""
+        return [lax.squeeze(x, (0,)) for x in self.placement.in_order(staged)]
+
+    def _slots(self, weights: Sequence[Any], results: Sequence[Any]) -> Staged:
         """On a device: its shards of the slots after a call, renewed state included.
 
         Args:
           weights: the weights that the tick loop left; carried state is new in them.
           results: the outputs of the batch. Renewed state is among them, equal on all devices.
         """
-        device, renewed = lax.axis_index(STAGE), list(weights)
+        device = lax.axis_index(STAGE)
+        renewed = list(weights)
         for position, leaf in self.loop.renewed.items():
             for weight, places in self.placement.copies().items():
                 if weight.leaf != leaf:
                     continue
-                for j, row in places:
-                    new = weight.of(results[position])
-                    renewed[j] = choose(device == row, new, renewed[j])
-        return [lax.expand_dims(weight, (0,)) for weight in renewed]
+                new = weight.of(results[position])
+                for j, d in places:
+                    renewed[j] = choose(device == d, new, renewed[j])
+        return self.placement.named([lax.expand_dims(weight, (0,)) for weight in renewed])
 
-    @cached_property
-    def _mapped(self) -> Callable[[Sequence[Any], Sequence[Any]], tuple[list, list]]:
-        """The program over the mesh: (slots, input leaves) to (output leaves, slots)."""
-        inputs, slots, outputs = self._specs()
-        return jax.shard_map(
-            self._on_device,
-            mesh=self.mesh,
-            in_specs=(slots, inputs),
-            out_specs=(outputs, slots),
-            check_vma=False,
-        )
-
-    def _specs(self) -> tuple[list, list, list]:
-        """Partition specs of (inputs, slots, outputs)."""
-        over_batch = PartitionSpec(DATA) if DATA in self.mesh.axis_names else PartitionSpec()
-        inputs = [PartitionSpec() if axis is None else over_batch for axis in self.loop.in_axes]
-        slots = [PartitionSpec(STAGE)] * len(self.placement.slots)
-        return inputs, slots, self.outputs.specs()
-
-    def _local(self, slots: Sequence[Any], inputs: Sequence[Any]) -> tuple[list, list, Any]:
-        """On a device: (its shard of every slot, inputs split into microbatches, index on the data
-        axis).
-        """
-        weights = [lax.squeeze(slot, (0,)) for slot in slots]
-        replica = lax.axis_index(DATA) if DATA in self.mesh.axis_names else jnp.int32(0)
-        return (
-            weights,
-            [
-                self._microbatches(x, axis)
-                for x, axis in zip(inputs, self.loop.in_axes, strict=True)
-            ],
-            replica,
-        )
-
-    def _on_device(self, slots: Sequence[Any], inputs: Sequence[Any]) -> tuple[list, list]:
-        weights, split, replica = self._local(slots, inputs)
-        weights = tie_copies(weights, self.placement.copies())
-        if self.loop.num_chunks > 1:
-            outputs, weights = run_forward_in_rounds(
-                self.loop, self.outputs.roles, weights, split, replica
-            )
-            results = self.outputs.of_batch(outputs)
-        else:
-            outputs, weights = run_forward(self.loop, weights, split, replica)
-            results = self.outputs.of_rows(outputs)
-        return results, self._slots(weights, results)
-
-    def _microbatches(self, x: Any, axis: int | None) -> Any:
+    def _split(self, inputs: Sequence[Any]) -> list[Any]:
+        """On a device: inputs with a batch axis as [microbatches, rows, ...]."""
         count = self.loop.num_microbatches
-        return x if axis is None else x.reshape(count, x.shape[0] // count, *x.shape[1:])
+        return [
+            x if axis is None else x.reshape(count, x.shape[0] // count, *x.shape[1:])
+            for x, axis in zip(inputs, self.loop.in_axes, strict=True)
+        ]
 
-    def _sum_copies(self, grads: list[Any]) -> list[Any]:
+    def _replica(self) -> Any:
+        return lax.axis_index(DATA) if DATA in self.mesh.axis_names else jnp.int32(0)
+
+    def _sum_copies(self, gradients: list[Any]) -> list[Any]:
         """On a device: every copy of a tied weight gets the sum of all copies' gradients."""
-        device, summed = lax.axis_index(STAGE), list(grads)
+        device = lax.axis_index(STAGE)
+        summed = list(gradients)
         for places in self.placement.copies().values():
-            if len(places) > 1 and grads[places[0][0]] is not None:
-                mine = sum(jnp.where(device == row, grads[j], 0) for j, row in places)
+            if len(places) > 1 and gradients[places[0][0]] is not None:
+                # a device adds the copies it has, in whatever slot; psum adds the devices
+                mine = sum(jnp.where(device == d, gradients[j], 0) for j, d in places)
                 total = lax.psum(mine, STAGE)
-                for j, row in places:
-                    summed[j] = jnp.where(device == row, total, summed[j])
+                for j, d in places:
+                    summed[j] = jnp.where(device == d, total, summed[j])
         return summed
 
-    def _without_frozen(self, grads: list[Any]) -> list[Any]:
-        """On a device: zeros for frozen weights in slots that others are trained in."""
+    def _without_frozen(self, gradients: list[Any]) -> list[Any]:
+        """On a device: zeros for frozen weights in slots that hold trained weights too."""
         device = lax.axis_index(STAGE)
         for j, slot in enumerate(self.placement.slots):
-            frozen = [weight in self.loop.frozen for weight in slot.weights]
-            if grads[j] is not None and any(frozen):
-                grads[j] = jnp.where(jnp.asarray(frozen)[device], 0, grads[j])
-        return grads
+            frozen = [weight in self.loop.frozen for weight in slot.weights]  # by device
+            if gradients[j] is not None and any(frozen):
+                gradients[j] = jnp.where(jnp.asarray(frozen)[device], 0, gradients[j])
+        return gradients

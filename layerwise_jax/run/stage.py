@@ -1,11 +1,9 @@
-"""One device's view of a pipeline: what its stage reads, runs and sends, for one microbatch.
-
-Random keys are held and sent as their data; `to_wire` and `from_wire` turn them.
-"""
+"""A stage on its device: the values it reads, runs and sends for one microbatch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +12,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from layerwise_jax.mesh import STAGE
-from layerwise_jax.run.wire import _key, choose, fill, from_wire, to_wire, wire_aval
+from layerwise_jax.run.conditions import BranchPolicy, run_selected
+from layerwise_jax.run.segment import (
+    StageSegment,
+    empty_results,
+    put_results,
+    segment_after_body,
+    segment_before_body,
+)
+from layerwise_jax.run.wire import choose, fill, from_wire, to_wire
 from layerwise_jax.stage.staged_program import StagedProgram
 from layerwise_jax.stage.wiring import (
     FromBody,
@@ -24,11 +30,15 @@ from layerwise_jax.stage.wiring import (
     FromLane,
     Source,
 )
-from layerwise_jax.trace.program import BatchSlice, Op, Operand, Value, evaluate
+from layerwise_jax.trace.derivative import is_inexact
+from layerwise_jax.trace.program import BatchSlice, Value, evaluate
+
+# Branch results in wire format, and the state slots in wire format.
+OwnResults = tuple[list[Any], list[Any]]
 
 
 class StageResults(NamedTuple):
-    """What a stage made: results of its body and of its branch, and its slots with new state."""
+    """Results of a stage's body and of its branch, and its slots with new state."""
 
     body: Mapping[int, Any]
     branch: Sequence[Any]
@@ -39,29 +49,37 @@ class StageResults(NamedTuple):
 
 
 class MicrobatchContext:
-    """A microbatch that a device works on; outside 0..M-1 the device idles, and `is_active` is
-    false.
+    """A microbatch that a device works on.
+
+    Attributes:
+      is_active: bool scalar, False in a bubble: the microbatch is outside of 0..M-1.
+      index: int32 scalar, the microbatch, clipped to 0..M-1.
+      rows: the slice of the full batch that the microbatch is.
     """
 
     def __init__(self, device: LocalStage, microbatch: Any):
-        loop = device.loop
+        count = device.loop.num_microbatches
         self.device = device
-        self.is_active = (microbatch >= 0) & (microbatch < loop.num_microbatches)
-        self.index = jnp.clip(microbatch, 0, loop.num_microbatches - 1)
-        self.rows = BatchSlice(device.replica * loop.num_microbatches + self.index)
+        self.is_active = (microbatch >= 0) & (microbatch < count)
+        self.index = jnp.clip(microbatch, 0, count - 1)
+        # replicas split the batch first, then microbatches
+        self.rows = BatchSlice(device.replica * count + self.index)
 
     def input(self, j: int) -> Any:
         """Input leaf j of this microbatch."""
-        array = self.device.inputs[j]
+        array = self.device.inputs[j]  # [microbatches, rows, ...] if split
         if self.device.loop.in_axes[j] is None:
             return array
         return lax.dynamic_index_in_dim(array, self.index, 0, keepdims=False)
 
     def gate(self, values: Mapping[Value, Any]) -> dict[Value, Any]:
-        """The same values; while the device idles their gradients are zero, whatever comes back."""
+        """The same values, with zero gradients in bubbles whatever their cotangents are.
+
+        A `where` on results would not do: its transpose multiplies a bubble's NaN by zero.
+        """
         if not self.device.gates:
             return dict(values)
-        inexact = {x: v for x, v in values.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
+        inexact = {x: v for x, v in values.items() if is_inexact(v)}
         return {**values, **_gate(self.is_active, inexact)}
 
 
@@ -77,31 +95,42 @@ def _gate_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     return values, jax.tree.map(lambda x: jnp.where(is_active, x, jnp.zeros_like(x)), tangents[1])
 
 
+@dataclass(frozen=True)
+class LateAfter:
+    """Inputs of the last stage's `after`, if it runs one tick behind its body.
+
+    Attributes:
+      context: the microbatch of the tick before.
+      kept: the values that `after` reads, in wire format, in the order of `Wiring.kept`.
+    """
+
+    context: MicrobatchContext
+    kept: Sequence[Any]
+
+
 class LocalStage:
     """A pipeline's stage on this device, inside `shard_map`.
 
     Attributes:
-      loop: stages, alignment, wiring and placement.
-      inputs: every input leaf: (microbatches, ...) where it is split, whole otherwise.
-      replica: this device's index on the data axis.
-      gates: whether JAX is to differentiate the loop, so that gradients must be kept out of
-        bubbles.
+      loop: the staged program.
+      inputs: every input leaf: [microbatches, rows, ...] where it is split, else whole.
+      replica: int32 scalar, this device's index on the data axis.
+      gates: True if JAX differentiates the loop, so that gradients must be kept out of bubbles.
       chunk: which of the device's stages this is.
-      index: this device's index on the axis of the stages.
-      stage: this device's stage of that chunk.
+      index: int32 scalar, this device's index on the stage axis.
+      stage: int32 scalar, this device's stage of that chunk.
     """
 
     def __init__(
         self, loop: StagedProgram, inputs: list[Any], replica: Any, *, gates: bool, chunk: int = 0
     ):
-        self.loop, self.inputs, self.replica, self.gates, self.chunk = (
-            loop,
-            inputs,
-            replica,
-            gates,
-            chunk,
-        )
-        self.program, self.wiring = loop.program, loop.wiring
+        self.loop = loop
+        self.inputs = inputs
+        self.replica = replica
+        self.gates = gates
+        self.chunk = chunk
+        self.program = loop.program
+        self.wiring = loop.wiring
         self.index = lax.axis_index(STAGE)
         self.stage = chunk * loop.num_devices + self.index
 
@@ -120,208 +149,226 @@ class LocalStage:
         """The slots of the common body's weights."""
         return self.loop.placement.body_slots[self.chunk]
 
-    def switch(self, branches: Sequence[Callable], *operands: Any) -> Any:
-        """What the branch of this device's stage returns, given one for each stage of the chunk."""
-        return (
-            branches[0](*operands)
-            if len(branches) == 1
-            else lax.switch(self.index, branches, *operands)
-        )
+    def run_segments[T](
+        self, runs: Mapping[int, Callable[[T], T]], carry: T, policy: BranchPolicy
+    ) -> T:
+        """Run the one of `runs` that is this device's stage's; elsewhere return the carry.
+
+        Args:
+          runs: stage -> function of the carry; stages of other chunks are left out.
+          carry: a tree of arrays, whose structure and types the functions keep.
+          policy: the price of the condition: see `conditions`.
+        """
+        mine = {s: run for s, run in runs.items() if s in self.stages}
+        return run_selected(mine, self.stage, carry, policy, self.stages)
+
+    def run_segment(
+        self,
+        segment: StageSegment,
+        context: MicrobatchContext,
+        slots: Sequence[Any],
+        reads: Mapping[Value, Any],
+    ) -> tuple[dict[int, Any], dict[int, Any]]:
+        """Evaluate a segment: (branch results by index, new state by slot).
+
+        Args:
+          segment: ops of one stage.
+          context: the microbatch.
+          slots: this device's shard of every slot.
+          reads: values of the microbatch that it reads: arrived, or made by the body.
+        """
+        known = {**self.known(context, segment.stage, slots), **context.gate(reads)}
+        wanted = [*segment.wanted, *segment.state.values()]
+        made = evaluate(segment.ops, known, wanted, context.rows)
+        results = dict(zip(segment.results, made, strict=False))
+        return results, dict(zip(segment.state, made[len(results) :], strict=True))
 
     def run_stage(
         self,
-        moment: MicrobatchContext,
+        context: MicrobatchContext,
         arrived: list[Any],
         slots: list[Any],
-        late: tuple[MicrobatchContext, list[Any]] | None = None,
+        late: LateAfter | None = None,
     ) -> StageResults:
         """Run the stage: its branch, then the common body.
 
         Args:
-          moment: the microbatch.
-          arrived: what came over each lane.
-          slots: this stage's row of every slot.
-          late: for `after`, which runs a tick behind its body: its microbatch, and what was kept
-            for it. None leaves `after` out, with zeros for what it makes.
+          context: the microbatch.
+          arrived: the value of each lane, in wire format.
+          slots: this device's shard of every slot.
+          late: inputs of `after`, which runs in the same branch; None leaves `after` out, with
+            zeros for its results.
         """
-        branch, slots_after = self._run_branch(moment, arrived, slots, late)
+        branch, slots_after = self._run_branch(context, arrived, slots, late)
         if not self.loop.has_body:
             return StageResults({}, branch, slots_after)
-        values = [*(slots[j] for j in self.body_slots), *self.body_reads(moment, arrived, branch)]
-        return StageResults(self.run_body(moment, values), branch, slots_after)
+        values = [*(slots[j] for j in self.body_slots), *self.body_reads(context, arrived, branch)]
+        return StageResults(self.run_body(context, values), branch, slots_after)
 
     def run_before(
-        self, moment: MicrobatchContext, arrived: list[Any], slots: list[Any]
+        self, context: MicrobatchContext, arrived: list[Any], slots: list[Any]
     ) -> list[Any]:
-        """The results of the branch alone, as they stand before the body; zeros for what `after`
-        makes.
+        """The branch results before the body; zeros for those of `after`."""
+        return self._run_branch(context, arrived, slots, None)[0]
+
+    def run_after(
+        self,
+        context: MicrobatchContext,
+        results: StageResults,
+        slots: list[Any],
+        policy: BranchPolicy,
+    ) -> dict[int, Any]:
+        """Branch results of the last stage's `after`, in wire format, from this tick's body.
+
+        Zeros on devices without the last stage; empty if nothing follows the last body.
         """
-        return self._run_branch(moment, arrived, slots, None)[0]
+        segment = segment_after_body(self.loop)
+        nothing = empty_results(self.loop)
+        if segment.is_empty:
+            return {}
+        reads = {x: results.made(source) for x, source in self.wiring.kept}
+
+        def on_last(carry: list[Any]) -> list[Any]:
+            del carry
+            made, _ = self.run_segment(segment, context, slots, reads)
+            return [to_wire(made[r]) for r in segment.results]
+
+        carry = [nothing[r] for r in segment.results]
+        made = self.run_segments({segment.stage: on_last}, carry, policy)
+        return dict(zip(segment.results, made, strict=True))
 
     def run_body(
-        self, moment: MicrobatchContext, values: Sequence[Any], state: Collection[int] = ()
+        self, context: MicrobatchContext, values: Sequence[Any], state: Collection[int] = ()
     ) -> dict[int, Any]:
-        """The results of the common body that anything uses, given its weights and then its reads.
+        """Results of the common body, by index.
 
-        `state` are results besides, which are new state.
+        Args:
+          context: the microbatch.
+          values: the body's weights, then its reads.
+          state: results that are new state; returned beside those that the wiring uses.
         """
-        shape, alignment = self.loop.alignment.parts[0].shape, self.loop.alignment
-        env = moment.gate(dict(zip((*shape.weights, *shape.reads), values, strict=True)))
+        alignment = self.loop.alignment
+        shape = alignment.parts[0].shape
+        env = context.gate(dict(zip((*shape.weights, *shape.reads), values, strict=True)))
+        # literals that differ between stages: this stage's entry of a table [stages, ...]
         env.update((value, jnp.asarray(table)[self.stage]) for value, table in alignment.varying)
         results = sorted({*self.wiring.body_results, *state})
         wanted = [shape.made[j] for j in results]
-        return dict(zip(results, evaluate(alignment.body, env, wanted, moment.rows), strict=True))
+        return dict(zip(results, evaluate(alignment.body, env, wanted, context.rows), strict=True))
 
     def body_reads(
-        self, moment: MicrobatchContext, arrived: list[Any], branch: Sequence[Any]
+        self, context: MicrobatchContext, arrived: list[Any], branch: Sequence[Any]
     ) -> list[Any]:
-        """What the body reads, in the order in which it reads it."""
+        """The values that the body reads, in its order."""
         return [
-            self._body_read(source, moment, arrived, branch) for source in self.wiring.body_reads
+            self._body_read(source, context, arrived, branch) for source in self.wiring.body_reads
         ]
 
     def _body_read(
-        self, source: Source, moment: MicrobatchContext, arrived: list[Any], branch: Sequence[Any]
+        self, source: Source, context: MicrobatchContext, arrived: list[Any], branch: Sequence[Any]
     ) -> Any:
         match source:
             case FromInput(j):
-                return moment.input(j)
+                return context.input(j)
             case FromConstant(value):
                 return jnp.asarray(self.program.constants[value])
             case FromLane(lane, first):
-                came = from_wire(arrived[lane], self.wiring.lanes[lane].aval)
+                received = from_wire(arrived[lane], self.wiring.lanes[lane].aval)
                 if 0 not in self.stages:
-                    return came
-                return choose(
-                    self.stage == 0, self._body_read(first, moment, arrived, branch), came
-                )
+                    return received
+                # stage 0 receives nothing: its lanes carry what bubbles send
+                own = self._body_read(first, context, arrived, branch)
+                return choose(self.stage == 0, own, received)
             case FromBranch(result):
                 return branch[result]
         raise AssertionError(f"a body cannot read {source}")
 
     def _run_branch(
         self,
-        moment: MicrobatchContext,
+        context: MicrobatchContext,
         arrived: list[Any],
         slots: list[Any],
-        late: tuple[MicrobatchContext, list[Any]] | None,
+        late: LateAfter | None,
     ) -> tuple[list[Any], list[Any]]:
-        """This stage's own operations: results in the order of the wiring, and the slots with new
-        state.
-        """
+        """Segments of this device's stage: all branch results, and the slots with new state."""
         if not self.wiring.needs_branch:
             return [], slots
-        results, state = self.switch(
-            [partial(self._branch_of, s, moment, arrived, slots, late) for s in self.stages]
-        )
-        results = [
-            from_wire(x, aval)
-            for x, (aval, _) in zip(results, self.wiring.branch_results, strict=True)
-        ]
-        return results, self.with_state(moment, slots, state)
+        runs = {s: partial(self._own, s, context, arrived, slots, late) for s in self.stages}
+        start = (empty_results(self.loop), [to_wire(slots[j]) for j in self.loop.state_slots])
+        results, state = self.run_segments(runs, start, "switch")
+        return self.from_results(results), self.with_state(context, slots, state)
 
-    def with_state(
-        self, moment: MicrobatchContext, slots: list[Any], state: Sequence[Any]
-    ) -> list[Any]:
-        """The slots with new state, unless the device idles."""
-        slots = list(slots)
-        for j, new in zip(self.loop.state_slots, state, strict=True):
-            slots[j] = choose(moment.is_active, from_wire(new, jax.typeof(slots[j])), slots[j])
-        return slots
-
-    def _branch_of(
+    def _own(
         self,
         s: int,
-        moment: MicrobatchContext,
+        context: MicrobatchContext,
         arrived: list[Any],
         slots: list[Any],
-        late: tuple[MicrobatchContext, list[Any]] | None,
-    ) -> tuple[list[Any], list[Any]]:
-        """The branch of stage s: what precedes its body now, and what follows it a tick late."""
-        part = self.loop.alignment.parts[s]
-        of_after = {x for op in part.after for x in op.results}
-        wanted = [values[s] for _, values in self.wiring.branch_results]
-        state = self._new_state(s)
-        early = [x for x in [*wanted, *state.values()] if x is not None and x not in of_after]
-        known = self.known(moment, s, slots) | moment.gate(self.arrived_values(s, arrived))
-        made = dict(
-            zip(map(_key, early), self.evaluate(part.before, known, early, moment), strict=True)
-        )
-        if part.after and late is not None:
-            then, kept = late
-            known = self.known(then, s, slots) | then.gate(self._kept_values(kept))
-            due = [x for x in wanted if x is not None and x in of_after]
-            made.update(
-                zip(map(_key, due), self.evaluate(part.after, known, due, then), strict=True)
-            )
-        results = [
-            to_wire(made[_key(x)])
-            if x is not None and _key(x) in made
-            else fill(wire_aval(aval), 0.0)
-            for (aval, _), x in zip(self.wiring.branch_results, wanted, strict=True)
-        ]
-        return results, [
-            to_wire(made[_key(state[j])] if j in state else slots[j]) for j in self.loop.state_slots
-        ]
+        late: LateAfter | None,
+        carry: OwnResults,
+    ) -> OwnResults:
+        """The branch of stage s: `before` for this microbatch, `after` for the one before it."""
+        results, state = carry
+        segment = segment_before_body(self.loop, s)
+        made, new = self.run_segment(segment, context, slots, self.arrived_values(s, arrived))
+        results = put_results(results, made)
+        slot_numbers = self.loop.state_slots
+        state = [to_wire(new.get(j, x)) for j, x in zip(slot_numbers, state, strict=True)]
+        if late is not None and s == self.loop.num_stages - 1:
+            after = segment_after_body(self.loop)
+            made, _ = self.run_segment(after, late.context, slots, self._kept_values(late.kept))
+            results = put_results(results, made)
+        return results, state
 
-    def _new_state(self, s: int) -> dict[int, Operand]:
-        """The values that stage s gives to the slots of its state."""
-        slot_of = self.loop.placement.slot_of(s)
-        outputs = self.loop.stages[s].outputs.items()
-        return {slot_of[self.loop.state[p]]: x for p, x in outputs if p in self.loop.state}
+    def from_results(self, results: Sequence[Any]) -> list[Any]:
+        """Branch results from wire format."""
+        avals = [aval for aval, _ in self.wiring.branch_results]
+        return [from_wire(x, aval) for x, aval in zip(results, avals, strict=True)]
 
-    def known(self, moment: MicrobatchContext, s: int, slots: list[Any]) -> dict[Value, Any]:
+    def with_state(
+        self, context: MicrobatchContext, slots: list[Any], state: Sequence[Any]
+    ) -> list[Any]:
+        """The slots with new state (wire format), unless this is a bubble."""
+        slots = list(slots)
+        for j, new in zip(self.loop.state_slots, state, strict=True):
+            slots[j] = choose(context.is_active, from_wire(new, jax.typeof(slots[j])), slots[j])
+        return slots
+
+    def known(self, context: MicrobatchContext, s: int, slots: Sequence[Any]) -> dict[Value, Any]:
         """Weights, inputs and constants of stage s, by value."""
-        stage, slot_of = self.loop.stages[s], self.loop.placement.slot_of(s)
-        weights = moment.gate({x: slots[slot_of[weight]] for x, weight in stage.weights.items()})
-        return {**self.given(moment, s), **weights}
+        slot_of = self.loop.placement.slot_of(s)
+        held = self.loop.stages[s].weights.items()
+        weights = context.gate({x: slots[slot_of[weight]] for x, weight in held})
+        return {**self.given(context, s), **weights}
 
-    def given(self, moment: MicrobatchContext, s: int) -> dict[Value, Any]:
+    def given(self, context: MicrobatchContext, s: int) -> dict[Value, Any]:
         """Inputs and constants of stage s, by value."""
         read = set(self.loop.stages[s].inputs)
-        inputs = {x: moment.input(j) for j, x in enumerate(self.program.inputs) if x in read}
+        inputs = {x: context.input(j) for j, x in enumerate(self.program.inputs) if x in read}
         return {**self.program.constants, **inputs}
 
     def arriving(self, s: int) -> dict[Value, int]:
-        """The lane of every value that comes to stage s."""
-        values = [lane.values[s - 1] if s else None for lane in self.wiring.lanes]
+        """The lane of every value that arrives at stage s."""
+        if s == 0:
+            return {}
+        values = [lane.values[s - 1] for lane in self.wiring.lanes]
         return {x: j for j, x in enumerate(values) if x is not None}
 
-    def arrived_values(self, s: int, arrived: list[Any]) -> dict[Value, Any]:
-        """What came over the lanes to stage s, by value."""
-        return {
-            x: from_wire(arrived[j], self.wiring.lanes[j].aval) for x, j in self.arriving(s).items()
-        }
+    def arrived_values(self, s: int, arrived: Sequence[Any]) -> dict[Value, Any]:
+        """The values that arrived over the lanes at stage s, by value."""
+        lanes = self.wiring.lanes
+        return {x: from_wire(arrived[j], lanes[j].aval) for x, j in self.arriving(s).items()}
 
-    def state_after(
-        self, s: int, moment: MicrobatchContext, arrived: list[Any], slots: list[Any]
-    ) -> list[Any]:
-        """The state slots once stage s has run, as they are held."""
-        state = self._new_state(s)
-        known = {**self.known(moment, s, slots), **self.arrived_values(s, arrived)}
-        made = self.evaluate(
-            self.loop.alignment.parts[s].before, known, list(state.values()), moment
-        )
-        new = dict(zip(state, made, strict=True))
-        return [to_wire(new.get(j, slots[j])) for j in self.loop.state_slots]
-
-    def _kept_values(self, kept: list[Any]) -> dict[Value, Any]:
+    def _kept_values(self, kept: Sequence[Any]) -> dict[Value, Any]:
         avals = self.program.avals
         return {x: from_wire(v, avals[x]) for (x, _), v in zip(self.wiring.kept, kept, strict=True)}
 
-    def evaluate(
-        self,
-        ops: Sequence[Op],
-        known: Mapping[Value, Any],
-        wanted: Sequence[Operand],
-        moment: MicrobatchContext,
-    ) -> list[Any]:
-        return evaluate(ops, known, wanted, moment.rows)
+    def send(self, value: Any, pairs: list[tuple[int, int]], context: MicrobatchContext) -> Any:
+        """Move a value between these pairs of devices; a bubble sends its fill value.
 
-    def send(self, value: Any, pairs: list[tuple[int, int]], moment: MicrobatchContext) -> Any:
-        """Move a value between just these pairs of stages; an idle stage sends what bubbles compute
-        on.
+        Returns:
+          The value that arrives here, in wire format: zeros on devices that receive nothing.
         """
         value = to_wire(value)
-        value = jnp.where(moment.is_active, value, fill(jax.typeof(value), self.loop.bubble_fill))
+        value = jnp.where(context.is_active, value, fill(jax.typeof(value), self.loop.bubble_fill))
         return lax.ppermute(value, STAGE, pairs)
