@@ -23,7 +23,7 @@ from layerwise_jax.options import Executor, PipelineOptions
 from layerwise_jax.plan import Plan
 from layerwise_jax.run.outputs import Outputs
 from layerwise_jax.run.spmd import LoopExecutor
-from layerwise_jax.run.ticks import Backward
+from layerwise_jax.run.tick import Backward
 from layerwise_jax.schedule.table import Schedule
 from layerwise_jax.stage.inputs import check_inputs
 from layerwise_jax.stage.placement import Placement, Staged

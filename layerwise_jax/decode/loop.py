@@ -31,6 +31,7 @@ from layerwise_jax.decode.step import StepProgram
 from layerwise_jax.decode.transport import Transport
 from layerwise_jax.decode.values import Carry, Prompts, RingState, Slots
 from layerwise_jax.run.conditions import BranchPolicy, run_if, select
+from layerwise_jax.run.microbatch import MicrobatchContext
 from layerwise_jax.run.segment import (
     StageSegment,
     empty_results,
@@ -38,7 +39,7 @@ from layerwise_jax.run.segment import (
     segment_after_body,
     segment_before_body,
 )
-from layerwise_jax.run.stage import LocalStage, MicrobatchContext, StageResults
+from layerwise_jax.run.stage import LocalStage, StageResults
 from layerwise_jax.run.wire import from_wire, to_wire, zeros_of
 from layerwise_jax.stage.staged_program import StagedProgram
 
@@ -237,9 +238,7 @@ class _Round:
         if self.loop.has_body:
             reads = self.device.body_reads(moment, self.message.lanes(arrived), branch)
             weights = [slots[j] for j in self.device.body_slots]
-            body = self.device.run_body(
-                moment, [*weights, *reads], self.ring.step.body_state.values()
-            )
+            body = self.device.run_body(moment, weights, reads, self.ring.step.body_state.values())
             caches = {
                 **caches,
                 **{j: to_wire(body[r]) for j, r in self.ring.step.body_state.items()},

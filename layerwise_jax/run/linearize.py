@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layerwise_jax.run.microbatch import MicrobatchContext
 from layerwise_jax.run.residuals import Residuals, StashLayout, find_residuals, share_buffers
 from layerwise_jax.run.segment import StageSegment, segment_before_body
-from layerwise_jax.run.stage import LocalStage, MicrobatchContext
+from layerwise_jax.run.stage import LocalStage
 from layerwise_jax.stage.wiring import FromBody, FromBranch
 from layerwise_jax.trace.derivative import is_inexact, type_of
 from layerwise_jax.trace.program import Value, evaluate
@@ -37,13 +38,15 @@ def linearize_body(
       gradients of trained weights and floating-point reads, by position in [*weights, *reads].
     """
     values = [*weights, *reads]
+    first_read = len(weights)
     trained = [device.loop.has_gradient(j) for j in device.body_slots]
     is_differentiated = [*trained, *(is_inexact(x) for x in reads)]
     arguments = {j: x for j, x in enumerate(values) if is_differentiated[j]}
     fixed = {j: x for j, x in enumerate(values) if not is_differentiated[j]}
 
     def run(arguments: dict[int, Any]) -> dict[int, Any]:
-        return device.run_body(context, [x for _, x in sorted({**arguments, **fixed}.items())])
+        given = [x for _, x in sorted({**arguments, **fixed}.items())]
+        return device.run_body(context, given[:first_read], given[first_read:])
 
     return jax.vjp(run, arguments)
 

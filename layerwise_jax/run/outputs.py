@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from layerwise_jax._jax import is_key, wrap_key
 from layerwise_jax.batch.outputs import OutputRole
 from layerwise_jax.mesh import DATA, STAGE
-from layerwise_jax.run.stage import MicrobatchContext
+from layerwise_jax.run.microbatch import MicrobatchContext
 from layerwise_jax.run.wire import sum_dtype, to_wire, wire_aval
 from layerwise_jax.stage.staged_program import StagedProgram
 

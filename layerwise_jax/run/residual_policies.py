@@ -14,9 +14,10 @@ from layerwise_jax.run.linearize import (
     result_aval,
     stashed_sources,
 )
+from layerwise_jax.run.microbatch import MicrobatchContext
 from layerwise_jax.run.residuals import StashLayout
 from layerwise_jax.run.segment import empty_results, put_results, segment_before_body
-from layerwise_jax.run.stage import LocalStage, MicrobatchContext, StageResults
+from layerwise_jax.run.stage import LocalStage, StageResults
 from layerwise_jax.run.vjp import StageVjp
 from layerwise_jax.run.wire import from_wire, to_wire, zeros_of
 from layerwise_jax.stage.wiring import FromBody

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from layerwise_jax.mesh import DATA, STAGE
 from layerwise_jax.run.outputs import Outputs
-from layerwise_jax.run.ticks import Backward, TickLoop
+from layerwise_jax.run.tick import Backward
+from layerwise_jax.run.ticks import TickLoop
 from layerwise_jax.run.tied import tie_copies
 from layerwise_jax.run.wire import choose
 from layerwise_jax.schedule.arrays import lower_schedule

@@ -13,6 +13,7 @@ from jax import lax
 
 from layerwise_jax.mesh import STAGE
 from layerwise_jax.run.conditions import BranchPolicy, run_selected
+from layerwise_jax.run.microbatch import MicrobatchContext
 from layerwise_jax.run.segment import (
     StageSegment,
     empty_results,
@@ -30,8 +31,7 @@ from layerwise_jax.stage.wiring import (
     FromLane,
     Source,
 )
-from layerwise_jax.trace.derivative import is_inexact
-from layerwise_jax.trace.program import BatchSlice, Value, evaluate
+from layerwise_jax.trace.program import Value, evaluate
 
 # Branch results in wire format, and the state slots in wire format.
 OwnResults = tuple[list[Any], list[Any]]
@@ -46,53 +46,6 @@ class StageResults(NamedTuple):
 
     def made(self, source: FromBody | FromBranch) -> Any:
         return (self.body if isinstance(source, FromBody) else self.branch)[source.result]
-
-
-class MicrobatchContext:
-    """A microbatch that a device works on.
-
-    Attributes:
-      is_active: bool scalar, False in a bubble: the microbatch is outside of 0..M-1.
-      index: int32 scalar, the microbatch, clipped to 0..M-1.
-      rows: the slice of the full batch that the microbatch is.
-    """
-
-    def __init__(self, device: LocalStage, microbatch: Any):
-        count = device.loop.num_microbatches
-        self.device = device
-        self.is_active = (microbatch >= 0) & (microbatch < count)
-        self.index = jnp.clip(microbatch, 0, count - 1)
-        # replicas split the batch first, then microbatches
-        self.rows = BatchSlice(device.replica * count + self.index)
-
-    def input(self, j: int) -> Any:
-        """Input leaf j of this microbatch."""
-        array = self.device.inputs[j]  # [microbatches, rows, ...] if split
-        if self.device.loop.in_axes[j] is None:
-            return array
-        return lax.dynamic_index_in_dim(array, self.index, 0, keepdims=False)
-
-    def gate(self, values: Mapping[Value, Any]) -> dict[Value, Any]:
-        """The same values, with zero gradients in bubbles whatever their cotangents are.
-
-        A `where` on results would not do: its transpose multiplies a bubble's NaN by zero.
-        """
-        if not self.device.gates:
-            return dict(values)
-        inexact = {x: v for x, v in values.items() if is_inexact(v)}
-        return {**values, **_gate(self.is_active, inexact)}
-
-
-@jax.custom_jvp
-def _gate(is_active: Any, values: dict[Value, Any]) -> dict[Value, Any]:
-    del is_active
-    return values
-
-
-@_gate.defjvp
-def _gate_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
-    is_active, values = primals
-    return values, jax.tree.map(lambda x: jnp.where(is_active, x, jnp.zeros_like(x)), tangents[1])
 
 
 @dataclass(frozen=True)
@@ -202,8 +155,9 @@ class LocalStage:
         branch, slots_after = self._run_branch(context, arrived, slots, late)
         if not self.loop.has_body:
             return StageResults({}, branch, slots_after)
-        values = [*(slots[j] for j in self.body_slots), *self.body_reads(context, arrived, branch)]
-        return StageResults(self.run_body(context, values), branch, slots_after)
+        weights = [slots[j] for j in self.body_slots]
+        reads = self.body_reads(context, arrived, branch)
+        return StageResults(self.run_body(context, weights, reads), branch, slots_after)
 
     def run_before(
         self, context: MicrobatchContext, arrived: list[Any], slots: list[Any]
@@ -238,23 +192,31 @@ class LocalStage:
         return dict(zip(segment.results, made, strict=True))
 
     def run_body(
-        self, context: MicrobatchContext, values: Sequence[Any], state: Collection[int] = ()
+        self,
+        context: MicrobatchContext,
+        weights: Sequence[Any],
+        reads: Sequence[Any],
+        state: Collection[int] = (),
     ) -> dict[int, Any]:
         """Results of the common body, by index.
 
         Args:
           context: the microbatch.
-          values: the body's weights, then its reads.
+          weights: the body's weights.
+          reads: the values that it reads.
           state: results that are new state; returned beside those that the wiring uses.
         """
         alignment = self.loop.alignment
-        shape = alignment.parts[0].shape
-        env = context.gate(dict(zip((*shape.weights, *shape.reads), values, strict=True)))
+        gated = context.gate(dict(enumerate([*weights, *reads])))
+        values = [x for _, x in sorted(gated.items())]
         # literals that differ between stages: this stage's entry of a table [stages, ...]
-        env.update((value, jnp.asarray(table)[self.stage]) for value, table in alignment.varying)
+        varying = [jnp.asarray(table)[self.stage] for table in alignment.varying]
         results = sorted({*self.wiring.body_results, *state})
-        wanted = [shape.made[j] for j in results]
-        return dict(zip(results, evaluate(alignment.body, env, wanted, context.rows), strict=True))
+        first_read = len(weights)
+        made = alignment.body(
+            values[:first_read], [*values[first_read:], *varying], results, context.rows
+        )
+        return dict(zip(results, made, strict=True))
 
     def body_reads(
         self, context: MicrobatchContext, arrived: list[Any], branch: Sequence[Any]

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from layerwise_jax.run.linearize import linearize_segment
+from layerwise_jax.run.microbatch import MicrobatchContext
 from layerwise_jax.run.segment import (
     StageSegment,
     empty_results,
@@ -24,7 +25,7 @@ from layerwise_jax.run.segment import (
     segment_after_body,
     segment_before_body,
 )
-from layerwise_jax.run.stage import LocalStage, MicrobatchContext, StageResults
+from layerwise_jax.run.stage import LocalStage, StageResults
 from layerwise_jax.run.wire import from_wire, to_wire, zeros_of
 from layerwise_jax.schedule.table import ActionKind
 from layerwise_jax.stage.wiring import FromBody, FromBranch, FromLane, Source

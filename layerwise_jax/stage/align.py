@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from layerwise_jax.stage.cut import Stage
 from layerwise_jax.trace.canonical import CanonicalOps, canonicalize
 from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.trace.pinned import free_ops_behind, free_producers, pinned_ops
-from layerwise_jax.trace.program import Op, Operand, Program, Value
+from layerwise_jax.trace.program import BatchSlice, Op, Operand, Program, Value, evaluate
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,57 @@ class StageParts:
     shape: CanonicalOps
 
 
+class BodyFunction(Protocol):
+    """The common body of all stages as a function. A kernel can stand in its place.
+
+    The loop differentiates it, so a kernel that trains needs a `custom_vjp`.
+    """
+
+    def __call__(
+        self,
+        weights: Sequence[Any],
+        reads: Sequence[Any],
+        results: Sequence[int],
+        rows: BatchSlice | None,
+    ) -> list[Any]:
+        """Run the body for one microbatch.
+
+        Args:
+          weights: the stage's weights, in the order of `CanonicalOps.weights`.
+          reads: values of the microbatch, in the order of `CanonicalOps.reads`; then this stage's
+            entry of every table in `Alignment.varying`.
+          results: indices in `CanonicalOps.made` of the results to return.
+          rows: the slice of the full batch that the microbatch is, for ops that draw at the full
+            batch; None if there is no such op.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TracedBody:
+    """The body as traced: evaluates ops.
+
+    Attributes:
+      ops: the ops of stage 0, with the literals that differ between stages replaced by values.
+      weights, reads, made: the values of its arguments and results.
+    """
+
+    ops: tuple[Op, ...]
+    weights: tuple[Value, ...]
+    reads: tuple[Value, ...]
+    made: tuple[Value, ...]
+
+    def __call__(
+        self,
+        weights: Sequence[Any],
+        reads: Sequence[Any],
+        results: Sequence[int],
+        rows: BatchSlice | None,
+    ) -> list[Any]:
+        known = dict(zip((*self.weights, *self.reads), (*weights, *reads), strict=True))
+        return evaluate(self.ops, known, [self.made[r] for r in results], rows)
+
+
 @dataclass(frozen=True, eq=False)
 class Alignment:
     """All stages split alike, with one body for all of them.
@@ -44,15 +95,14 @@ class Alignment:
     Attributes:
       parts: the parts of every stage.
       num_layers: layers in the body.
-      body: the ops of the common body: those of stage 0, with the literals that differ between
-        stages replaced by values.
-      varying: each such value and its table, one entry per stage: array [stages, ...].
+      body: the common body.
+      varying: literals that differ between stages: a table [stages, ...] each.
     """
 
     parts: tuple[StageParts, ...]
     num_layers: int
-    body: tuple[Op, ...]
-    varying: tuple[tuple[Value, np.ndarray], ...]
+    body: BodyFunction
+    varying: tuple[np.ndarray, ...]
 
 
 def align_stages(
@@ -167,19 +217,19 @@ def _alignment(program: Program, parts: Sequence[StageParts], count: int) -> Ali
     ]
     # New values get numbers behind those of the program.
     varying = {j: len(program.avals) + n for n, j in enumerate(differing)}
-    tables = tuple(
-        (value, np.stack([np.asarray(of_stage[j]) for of_stage in literals]))
-        for j, value in varying.items()
-    )
+    tables = tuple(np.stack([np.asarray(of_stage[j]) for of_stage in literals]) for j in varying)
     # Literals of `shape` are in the order in which the ops read them.
     counter = iter(range(len(literals[0])))
 
     def replaced(operand: Operand) -> Operand:
         return varying.get(next(counter), operand) if isinstance(operand, Literal) else operand
 
-    body = tuple(
+    ops = tuple(
         replace(op, operands=tuple(replaced(x) for x in op.operands)) for op in parts[0].body
     )
+    shape = parts[0].shape
+    reads = (*shape.reads, *varying.values())
+    body = TracedBody(ops, tuple(shape.weights), reads, tuple(shape.made))
     return Alignment(tuple(parts), count, body, tables)
 
 
