@@ -55,9 +55,7 @@ def test_select_leaves_what_no_one_changed_alone() -> None:
     """The caches of a decode ring: a `where` on each would write all of them in every tick."""
     start = (jnp.float32(1), jnp.zeros(1000))
     jaxpr = jax.make_jaxpr(
-        lambda index: run_selected(
-            {1: functools.partial(add, 1)}, index, start, "select", range(2)
-        )
+        lambda index: run_selected({1: functools.partial(add, 1)}, index, start, "select", range(2))
     )(jnp.int32(0))
     sizes = [eqn.outvars[0].aval.size for eqn in jaxpr.eqns if eqn.primitive.name == "select_n"]
     assert sizes == [1] or not sizes
