@@ -41,4 +41,5 @@ def load(buffers: Sequence[Any], slot: Any) -> list[Any]:
 
 
 def _index(buffer: Any, slot: Any) -> Any:
+    # The dummy slot is the last: JAX would read -1 as that too, but clamps a traced index to 0.
     return jnp.where(slot < 0, buffer.shape[0] - 1, slot)

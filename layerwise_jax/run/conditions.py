@@ -38,12 +38,13 @@ def run_selected[T](
       policy: see this module.
       among: the consecutive values that `index` can take; with one value nothing is conditional.
     """
-    if len(among) == 1:
+    if len(among) == 1:  # one pipeline device: its stage is known at trace time
         run = runs.get(among[0])
         return carry if run is None else run(carry)
     if policy == "switch":
         return _switch(runs, index, carry, among)
     for key, run in runs.items():
+        # One key matches at most, so the order does not matter.
         if policy == "select":
             carry = select(index == key, run(carry), carry)
         else:
@@ -56,7 +57,7 @@ def _switch[T](
 ) -> T:
     if not runs:
         return carry
-    if len(runs) == 1:
+    if len(runs) == 1:  # two branches instead of one a stage
         ((key, run),) = runs.items()
         return lax.cond(index == key, run, lambda carry: carry, carry)
     branches = [runs.get(key, lambda carry: carry) for key in among]
@@ -72,6 +73,7 @@ def run_if[T](condition: Any, run: Callable[[T], T], carry: T) -> T:
     def once(state: tuple[Any, T]) -> tuple[Any, T]:
         return jnp.bool_(False), run(state[1])
 
+    # state: (is still to run, carry)
     return lax.while_loop(lambda state: state[0], once, (condition, carry))[1]
 
 

@@ -41,6 +41,7 @@ def linearize_body(
     first_read = len(weights)
     trained = [device.loop.has_gradient(j) for j in device.body_slots]
     is_differentiated = [*trained, *(is_inexact(x) for x in reads)]
+    # Dicts by position: jax.vjp differentiates a whole argument, and integers have no gradient.
     arguments = {j: x for j, x in enumerate(values) if is_differentiated[j]}
     fixed = {j: x for j, x in enumerate(values) if not is_differentiated[j]}
 
@@ -74,6 +75,7 @@ def linearize_segment(
     known = {**device.given(context, segment.stage), **weights, **reads}
     state = {x for x, j in segment.slots.items() if j in device.loop.state_slots}
     arguments = {x: known[x] for x in segment.trained}
+    # old state is floating-point as well, but the next microbatch's, not this one's to change
     arguments |= {x: v for x, v in reads.items() if is_inexact(v) and x not in state}
 
     def run(arguments: dict[Value, Any]) -> list[Any]:
@@ -90,8 +92,10 @@ def lay_out_stash(device: LocalStage, slots: Sequence[Any]) -> StashLayout:
       slots: this device's shard of every slot.
     """
     chunks = [device.of_chunk(c) for c in range(device.loop.num_chunks)]
+    # Every device lays out the residuals of all stages: one program runs on all devices.
     own = {s: _segment_residuals(chunk, s, slots) for chunk in chunks for s in chunk.stages}
     places, own_avals = share_buffers(own)
+    # The body is the same for all stages, and so are its residuals: chunk 0 stands for all.
     body = _body_residuals(device, slots) if device.loop.has_body else None
     results = tuple(result_aval(device, source) for source in stashed_sources(device))
     return StashLayout(results, body, own, places, own_avals)

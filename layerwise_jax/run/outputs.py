@@ -36,10 +36,11 @@ def add_output(role: str, so_far: Any, made: Any, context: MicrobatchContext, is
       context: the microbatch; nothing is added in a bubble.
       is_mine: bool scalar, True on the device whose stage makes the output.
     """
-    is_mine = context.is_active & is_mine
+    is_mine = context.is_active & is_mine  # a bubble's result may be NaN: where, not a product
     made = to_wire(made)
     if role == "rows":
-        row = jnp.where(is_mine, made, so_far[context.index])  # [rows, ...]
+        # [rows, ...]; a device that makes nothing writes what was there
+        row = jnp.where(is_mine, made, so_far[context.index])
         return lax.dynamic_update_index_in_dim(so_far, row, context.index, 0)
     if role == "reduced":
         return so_far + jnp.where(is_mine, made, jnp.zeros_like(made)).astype(so_far.dtype)
@@ -115,6 +116,7 @@ class Outputs:
 
     def _scatter(self, rows: Any) -> Any:
         """Equal shares of the rows on all stages: nothing is gathered that no one asked for."""
+        # zeros from all stages but one: the sum is that stage's rows
         summed = lax.psum_scatter(_addable(rows), STAGE, scatter_dimension=0, tiled=True)
         return summed.astype(rows.dtype)
 

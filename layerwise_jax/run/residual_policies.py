@@ -35,13 +35,15 @@ class Recomputing(StageVjp):
         return results, [*arrived, *old_state]
 
     def _restore(self, stashed: list[Any]) -> tuple[Callable | None, StageResults | None]:
-        num_lanes = len(self.wiring.lanes)
+        num_lanes = len(self.wiring.lanes)  # stashed: [*lanes, *state slots]
         self.arrived = stashed[:num_lanes]
         self.slots = list(self.slots)
         for j, x in zip(self.loop.state_slots, stashed[num_lanes:], strict=True):
             self.slots[j] = from_wire(x, jax.typeof(self.slots[j]))
         if not self.loop.has_body:
             return None, None
+        # The segment before the body runs twice: here for its results, and in its own VJP, whose
+        # residuals would not fit through the condition. XLA merges nothing across conditions.
         branch = self.device.run_before(self.context, self.arrived, self.slots)
         reads = self.device.body_reads(self.context, self.arrived, branch)
         weights = [self.slots[j] for j in self.device.body_slots]
@@ -89,6 +91,7 @@ class Storing(StageVjp):
             body, vjp_fn = linearize_body(self.device, self.context, weights, reads)
             of_body = self.layout.body.of(vjp_fn)
         made = StageResults(body, branch, slots)
+        # order of `StashLayout`: results, body, segment
         kept = [to_wire(made.made(source)) for source in stashed_sources(self.device)]
         return made, [*kept, *of_body, *of_segment]
 
@@ -99,7 +102,7 @@ class Storing(StageVjp):
         reads = {**self.device.arrived_values(s, arrived), **segment.old_state(self.slots)}
         weights = segment.weights(self.slots)
         made, vjp_fn = linearize_segment(self.device, segment, self.context, weights, reads)
-        buffers = list(buffers)
+        buffers = list(buffers)  # zeros where another stage has a residual and this one has none
         residuals = self.layout.own[s].of(vjp_fn)
         for place, x in zip(self.layout.places[s], residuals, strict=True):
             buffers[place] = x

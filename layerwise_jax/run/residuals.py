@@ -72,10 +72,11 @@ def find_residuals(linearized: Linearized, weights: Any, microbatch: Any) -> Res
     varying = {*jaxpr.invars[num_weights:]}
     captured = zip(jaxpr.constvars, closed.consts, strict=True)
     varying |= {x for x, value in captured if isinstance(value, Tracer)}
+    # forward propagation, in the order of the trace
     for eqn in jaxpr.eqns:
         if any(not isinstance(x, Literal) and x in varying for x in eqn.invars):
             varying.update(eqn.outvars)
-    places: dict[Any, int] = {}
+    places: dict[Any, int] = {}  # two residuals may be one value: it is stashed once
     sources = [
         None if isinstance(x, Literal) or x not in varying else places.setdefault(x, len(places))
         for x in jaxpr.outvars

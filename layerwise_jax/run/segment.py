@@ -48,6 +48,7 @@ class StageSegment:
     def slots(self) -> dict[Value, int]:
         """The slot of every weight that it reads, state included."""
         used = {x for op in self.ops for x in op.values}
+        # an output may be a weight itself, which no op reads
         used |= {x for x in self.wanted if isinstance(x, int)}
         slot_of = self.program.placement.slot_of(self.stage)
         weights = self.program.stages[self.stage].weights
@@ -70,6 +71,7 @@ class StageSegment:
 def segment_before_body(program: StagedProgram, s: int) -> StageSegment:
     """The ops that stage s runs before its body."""
     part = program.alignment.parts[s]
+    # On the last stage, results of `after` are branch results too.
     made_later = {*part.shape.made, *(x for op in part.after for x in op.results)}
     made_after = made_later.difference(part.shape.made)
     results = _results(program, s)
@@ -84,7 +86,7 @@ def segment_before_body(program: StagedProgram, s: int) -> StageSegment:
 
 def segment_after_body(program: StagedProgram) -> StageSegment:
     """The ops that the last stage runs after its body; empty if nothing follows it."""
-    last = program.num_stages - 1
+    last = program.num_stages - 1  # the only stage that has ops behind its body
     part = program.alignment.parts[last]
     made = {x for op in part.after for x in op.results}
     results = _results(program, last)
@@ -99,6 +101,7 @@ def segment_after_body(program: StagedProgram) -> StageSegment:
 
 def _results(program: StagedProgram, s: int) -> dict[int, Operand]:
     """Stage s's operand of every branch result that it has."""
+    # branch_results: (type, [operand of every stage])
     operands = [of_stage[s] for _, of_stage in program.wiring.branch_results]
     return {r: x for r, x in enumerate(operands) if x is not None}
 

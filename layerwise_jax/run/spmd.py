@@ -72,7 +72,7 @@ class LoopExecutor:
         """
         results, gradients, after = self._training_program(staged, inputs)
         for j, slot in enumerate(self.placement.slots):
-            if slot.name not in gradients:
+            if slot.name not in gradients:  # the program returns gradients of trained slots only
                 gradients[slot.name] = self._no_gradient(j, staged[slot.name])
         return results, gradients, after
 
@@ -93,7 +93,7 @@ class LoopExecutor:
             mesh=self.mesh,
             in_specs=(slots, self._input_specs()),
             out_specs=(self.outputs.specs(), slots),
-            check_vma=False,
+            check_vma=False,  # replayed equations do not say what varies over the mesh
         )
 
     @cached_property
@@ -116,6 +116,7 @@ class LoopExecutor:
     def _forward_on_device(
         self, ticks: TickLoop, staged: Staged, inputs: Sequence[Any]
     ) -> tuple[list, Staged]:
+        # The loop is differentiated by jax.grad: a tied weight's copies count as one variable.
         weights = tie_copies(self._shards(staged), self.placement.copies())
         outputs, _, weights = ticks.run(weights, self._split(inputs), self._replica())
         results = self.outputs.combine(outputs)
@@ -126,6 +127,7 @@ class LoopExecutor:
     ) -> tuple[list, Staged, Staged]:
         weights = self._shards(staged)
         outputs, sums, after = ticks.run(weights, self._split(inputs), self._replica())
+        # sums: by slot, in the accumulator's dtype, for the microbatches of this replica
         sums = self._without_frozen(self._sum_copies(sums))
         if DATA in self.mesh.axis_names:
             sums = [None if x is None else lax.psum(x, DATA) for x in sums]

@@ -85,7 +85,7 @@ class LocalStage:
         self.program = loop.program
         self.wiring = loop.wiring
         self.index = lax.axis_index(STAGE)
-        self.stage = chunk * loop.num_devices + self.index
+        self.stage = chunk * loop.num_devices + self.index  # round-robin
 
     def of_chunk(self, chunk: int) -> LocalStage:
         """Another stage of the same device."""
@@ -133,7 +133,7 @@ class LocalStage:
         known = {**self.known(context, segment.stage, slots), **context.gate(reads)}
         wanted = [*segment.wanted, *segment.state.values()]
         made = evaluate(segment.ops, known, wanted, context.rows)
-        results = dict(zip(segment.results, made, strict=False))
+        results = dict(zip(segment.results, made, strict=False))  # state follows the results
         return results, dict(zip(segment.state, made[len(results) :], strict=True))
 
     def run_stage(
@@ -153,6 +153,7 @@ class LocalStage:
             zeros for its results.
         """
         branch, slots_after = self._run_branch(context, arrived, slots, late)
+        # The body reads the old state: stages with state have no common body.
         if not self.loop.has_body:
             return StageResults({}, branch, slots_after)
         weights = [slots[j] for j in self.body_slots]
@@ -187,7 +188,7 @@ class LocalStage:
             made, _ = self.run_segment(segment, context, slots, reads)
             return [to_wire(made[r]) for r in segment.results]
 
-        carry = [nothing[r] for r in segment.results]
+        carry = [nothing[r] for r in segment.results]  # on devices without the last stage
         made = self.run_segments({segment.stage: on_last}, carry, policy)
         return dict(zip(segment.results, made, strict=True))
 
@@ -207,6 +208,7 @@ class LocalStage:
           state: results that are new state; returned beside those that the wiring uses.
         """
         alignment = self.loop.alignment
+        # gate takes a mapping: here by position in [*weights, *reads]
         gated = context.gate(dict(enumerate([*weights, *reads])))
         values = [x for _, x in sorted(gated.items())]
         # literals that differ between stages: this stage's entry of a table [stages, ...]
@@ -236,7 +238,7 @@ class LocalStage:
                 return jnp.asarray(self.program.constants[value])
             case FromLane(lane, first):
                 received = from_wire(arrived[lane], self.wiring.lanes[lane].aval)
-                if 0 not in self.stages:
+                if 0 not in self.stages:  # later chunks receive on every device
                     return received
                 # stage 0 receives nothing: its lanes carry what bubbles send
                 own = self._body_read(first, context, arrived, branch)
@@ -255,6 +257,7 @@ class LocalStage:
         """Segments of this device's stage: all branch results, and the slots with new state."""
         if not self.wiring.needs_branch:
             return [], slots
+        # All stages' branches are compiled on every device; the index picks one.
         runs = {s: partial(self._own, s, context, arrived, slots, late) for s in self.stages}
         start = (empty_results(self.loop), [to_wire(slots[j]) for j in self.loop.state_slots])
         results, state = self.run_segments(runs, start, "switch")
@@ -276,6 +279,7 @@ class LocalStage:
         results = put_results(results, made)
         slot_numbers = self.loop.state_slots
         state = [to_wire(new.get(j, x)) for j, x in zip(slot_numbers, state, strict=True)]
+        # One branch a tick: the last stage's `after` shares it, one microbatch behind.
         if late is not None and s == self.loop.num_stages - 1:
             after = segment_after_body(self.loop)
             made, _ = self.run_segment(after, late.context, slots, self._kept_values(late.kept))
@@ -332,5 +336,6 @@ class LocalStage:
           The value that arrives here, in wire format: zeros on devices that receive nothing.
         """
         value = to_wire(value)
+        # A bubble computed on the fill value: its result is masked before anyone uses it.
         value = jnp.where(context.is_active, value, fill(jax.typeof(value), self.loop.bubble_fill))
         return lax.ppermute(value, STAGE, pairs)

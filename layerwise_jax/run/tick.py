@@ -138,7 +138,7 @@ class Tick:
         return state, None
 
     def _forward(self, state: TickState, now: dict[str, Any]) -> TickState:
-        context = MicrobatchContext(self.device, now["forward_microbatch"])
+        context = MicrobatchContext(self.device, now["forward_microbatch"])  # -1: a bubble
         late = None
         if self.options.lags:
             late = LateAfter(MicrobatchContext(self.device, now["late_microbatch"]), state.kept)
@@ -169,7 +169,7 @@ class Tick:
         late: LateAfter | None,
     ) -> ForwardResults:
         arrived = state.arrived
-        if state.activations:
+        if state.activations:  # some values wait in buffers for their tick
             arrived = load(state.activations, now["activation_read"])
 
         def run(chunk: int, carry: ForwardResults) -> ForwardResults:
@@ -217,7 +217,7 @@ class Tick:
         ]
         state = state._replace(arrived_gradients=sent, accumulators=list(pulled.accumulators))
         stage = now["backward_chunk"] * self.program.num_devices + self.device.index
-        # "I" and "W" both make the outputs; they count once.
+        # Both halves of a zero-bubble backward make the outputs; they count once.
         is_first_half = now["backward_kind"] != BACKWARD_KINDS.index("W")
         return self._add_outputs(
             state, pulled.outputs, jnp.where(is_first_half, stage, -1), context, None
@@ -244,6 +244,7 @@ class Tick:
         runs = {
             chunk * num_kinds + kind: partial(run, chunk, kind) for chunk, kind in self.backwards
         }
+        # an index for (chunk, kind); negative where the device has no backward
         code = now["backward_chunk"] * num_kinds + now["backward_kind"]
         return self._run(runs, code, context, idle)
 
@@ -295,11 +296,11 @@ class Tick:
         if len(runs) == 1 and not backward.skips_bubbles:
             (run,) = runs.values()
             return run(idle)
-        active = jnp.where(context.is_active, code, -1)
+        active = jnp.where(context.is_active, code, -1)  # -1 matches no alternative
         return run_selected(runs, active, idle, "at_most_once", range(-1, max(runs) + 1))
 
 
 def _occurring(*tables: np.ndarray) -> list[tuple[int, ...]]:
     """The combinations of entries that occur where a device is not idle."""
-    columns = np.stack([table.ravel() for table in tables], axis=1)
+    columns = np.stack([table.ravel() for table in tables], axis=1)  # [ticks * devices, tables]
     return [tuple(map(int, row)) for row in np.unique(columns[columns[:, 0] >= 0], axis=0)]

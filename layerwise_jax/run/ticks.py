@@ -100,7 +100,7 @@ class TickLoop:
     @cached_property
     def reads_arrivals_at_once(self) -> bool:
         """True if every activation is used in the tick after it was sent: it needs no buffer."""
-        reads = self.tables.activation_read
+        reads = self.tables.activation_read  # [ticks, devices], -1 where nothing is read
         return bool(np.all((reads < 0) | (reads == self.tables.activation_arrival)))
 
     def _start(self, weights: list[Any], layout: StashLayout | None) -> TickState:
@@ -110,6 +110,7 @@ class TickLoop:
         moving = [wire_aval(lane.aval) for lane in program.wiring.lanes if lane.has_gradient]
         state_avals = [wire_aval(jax.typeof(weights[j])) for j in program.state_slots]
         trains = self.backward is not None
+        # without a layout, backward runs the stage again from what arrived and the old state
         stashed = layout.avals if layout is not None else [*lanes, *state_avals] if trains else []
         tables = self.tables
         return TickState(
@@ -144,12 +145,13 @@ class TickLoop:
                 for name, table in tables.items()
             }
             tables["late_microbatch"] = np.roll(tables["forward_microbatch"], 1, axis=0)
+        # A loop a phase: in ticks without backward, its code is not even compiled.
         forward, backward = tables["forward_microbatch"], tables["backward_microbatch"]
         kinds = [
             (bool((f >= 0).any()), bool((b >= 0).any()))
             for f, b in zip(forward, backward, strict=True)
         ]
-        counts = [len(list(ticks)) for _, ticks in groupby(kinds)]
+        counts = [len(list(ticks)) for _, ticks in groupby(kinds)]  # 1F1B: F, F and B, B
         if self.backward is None or len(counts) > MOST_PHASES:
             counts = [len(kinds)]
         stops = np.cumsum(counts)

@@ -45,6 +45,7 @@ def tie_copies(
     slots = sorted({j for places in tied for j, _ in places})
     if not slots:
         return list(weights)
+    # the primitive takes tied slots only: operand n is slot slots[n]
     position = {j: n for n, j in enumerate(slots)}
     places = tuple(tuple((position[j], device) for j, device in each) for each in tied)
     result = list(weights)
@@ -86,6 +87,7 @@ def _replace_copies(values: Sequence[Any], copies: Copies, sources: Callable) ->
             jnp.where(device == row, values[j], jnp.zeros_like(values[j]))
             for j, row in sources(places)
         )
+        # mine: zeros on devices that have no source; the sum reaches every device
         total = lax.psum(mine, STAGE)
         for j, row in places:
             result[j] = jnp.where(device == row, total, result[j])

@@ -113,6 +113,7 @@ class StageVjp:
         self.branch_cotangents: dict[int, Any] = {}
         self._seed_results(gradients)
         body_vjp, results = self._restore(stashed)
+        # From the end of the stage to its start: a part adds to the cotangents of the one before.
         late = self._backward_after(results)
         if body_vjp is not None:
             self._backward_body(body_vjp)
@@ -136,6 +137,7 @@ class StageVjp:
         loss = self.wiring.outputs[0]
         if loss.lag == 0:
             seed = self._seed()
+            # all devices run this line; the loss is of one stage
             mine = jnp.where(self.device.stage == loss.stage, seed, jnp.zeros_like(seed))
             self._add(loss.source, mine)
 
@@ -175,10 +177,12 @@ class StageVjp:
         """Propagate the cotangents of the body's results to its weights and reads."""
         made = self.loop.alignment.parts[0].shape.made
         avals = {j: self.loop.program.avals[made[j]] for j in self.wiring.body_results}
+        # Results of the body that this stage does not use have a cotangent of zeros.
         (gradients,) = vjp_fn(
             {j: cotangent(aval, self.body_cotangents.get(j)) for j, aval in avals.items()}
         )
         slots = self.device.body_slots
+        # positions: weights of the body first, then its reads
         of_weights = {slots[j]: gradient for j, gradient in gradients.items() if j < len(slots)}
         self._put_accumulators(self._accumulated(self._accumulators_of(of_weights), of_weights))
         for j, gradient in gradients.items():
@@ -216,6 +220,7 @@ class StageVjp:
                 self.device, segment, self.context, segment.weights(self.slots), reads
             )
             loss = self.wiring.outputs[0]
+            # in the order of segment.results
             seeds = [
                 self._seed() if loss.lag and r == loss.source.result else None
                 for r in segment.results
@@ -246,6 +251,7 @@ class StageVjp:
           The branch results, or nothing if not `with_results`.
         """
         segments = [segment_before_body(self.loop, s) for s in self.device.stages]
+        # Accumulators are part of the carry, so that a loop of one iteration adds in place.
         start: SegmentCarry = (
             empty_results(self.loop) if with_results else [],
             {j: jnp.zeros_like(x) for j, x in self.lane_cotangents.items()},
@@ -257,6 +263,7 @@ class StageVjp:
             if segment.results
         }
         carry = self.device.run_segments(runs, start, "at_most_once")
+        # of_lanes: beside the cotangents that went through the body
         results, of_lanes, accumulators = carry
         self._put_accumulators(accumulators)
         for j, gradient in of_lanes.items():
@@ -267,7 +274,7 @@ class StageVjp:
         self, segment: StageSegment, with_results: bool, carry: SegmentCarry
     ) -> SegmentCarry:
         """VJP of the segment before one stage's body."""
-        results, zeros, accumulators = carry
+        results, zeros, accumulators = carry  # zeros: a cotangent for every differentiable lane
         s = segment.stage
         reads = {
             **self.device.arrived_values(s, self.arrived),

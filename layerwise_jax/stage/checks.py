@@ -31,6 +31,7 @@ def check_stageable(program: Program, axes: Collection[str] = ()) -> None:
                 f"{op.name} at {source_line(op.eqn)} has an effect; in a pipeline it would run "
                 "once a tick and device, idle ticks included. Remove it from the staged function."
             )
+        # A jit that is still there was not inlined because it carries shardings.
         if op.name == "sharding_constraint" or op.name in ("jit", "pjit"):
             raise CutError(
                 f"{op.name} at {source_line(op.eqn)} names devices for its value; the values of a "
@@ -56,6 +57,7 @@ def find_frozen(layers: LayerSequence, trainable: Any) -> frozenset[Weight]:
     if trainable is None:
         return frozenset()
     signature = layers.signature
+    # types only: a function of shapes decides too, such as `x.ndim > 1`
     params = jax.tree.unflatten(signature.params_tree, list(signature.params_avals))
     mask = trainable(params) if callable(trainable) else trainable
     try:

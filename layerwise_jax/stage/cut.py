@@ -82,7 +82,7 @@ def cut_stages(layers: LayerSequence, boundaries: Sequence[int]) -> tuple[Stage,
     ops = [
         _with_free_ops(program, own, made, free) for own, made in zip(pinned, outputs, strict=True)
     ]
-    crossing = _crossing(program, pinned, ops)
+    crossing = _crossing(program, pinned, ops)  # [boundaries 0..k], empty at both ends
     stages = tuple(
         _stage(program, layers.names[a:b], ops[s], crossing[s], crossing[s + 1], outputs[s])
         for s, (a, b) in enumerate(pairwise(boundaries))
@@ -117,6 +117,7 @@ def _outputs_of_stages(
     An output of pinned ops belongs to the stage that makes it. Any other output belongs to the
     first stage that reads a weight behind it, or to the last stage if there is none.
     """
+    # value -> the stage whose pinned ops make it; free ops are in any stage that needs them
     maker = {x: s for s, own in enumerate(pinned) for i in own for x in program.ops[i].results}
     first_reader: dict[Value, int] = {}
     for s, own in enumerate(pinned):
@@ -128,6 +129,7 @@ def _outputs_of_stages(
         if isinstance(operand, Literal) or operand not in maker:
             behind = _weights_behind(program, [operand], free)
             readers = [first_reader[x] for x in behind if x in first_reader]
+            # such as a weight decay: with the first of its weights, so that nothing has to cross
             outputs[min(readers, default=last)][position] = operand
         else:
             outputs[maker[operand]][position] = operand
@@ -152,7 +154,7 @@ def _crossing(program: Program, pinned: Any, ops: Any) -> list[tuple[Value, ...]
     for s, own in enumerate(ops):
         for x in (x for i in own for x in program.ops[i].values):
             if x in made:
-                last_reader[x] = max(last_reader[x], s)
+                last_reader[x] = max(last_reader[x], s)  # a skip: read stages later
     return [tuple(x for x in made if made[x] < b <= last_reader[x]) for b in range(len(pinned) + 1)]
 
 
@@ -194,12 +196,13 @@ def check_cut(program: Program, stages: Sequence[Stage], pinned: Sequence[Sequen
                     f"{s} ({stage.layers[-1]}); references cannot leave their device. Keep its "
                     "uses within one layer."
                 )
+        # Replay the stage on names alone: each op may read only what is there by then.
         known = {*stage.weights, *stage.inputs, *stage.receives, *program.constants}
         for op in stage.ops:
             assert known.issuperset(op.values), f"stage {s} reads a value it lacks: {op.eqn}"
             known.update(op.results)
         wanted = [x for x in (*stage.sends, *stage.outputs.values()) if not isinstance(x, Literal)]
         assert known.issuperset(wanted), f"stage {s} does not make every value it sends"
-    flat = [i for own in pinned for i in own]
+    flat = [i for own in pinned for i in own]  # positions of pinned ops, all stages
     assert len(flat) == len(set(flat)), "an operation is in two stages"
     assert sorted(p for stage in stages for p in stage.outputs) == list(range(len(program.outputs)))

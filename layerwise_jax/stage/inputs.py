@@ -84,7 +84,7 @@ def check_inputs(
     Raises:
       ValueError: another tree, shape or dtype; the message names the input.
     """
-    leaves, tree = jax.tree.flatten(inputs)
+    leaves, tree = jax.tree.flatten(inputs)  # None has no leaf, in both trees
     if tree != signature.inputs_tree:
         raise ValueError(
             f"inputs must have the traced tree {signature.inputs_tree}, got {tree}. Pass all "

@@ -128,6 +128,7 @@ class Placement:
           ValueError: the tree, or a leaf's shape or dtype, is not the traced one.
         """
         leaves = self.check(params)
+        # one slot at a time otherwise: no second copy of all parameters
         if processes.is_partial(leaves):
             return self._place_global(leaves, mesh)
         return {slot.name: self.fill(slot, leaves, mesh) for slot in self.slots}
@@ -144,6 +145,7 @@ class Placement:
 
     def _weights(self, slot: Slot, leaves: Sequence[Any]) -> list[Any]:
         """The weight of every device, zeros where a slot has none."""
+        # a slot holds one weight at least, whose type is that of all its shards
         some = next(weight.of(leaves[weight.leaf]) for weight in slot.weights if weight is not None)
         padding = jnp.zeros_like(some)
         return [padding if w is None else w.of(leaves[w.leaf]) for w in slot.weights]
@@ -182,6 +184,7 @@ class Placement:
     def _leaves(self, staged: Staged) -> dict[int, Any]:
         """Leaves of the parameters, by number, of which the slots are in `staged`."""
         parts: dict[int, list[tuple[int, Any]]] = {}  # leaf -> (first index, slice of the leaf)
+        # Copies of a tied weight are equal: the first stands for all.
         for weight, ((j, device), *_) in self.copies().items():
             if self.slots[j].name in staged:
                 shard = read_shard(staged[self.slots[j].name], device)
@@ -238,6 +241,7 @@ class Placement:
                 f"{sorted(names)}, got {given}. Call pipeline.place(params) first."
             )
         for slot in self.slots:
+            # whole slots: [devices, *weight shape]
             given, shape = staged[slot.name], (self.num_devices, *slot.aval.shape)
             if tuple(given.shape) != shape or given.dtype not in (slot.aval.dtype, *dtypes):
                 raise ValueError(
@@ -267,6 +271,7 @@ class Placement:
             return aval
         padding = np.zeros(aval.shape[1:], aval.dtype) if slot.spec else _zeros(slot.aval)
         weights = [padding if weight is None else weight for weight in weights]
+        # Under jit there are no shards to make: stack and let XLA place them.
         if any(isinstance(weight, Tracer) for weight in weights):
             return jax.lax.with_sharding_constraint(jnp.stack(weights), aval.sharding)
         shards = [  # [1, *shard shape] for every device that this process has

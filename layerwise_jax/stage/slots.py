@@ -48,6 +48,7 @@ def assign_slots(
       kinds: the kind of each weight; weights that are not in it form one more kind.
     """
     kind_of = dict(kinds or {})
+    # A slot of state is renewed as a whole, and has no gradient: nothing trained may be in it.
     kind_of.update({weight: ("state", kind_of.get(weight)) for weight in state.values()})
     slots, body_slots = _slots_of_body(program, alignment, num_devices)
     num_common = len(slots)
@@ -100,6 +101,7 @@ def _weights_outside_body(
 
     An unused weight lives on device 0. Weights of many devices come first: they fit fewer slots.
     """
+    # by device: the weights that slots of the body hold there
     held = [{slot.weights[device] for slot in slots} for device in range(num_devices)]
     updated = [{state[p] for p in stage.outputs if p in state} for stage in stages]
     read = {value for stage in stages for value in stage.weights}
@@ -113,6 +115,7 @@ def _weights_outside_body(
         devices = [device for device in sorted(users) if weight not in held[device]]
         if devices or value not in read:
             outside[value, weight] = devices or [0]
+    # stable: equal counts keep the order of the program
     return dict(sorted(outside.items(), key=lambda item: -len(item[1])))
 
 

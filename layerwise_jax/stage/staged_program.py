@@ -78,7 +78,7 @@ class StagedProgram:
     @cached_property
     def state_slots(self) -> tuple[int, ...]:
         """The slots that hold state."""
-        weights = set(self.state.values())
+        weights = set(self.state.values())  # state shares slots with state only: see slots.py
         return tuple(
             j for j, slot in enumerate(self.placement.slots) if weights.intersection(slot.weights)
         )
@@ -90,7 +90,7 @@ class StagedProgram:
 
     def is_state(self, weight: Weight | None) -> bool:
         """Whether a call gives this weight a new value."""
-        if weight is None:
+        if weight is None:  # padding
             return False
         return weight in self.state.values() or weight.leaf in self.renewed.values()
 

@@ -186,7 +186,7 @@ class _Wirer:
             aval = self.program.avals[x]
             result = self.body_results[s].get(x)
             lane = next((lane for lane in self.lanes if self._fits(lane, s, x, result)), None)
-            if lane is None:
+            if lane is None:  # no lane of this type and source is idle at this boundary
                 idle: list[Value | None] = [None] * (len(self.stages) - 1)
                 lane = (aval, idle, result)
                 self.lanes.append(lane)
@@ -207,7 +207,7 @@ class _Wirer:
         The same input or constant on all stages is read directly. Values that one lane brings to
         all stages but stage 0 are read from it. Anything else is a result of the branch.
         """
-        first, *rest = values
+        first, *rest = values  # stage 0's value, those of the others
         if all(x in self.inputs for x in values) and len(set(values)) == 1:
             return FromInput(self.inputs[first])
         if all(x in self.program.constants for x in values) and self._same_constants(values):
@@ -217,6 +217,7 @@ class _Wirer:
         lane = lanes.pop() if len(lanes) == 1 else None
         if lane is None:
             return self._branch_result(self.program.avals[first], list(values))
+        # Stage 0 has no lane into it: an input there, or what its own segment makes.
         if first in self.inputs:
             return FromLane(lane, FromInput(self.inputs[first]))
         return FromLane(
@@ -238,6 +239,7 @@ class _Wirer:
         """The values of a microbatch that the last stage's `after` reads."""
         after: tuple[Op, ...] = self.parts[-1].after
         made = {x for op in after for x in op.results}
+        # anything else comes from the body or the segment before it
         known = {*made, *self.program.weights, *self.program.constants, *self.program.inputs}
         return list(dict.fromkeys(x for op in after for x in op.values if x not in known))
 
@@ -252,14 +254,14 @@ class _Wirer:
         s = next(s for s, stage in enumerate(self.stages) if position in stage.outputs)
         operand = self.stages[s].outputs[position]
         if not isinstance(operand, Literal) and operand in self.body_results[s]:
-            return Output(s, FromBody(self.body_results[s][operand]), 0)
+            return Output(s, FromBody(self.body_results[s][operand]), 0)  # no branch needed
         lag = int(
             not isinstance(operand, Literal)
             and any(operand in op.results for op in self.parts[s].after)
         )
         aval = self.program.aval(operand)
         values: list[Operand | None] = [None] * len(self.stages)
-        values[s] = operand
+        values[s] = operand  # other stages return zeros in its place
         return Output(s, self._branch_result(aval, values), lag)
 
     def _branch_result(self, aval: Any, values: Sequence[Operand | None]) -> FromBranch:
