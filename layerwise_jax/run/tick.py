@@ -1,4 +1,4 @@
-"""One tick of the loop on one device: store what arrived, forward, backward.
+"""One tick of the loop on one device: forward, backward, and the messages of both.
 
 A device may have several alternatives in a tick: stages of different chunks, all of a backward or a
 half of it. Each runs under a condition. With one alternative there is no condition: an idle device
@@ -34,7 +34,7 @@ class TickState(NamedTuple):
     """Values that a device carries from tick to tick, in wire format.
 
     Attributes:
-      arrived, arrived_gradients: values of each lane that arrived with the last tick.
+      arrived: the value of each lane from the last tick, if the loop has no buffers for them.
       activations, gradients: buffers [slots + 1, ...] of values that arrived and are not used yet.
       stash: buffers [slots + 1, ...] of values that a forward leaves for its backward.
       accumulators: gradients of this device's weights so far, None for untrained slots.
@@ -44,7 +44,6 @@ class TickState(NamedTuple):
     """
 
     arrived: list[Any]
-    arrived_gradients: list[Any]
     activations: list[Any]
     gradients: list[Any]
     stash: list[Any]
@@ -125,12 +124,6 @@ class Tick:
 
     def __call__(self, state: TickState, rows: dict[str, Any]) -> tuple[TickState, None]:
         now = {name: row[self.device.index] for name, row in rows.items()}  # int32 scalars
-        state = state._replace(
-            activations=store(state.activations, now["activation_arrival"], state.arrived)
-            if state.activations
-            else [],
-            gradients=store(state.gradients, now["gradient_arrival"], state.arrived_gradients),
-        )
         if self.chunks:
             state = self._forward(state, now)
         if self.backwards:
@@ -150,8 +143,14 @@ class Tick:
         slots = list(state.slots)
         for j, x in zip(self.program.state_slots, results.state, strict=True):
             slots[j] = from_wire(x, jax.typeof(slots[j]))
+        # Stored in the tick that sends it: XLA would move a permute whose result is carried to the
+        # start of the next iteration, where it overlaps nothing.
+        is_buffered = bool(state.activations)
         state = state._replace(
-            arrived=sent,
+            arrived=[] if is_buffered else sent,
+            activations=store(state.activations, now["activation_arrival"], sent)
+            if is_buffered
+            else [],
             stash=store(state.stash, now["stash_write"], results.stashed),
             slots=slots,
             kept=results.kept,
@@ -169,7 +168,7 @@ class Tick:
         late: LateAfter | None,
     ) -> ForwardResults:
         arrived = state.arrived
-        if state.activations:  # some values wait in buffers for their tick
+        if state.activations:
             arrived = load(state.activations, now["activation_read"])
 
         def run(chunk: int, carry: ForwardResults) -> ForwardResults:
@@ -215,7 +214,10 @@ class Tick:
             )
             for lane, gradient in zip(moving, pulled.arrived_gradients, strict=True)
         ]
-        state = state._replace(arrived_gradients=sent, accumulators=list(pulled.accumulators))
+        state = state._replace(
+            gradients=store(state.gradients, now["gradient_arrival"], sent),
+            accumulators=list(pulled.accumulators),
+        )
         stage = now["backward_chunk"] * self.program.num_devices + self.device.index
         # Both halves of a zero-bubble backward make the outputs; they count once.
         is_first_half = now["backward_kind"] != BACKWARD_KINDS.index("W")

@@ -3,9 +3,11 @@
 Each tick a device does what its schedule's table says: forward for one microbatch, backward for
 another, or both, in this order:
 
-    store    values that arrived with the last tick, into buffers
-    forward  load them, run the stage, stash for backward, send to the next device
+    forward  load what arrived, run the stage, stash for backward, send to the next device
     backward load cotangents and the stash, run the stage's VJP, send to the device before
+
+A receiver stores a message in the tick that sends it; the tables' arrivals, which count from the
+next tick, are shifted by one.
 
 In training nothing differentiates the loop: a tick takes a stage's VJP by itself. Memory is bounded
 by the stash, whatever the number of microbatches. A forward loop has no stash and can be
@@ -26,6 +28,7 @@ import numpy as np
 from jax import lax
 
 from layerwise_jax.run.buffers import empty_buffers
+from layerwise_jax.run.casts import CastProgram, take_casts_out
 from layerwise_jax.run.linearize import lay_out_stash
 from layerwise_jax.run.outputs import start_output
 from layerwise_jax.run.residuals import StashLayout
@@ -77,14 +80,31 @@ class TickLoop:
           devices but the one that makes them. Gradients by slot, None for untrained slots and in a
           forward loop. Slots afterwards.
         """
-        device = LocalStage(self.program, list(inputs), replica, gates=self.backward is None)
+        casts = self._casts
+        device = LocalStage(casts.program, list(inputs), replica, gates=self.backward is None)
         stores = self.backward is not None and not self.backward.recomputes
-        layout = lay_out_stash(device, weights) if stores else None
+        held = casts.cast(weights)
+        layout = lay_out_stash(device, held) if stores else None
         options = TickOptions(self.roles, self.backward, self.lags, layout)
-        state = self._start(list(weights), layout)
+        state = self._start(held, list(weights), layout)
         for rows in self._phases():
             state, _ = lax.scan(Tick(device, options, rows), state, rows)
-        return state.outputs, state.accumulators, state.slots
+        slots = [
+            state.slots[j] if j in self.program.state_slots else weight
+            for j, weight in enumerate(weights)
+        ]
+        return state.outputs, state.accumulators, slots
+
+    @cached_property
+    def _casts(self) -> CastProgram:
+        """The program with weights cast before the loop.
+
+        A forward loop casts in every tick: JAX may differentiate it, and would add up gradients of
+        the cast weights over ticks in the narrow dtype.
+        """
+        return (
+            CastProgram(self.program, {}) if self.backward is None else take_casts_out(self.program)
+        )
 
     @property
     def lags(self) -> bool:
@@ -99,11 +119,13 @@ class TickLoop:
 
     @cached_property
     def reads_arrivals_at_once(self) -> bool:
-        """True if every activation is used in the tick after it was sent: it needs no buffer."""
+        """True if activations need no buffer: the forward loop uses all in the tick they arrive."""
         reads = self.tables.activation_read  # [ticks, devices], -1 where nothing is read
-        return bool(np.all((reads < 0) | (reads == self.tables.activation_arrival)))
+        at_once = (reads < 0) | (reads == self.tables.activation_arrival)
+        return self.backward is None and bool(np.all(at_once))
 
-    def _start(self, weights: list[Any], layout: StashLayout | None) -> TickState:
+    def _start(self, held: list[Any], weights: list[Any], layout: StashLayout | None) -> TickState:
+        """The state before the first tick; `held` are the weights as the ticks read them."""
         program = self.program
         empty = program.bubble_fill
         lanes = [wire_aval(lane.aval) for lane in program.wiring.lanes]
@@ -114,8 +136,7 @@ class TickLoop:
         stashed = layout.avals if layout is not None else [*lanes, *state_avals] if trains else []
         tables = self.tables
         return TickState(
-            arrived=[fill(aval, empty) for aval in lanes],
-            arrived_gradients=[fill(aval, empty) for aval in moving] if trains else [],
+            arrived=[fill(aval, empty) for aval in lanes] if self.reads_arrivals_at_once else [],
             activations=[]
             if self.reads_arrivals_at_once
             else empty_buffers(lanes, tables.num_activation_slots, empty),
@@ -125,7 +146,7 @@ class TickLoop:
                 _accumulator(w) if trains and program.has_gradient(j) else None
                 for j, w in enumerate(weights)
             ],
-            slots=weights,
+            slots=held,
             outputs=[start_output(program, p, role) for p, role in enumerate(self.roles)],
             kept=[fill(wire_aval(program.program.avals[x]), empty) for x, _ in program.wiring.kept]
             if self.lags
@@ -145,6 +166,9 @@ class TickLoop:
                 for name, table in tables.items()
             }
             tables["late_microbatch"] = np.roll(tables["forward_microbatch"], 1, axis=0)
+        for name in ("activation_arrival", "gradient_arrival"):  # of the next tick
+            no_more = np.full_like(tables[name][:1], -1)
+            tables[name] = np.concatenate([tables[name][1:], no_more])
         # A loop a phase: in ticks without backward, its code is not even compiled.
         forward, backward = tables["forward_microbatch"], tables["backward_microbatch"]
         kinds = [
