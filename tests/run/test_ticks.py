@@ -183,7 +183,7 @@ def test_frozen_weights_have_no_gradient(stage_mesh: Callable) -> None:
                 assert got.dtype == jax.dtypes.float0 or not np.any(got)
     with pytest.raises(ValueError, match="trainable must be a tree"):
         build_pipeline(layers, (0, 4, 8), stage_mesh(2), 4, reduce="mean", trainable=[True])
-    with pytest.raises(ValueError, match="1 among its leaves; True or False"):
+    with pytest.raises(ValueError, match=r"True or False .* got 1"):
         build_pipeline(
             layers,
             (0, 4, 8),
@@ -203,7 +203,7 @@ def test_stages_go_round_the_devices_evenly(stage_mesh: Callable) -> None:
             lambda n, _: even_boundaries(n, 3),
             schedule="interleaved_1f1b",
         )
-    with pytest.raises(ValueError, match="remat is 'layer'; 'stage' or None"):
+    with pytest.raises(ValueError, match=r"remat must be .* got 'layer'"):
         check("jitted", stage_mesh(2), 2, remat="layer")
 
 
@@ -244,5 +244,5 @@ def test_a_loss_without_data_counts_once(stage_mesh: Callable) -> None:
 def test_a_loss_is_wanted(stage_mesh: Callable) -> None:
     case = CASES["jitted"]()
     pipeline = stage_case(case, case.fn, stage_mesh(2), 2)
-    with pytest.raises(ValueError, match="first output is a floating-point scalar"):
+    with pytest.raises(ValueError, match="must be a floating-point scalar"):
         pipeline.value_and_grad(pipeline.place(case.params), *case.inputs)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn
 
 from layerwise_jax.build import build_pipeline
 from layerwise_jax.run import ticks
@@ -46,13 +46,10 @@ def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
     """All equations, those of nested jaxprs included."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
-        ):
-            if isinstance(inner, ClosedJaxpr):
-                yield from equations(inner.jaxpr)
-            elif isinstance(inner, Jaxpr):
-                yield from equations(inner)
+        for inner in jax.tree.leaves(list(eqn.params.values())):
+            closed = getattr(inner, "jaxpr", inner)
+            if isinstance(closed, Jaxpr):
+                yield from equations(closed)
 
 
 def tick_bodies(pipeline: Any) -> list[Jaxpr]:
