@@ -34,7 +34,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments import command
 from experiments.training import gpu_rivals as rivals
-from experiments.training.gpu_host import host_driven
+from experiments.training.gpu_host import HostStrategy, host_driven
 from experiments.training.gpu_measure import (
     Compiled,
     compile_step,
@@ -141,6 +141,7 @@ def main(argv: list[str]) -> None:
     params = everywhere(model, devices)
     compiled = compile_all(builders(model, devices, examples, microbatches), results, clock)
     take_turns(compiled, params, batches, results, clock)
+    time_programs(compiled, params, batches, results, clock)
     print_table(results)
     draw(results, output_path().with_suffix(".png"))
     say(clock, f"written to {output_path()}, and a picture beside it")
@@ -307,6 +308,24 @@ def take_turns(
                 f"{turn['losses'][-1]:.4f}",
             )
         conclude(results, compiled, turns, clock)
+
+
+def time_programs(
+    compiled: list[Compiled],
+    params: Any,
+    batches: np.ndarray,
+    results: dict[str, Any],
+    clock: Clock,
+) -> None:
+    """The timeline of what runs on executor `host`: where its step goes."""
+    for each in compiled:
+        about = results["strategies"][each.strategy.name]
+        if not isinstance(each.strategy, HostStrategy) or "error" in about or clock.is_past(1):
+            continue
+        tokens = jax.device_put(batches[0], each.strategy.tokens)
+        about["timeline"] = each.strategy.timeline(params, tokens)
+        say(clock, f"{each.strategy.name}:\n{about['timeline']}")
+        write(results)
 
 
 def conclude(

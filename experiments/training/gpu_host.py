@@ -45,6 +45,11 @@ class HostStrategy:
         staged = self.pipeline.place(params)
         return staged, self.step.init(staged)
 
+    def timeline(self, params: Any, tokens: jax.Array) -> str:
+        """Every stage program's seconds, one at a time, and what the schedule makes of them."""
+        staged = self.pipeline.place(params)
+        return str(self.pipeline.host_executor.timeline(staged, [tokens]))
+
     def call(self, state: tuple[Any, Any], tokens: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
         """One step of AdamW: (state, loss)."""
         staged, moments, loss = self.step(*state, tokens)

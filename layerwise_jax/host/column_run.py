@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from layerwise_jax.host.columns import Step
 from layerwise_jax.host.compiled import StageCalls
 from layerwise_jax.host.mailbox import Key, Mailboxes, StoppedError
 from layerwise_jax.host.stage_program import StageProgram
+from layerwise_jax.schedule.columns import Step
 from layerwise_jax.trace.program import Value, Weight
 
 Arrays = tuple[Any, ...]
@@ -60,6 +60,7 @@ class ColumnRun:
       sums: sums of outputs, by position.
       waits: whether messages are waited for (False: one thread runs all columns).
       trains: whether backwards follow, so that forward keeps a stash.
+      observe: called with the results of every program, to time it.
       listed: the other outputs, of every microbatch in order, by position.
     """
 
@@ -76,6 +77,7 @@ class ColumnRun:
     sums: dict[int, Any]
     waits: bool
     trains: bool
+    observe: Callable[[Any], None] | None = None
     listed: dict[int, list[Any]] = field(default_factory=dict)
     failed: Step | None = None
     _held: dict[tuple[int, int], Held] = field(default_factory=dict)
@@ -104,6 +106,13 @@ class ColumnRun:
             self.failed = step
             raise
 
+    def _call(self, stage: int, kind: str, *arguments: Any) -> Any:
+        """Dispatch a program; it runs when its arguments are there."""
+        results = self.programs[stage, kind](*arguments)
+        if self.observe is not None:
+            self.observe(results)
+        return results
+
     def clear(self) -> None:
         """Drop all arrays: an exception's traceback keeps this object alive."""
         for arrays in (
@@ -119,8 +128,9 @@ class ColumnRun:
     def _forward(self, step: Step, calls: StageCalls) -> None:
         stage, microbatch = calls.functions.stage, step.microbatch
         live_in, state = self._received(stage, microbatch), self._state(calls)
-        program = self.programs[step.stage, "F" if self.trains else "E"]
-        sums, live_out, listed, new_state, stash = program(
+        sums, live_out, listed, new_state, stash = self._call(
+            step.stage,
+            "F" if self.trains else "E",
             self._sums(calls),
             self._prepared(stage),
             live_in,
@@ -135,7 +145,9 @@ class ColumnRun:
 
     def _both(self, step: Step, calls: StageCalls) -> None:
         stage, microbatch = calls.functions.stage, step.microbatch
-        accumulators, sums, cotangents, listed, new_state = self.programs[step.stage, "FB"](
+        accumulators, sums, cotangents, listed, new_state = self._call(
+            step.stage,
+            "FB",
             self._accumulators(stage),
             self._sums(calls),
             self._prepared(stage),
@@ -150,24 +162,21 @@ class ColumnRun:
 
     def _backward(self, step: Step, calls: StageCalls) -> None:
         stage = calls.functions.stage
-        accumulators, cotangents = self.programs[step.stage, "B"](
-            self._accumulators(stage), *self._read_by_backward(step, stage, last=True)
-        )
+        read = self._read_by_backward(step, stage, last=True)
+        accumulators, cotangents = self._call(step.stage, "B", self._accumulators(stage), *read)
         self._send_back(stage, cotangents, step.microbatch)
         self.accumulators.update(zip(stage.trained, accumulators, strict=True))
 
     def _input_gradients(self, step: Step, calls: StageCalls) -> None:
         stage = calls.functions.stage
-        cotangents = self.programs[step.stage, "I"](
-            *self._read_by_backward(step, stage, last=not stage.trained)
-        )
+        read = self._read_by_backward(step, stage, last=not stage.trained)
+        cotangents = self._call(step.stage, "I", *read)
         self._send_back(stage, cotangents, step.microbatch)
 
     def _weight_gradients(self, step: Step, calls: StageCalls) -> None:
         stage = calls.functions.stage
-        accumulators = self.programs[step.stage, "W"](
-            self._accumulators(stage), *self._read_by_backward(step, stage, last=True)
-        )
+        read = self._read_by_backward(step, stage, last=True)
+        accumulators = self._call(step.stage, "W", self._accumulators(stage), *read)
         self.accumulators.update(zip(stage.trained, accumulators, strict=True))
 
     def _read_by_backward(self, step: Step, stage: StageProgram, *, last: bool) -> tuple[Any, ...]:

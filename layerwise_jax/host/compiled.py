@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from layerwise_jax.host.columns import StepKind
 from layerwise_jax.host.differentiate import StageArguments, StageFunctions
 from layerwise_jax.mesh import DATA, STAGE
 from layerwise_jax.run.wire import sum_dtype
+from layerwise_jax.schedule.columns import StepKind
 from layerwise_jax.trace.program import Weight
 
 Arrays = tuple[Any, ...]

@@ -13,13 +13,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from layerwise_jax.host.column_run import ColumnRun
-from layerwise_jax.host.columns import Column, in_one_thread
 from layerwise_jax.host.library import Library, Progress
 from layerwise_jax.host.mailbox import Mailboxes, StoppedError
 from layerwise_jax.host.memory import ColumnMemory, column_memory
 from layerwise_jax.host.placement import HostPlacement, HostStaged
 from layerwise_jax.host.program import HostProgram
+from layerwise_jax.host.timeline import StepClock, Timeline
 from layerwise_jax.host.workers import Workers
+from layerwise_jax.schedule.columns import Column, in_one_thread
 from layerwise_jax.stage.placement import Staged
 from layerwise_jax.trace.derivative import is_inexact
 from layerwise_jax.trace.program import Weight
@@ -69,6 +70,25 @@ class HostExecutor:
         """
         self.compile(trains=True)
         return column_memory(self.program, self.library, optimizer_state)
+
+    def timeline(self, staged: Staged, inputs: Sequence[Any]) -> Timeline:
+        """Seconds of every step of a training step, each waited for alone: see `Timeline`.
+
+        Args:
+          staged: placed parameters.
+          inputs: the leaves of the full batch.
+        """
+        weights = self._weights(staged)
+        self._step(weights, inputs, trains=True)  # compiled, and called once
+        clock = StepClock()
+        mail = Mailboxes(self.program.messages(True))
+        runs = [self._column_run(c, own, inputs, mail, True) for c, own in enumerate(weights)]
+        for run in runs:
+            run.waits, run.observe = False, clock.observe
+        for column, step in in_one_thread(self.program.columns):
+            clock.start(step, column)
+            runs[column].run(step)
+        return Timeline(self.program.schedule, tuple(clock.spans))
 
     def evaluate(self, staged: Staged, inputs: Sequence[Any]) -> tuple[list[Any], HostStaged]:
         """All outputs for the batch, and the placed parameters with new state.

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from layerwise_jax.host.columns import Column
 from layerwise_jax.host.library import Library
 from layerwise_jax.host.program import HostProgram
 from layerwise_jax.host.stage_program import StageProgram
 from layerwise_jax.run.wire import sum_dtype
+from layerwise_jax.schedule.columns import Column
 from layerwise_jax.trace.program import nbytes
 
 

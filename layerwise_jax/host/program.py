@@ -14,7 +14,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from layerwise_jax.host.column_calls import ColumnCalls
 from layerwise_jax.host.column_programs import column_programs
 from layerwise_jax.host.column_run import Routes
-from layerwise_jax.host.columns import Column, forward_columns, lay_out_columns
 from layerwise_jax.host.compiled import StageCalls
 from layerwise_jax.host.differentiate import StageFunctions
 from layerwise_jax.host.mailbox import Key
@@ -23,6 +22,7 @@ from layerwise_jax.host.stage_program import StageProgram, prelude_ops, split_st
 from layerwise_jax.mesh import DATA, STAGE
 from layerwise_jax.options import Remat
 from layerwise_jax.run.outputs import Outputs
+from layerwise_jax.schedule.columns import Column, forward_columns, lay_out_columns
 from layerwise_jax.schedule.table import Schedule
 from layerwise_jax.stage.staged_program import StagedProgram
 from layerwise_jax.trace.derivative import is_inexact

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from layerwise_jax._jax import Literal
-from layerwise_jax.host.columns import StageTraits
+from layerwise_jax.schedule.columns import StageTraits
 from layerwise_jax.stage.cut import Stage
 from layerwise_jax.trace.derivative import is_inexact
 from layerwise_jax.trace.program import Op, Operand, Program, Value, Weight, nbytes

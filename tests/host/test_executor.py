@@ -153,6 +153,18 @@ def test_copies_of_a_tied_weight_have_equal_gradients(stage_mesh: Callable[..., 
     np.testing.assert_array_equal(*copies)
 
 
+def test_the_timeline_has_every_step(stage_mesh: Callable[..., Mesh]) -> None:
+    pipeline = build(stage_mesh(3), remat=None)
+    executor = pipeline.host_executor
+    timeline = executor.timeline(pipeline.place(PARAMS), BATCH)
+    steps = sorted(step for column in executor.program.columns for step in column)
+    assert sorted(call.step for call in timeline.calls) == steps
+    assert all(0 < call.host_seconds <= call.seconds for call in timeline.calls)
+    longest = max(timeline.seconds(s, ("F",)) + timeline.seconds(s, ("B",)) for s in range(2))
+    assert timeline.simulation.makespan >= 4 * longest  # four microbatches, one after the other
+    assert "makespan" in str(timeline)
+
+
 def test_auto_takes_the_loop_unless_it_cannot(stage_mesh: Callable[..., Mesh]) -> None:
     """On emulated devices, which share a processor."""
     for options, executor in [

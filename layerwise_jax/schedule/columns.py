@@ -59,14 +59,13 @@ class StageTraits:
 
     def does(self, kind: str) -> bool:
         """Whether an action of this kind has any result."""
-        match kind:
-            case "I":
-                return self.input_gradients
-            case "W":
-                return self.weight_gradients
-            case "B":
-                return self.input_gradients or self.weight_gradients
-        return True
+        results = {
+            "F": True,
+            "I": self.input_gradients,
+            "W": self.weight_gradients,
+            "B": self.input_gradients or self.weight_gradients,
+        }
+        return results[kind]
 
 
 def lay_out_columns(schedule: Schedule, stages: Sequence[StageTraits]) -> tuple[Column, ...]:
