@@ -55,6 +55,10 @@ WAYS = [
     Way("interleaved_1f1b", None, 6, 3, 4, uneven_boundaries),
     Way("zero_bubble", "cheap", 4, 4, 4, uneven_boundaries),
     Way("zero_bubble", None, 2, 2, 8),
+    Way("zb_v", None, 4, 2, 4, uneven_boundaries),
+    Way("dualpipe_v", "cheap", 4, 2, 8),
+    Way("looped_bfs", None, 4, 2, 4, uneven_boundaries),
+    Way("interleaved_zero_bubble", "cheap", 4, 2, 4),
 ]
 # Cheap models, and of all schedules and policies one; `test_small_models` has the rest small.
 IN_THE_DEFAULT_RUN = {
@@ -67,6 +71,8 @@ IN_THE_DEFAULT_RUN = {
         ("bfloat16", 5),
         ("odd_outputs", 6),
         ("mlp", 7),
+        ("odd_outputs", 8),
+        ("mlp", 9),
     )
 }
 
