@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         restore_checkpoint,
         save_checkpoint,
     )
+    from layerwise_jax.checkpoint.writer import CheckpointWriter
     from layerwise_jax.comparison import compare, compare_decode
     from layerwise_jax.cost.device import DeviceSpec
     from layerwise_jax.cost.devices import A100, B200, CPU, H100, H200, L4, L40S
@@ -105,6 +106,7 @@ _HOMES = {
     "decode.sampling": ("Sampler",),
     "schedule.table": ("Schedule", "ScheduleError"),
     "checkpoint.files": ("CheckpointError",),
+    "checkpoint.writer": ("CheckpointWriter",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -142,6 +144,7 @@ __all__ = [
     "Plan",
     "DeviceSpec",
     "Checkpoint",
+    "CheckpointWriter",
     "DecodeRing",
     "Comparison",
     "Prediction",

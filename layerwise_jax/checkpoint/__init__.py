@@ -8,6 +8,7 @@ from layerwise_jax.checkpoint.save import (
     restore_checkpoint,
     save_checkpoint,
 )
+from layerwise_jax.checkpoint.writer import CheckpointWriter
 
 __all__ = [
     "Checkpoint",
@@ -16,4 +17,5 @@ __all__ = [
     "restore_checkpoint",
     "save_checkpoint",
     "CheckpointError",
+    "CheckpointWriter",
 ]

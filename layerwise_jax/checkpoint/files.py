@@ -8,7 +8,7 @@ item of checksums, since orbax does not notice changed bits in large arrays.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -76,26 +76,40 @@ def check_new_step(directory: Path, step: Any, keep: Any) -> None:
 
 
 def write_step(directory: Path, step: int, trees: Mapping[str, Any], keep: int | None) -> None:
-    """Write trees as items of a step; a tree without leaves has no item.
+    """Write trees as items of a step; a tree without leaves has no item. Returns once on disk.
+
+    Raises:
+      ValueError: a leaf cannot be saved. Nothing has been written then.
+    """
+    with open_to_write(directory, tuple(trees), keep, in_background=False) as orbax:
+        start_step(orbax, step, trees)
+
+
+def open_to_write(
+    directory: Path, items: tuple[str, ...], keep: int | None, in_background: bool
+) -> ocp.CheckpointManager:
+    """A manager that writes steps with these items; temporary directories of killed saves go."""
+    return _manager(
+        directory,
+        items,
+        create=True,
+        cleanup_tmp_directories=True,
+        max_to_keep=keep and operator.index(keep),
+        enable_async_checkpointing=in_background,
+    )
+
+
+def start_step(orbax: ocp.CheckpointManager, step: int, trees: Mapping[str, Any]) -> None:
+    """Write a step by an open manager, or start to, if it writes in the background.
 
     Raises:
       ValueError: a leaf cannot be saved. Nothing has been written then.
     """
     items = {item: _savable(item, tree) for item, tree in trees.items() if jax.tree.leaves(tree)}
-    saved_sums = ocp.args.JsonSave(
-        {item: checksums(_by_name(tree)) for item, tree in items.items()}
-    )
+    sums = {item: checksums(_by_name(tree)) for item, tree in items.items()}
     saves = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
-    # Temporary directories of killed saves are deleted.
-    options = {
-        "create": True,
-        "cleanup_tmp_directories": True,
-        "max_to_keep": keep and operator.index(keep),
-    }
-    with _manager(directory, items, **options) as orbax:
-        saved = orbax.save(
-            operator.index(step), args=ocp.args.Composite(**saves, **{CHECKSUMS: saved_sums})
-        )
+    saves[CHECKSUMS] = ocp.args.JsonSave(sums)
+    saved = orbax.save(operator.index(step), args=ocp.args.Composite(**saves))
     assert saved, "orbax skipped the latest step"
 
 
@@ -169,9 +183,7 @@ def _restore(
     return found
 
 
-def _manager(
-    directory: Path, items: Mapping[str, Any] | tuple[()], **options: Any
-) -> ocp.CheckpointManager:
+def _manager(directory: Path, items: Iterable[str], **options: Any) -> ocp.CheckpointManager:
     handlers: dict[str, Any] = {item: ocp.StandardCheckpointHandler() for item in items}
     handlers[CHECKSUMS] = ocp.JsonCheckpointHandler()
     options = {"enable_async_checkpointing": False, "create": False, **options}

@@ -78,7 +78,7 @@ def save_checkpoint(
     Args:
       directory: directory of steps; it is created if it does not exist.
       step: number of the step, later than every saved one.
-      pipeline: the pipeline, on devices of one process.
+      pipeline: the pipeline; every one of its processes calls this.
       staged: its placed parameters.
       optimizer_state: state of an optimizer that was initialized with placed parameters.
       optimizer: optimizer that gathers the state. None: parts of the state with the structure of
@@ -89,14 +89,25 @@ def save_checkpoint(
       ValueError: the step is not later, `keep` is not positive, parameters or state belong to
         another pipeline, or a leaf cannot be saved. Nothing has been written then.
     """
-    home = _home(directory)
+    home = home_of(directory)
     check_new_step(home, step, keep)
+    write_step(home, step, trees_to_save(pipeline, staged, optimizer_state, optimizer), keep)
+
+
+def trees_to_save(
+    pipeline: Pipeline, staged: Staged, optimizer_state: Any, optimizer: StateMover | None
+) -> dict[str, Any]:
+    """The user's trees by item, on the host or, of several processes, spread over all devices.
+
+    Raises:
+      ValueError: parameters or state belong to another pipeline.
+    """
     pipeline.placement.check_staged(staged)
     trees = {PARAMS: _gather(pipeline.placement, staged)}
     if optimizer_state is not None:
         mover = _mover(pipeline, optimizer_state, optimizer)
         trees[OPTIMIZER_STATE] = mover.gather_state(optimizer_state)
-    write_step(home, step, trees, keep)
+    return trees
 
 
 def _mover(pipeline: Pipeline, optimizer_state: Any, optimizer: StateMover | None) -> StateMover:
@@ -179,10 +190,11 @@ def checkpoint_steps(directory: Directory) -> tuple[int, ...]:
     Raises:
       ValueError: the path is a file.
     """
-    return saved_steps(_home(directory))
+    return saved_steps(home_of(directory))
 
 
-def _home(directory: Directory) -> Path:
+def home_of(directory: Directory) -> Path:
+    """The absolute path of a directory of steps."""
     return Path(directory).expanduser().absolute()
 
 
@@ -194,7 +206,7 @@ def _read(
     mesh: Mesh | None = None,
 ) -> Checkpoint:
     """Checkpoint in the user's tree, with leaves on the host."""
-    home = _home(directory)
+    home = home_of(directory)
     chosen = find_step(home, step)
     found = read_step(home, chosen, {PARAMS: params, OPTIMIZER_STATE: optimizer_state}, mesh)
     return Checkpoint(chosen, found[PARAMS], found[OPTIMIZER_STATE])

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from layerwise_jax import processes
 from layerwise_jax.decode.loop import RingLoop
 from layerwise_jax.decode.values import RingState
 from layerwise_jax.mesh import STAGE
@@ -125,7 +126,8 @@ def gather_cache(ring: RingLoop, places: RingState, group: int) -> dict[int, np.
     for j in ring.loop.state_slots:
         for s, weight in enumerate(ring.loop.placement.slots[j].weights):
             if weight is not None:
-                found[weight.leaf] = np.asarray(places.caches[(group + s) % ring.length][j][s])
+                cache = places.caches[(group + s) % ring.length][j]  # [stages, *leaf shape]
+                found[weight.leaf] = processes.read_shard(cache, s)
     return found
 
 

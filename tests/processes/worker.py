@@ -5,6 +5,7 @@ python -m tests.processes.worker PROCESS PROCESSES PORT DIRECTORY DEVICES
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import layerwise_jax as lw
 
 WIDTH, DEPTH, BATCH = 16, 8, 16
+CHECKPOINTS = int(os.environ.get("CHECKPOINTS", 3))
 CHECKS: dict[str, Callable[..., Any]] = {}
 
 
@@ -189,8 +191,8 @@ def training_and_checkpoints(case: Case) -> dict[str, float]:
     }
 
 
-@check
-def tokens(case: Case) -> list[list[int]]:
+def ring_of(case: Case) -> Any:
+    """A ring over all devices, and its placed parameters."""
     draw = np.random.default_rng(1)
     params = {
         "embed": draw.normal(size=(32, WIDTH)).astype("f"),
@@ -198,8 +200,43 @@ def tokens(case: Case) -> list[list[int]]:
     }
     cache = [jax.ShapeDtypeStruct((2, WIDTH), jnp.float32)] * DEPTH
     ring = lw.decode_ring(decode, params, cache, group_size=2, mesh=case.mesh)
-    generation = ring.generate(ring.place(params), [[1, 2, 3], [4], [5, 6]], max_new_tokens=5)
+    return ring, ring.place(params)
+
+
+@check
+def tokens(case: Case) -> list[list[int]]:
+    ring, placed = ring_of(case)
+    generation = ring.generate(placed, [[1, 2, 3], [4], [5, 6]], max_new_tokens=5)
     return [np.asarray(x).tolist() for x in generation.tokens]
+
+
+@check
+def caches(case: Case) -> float:
+    """The first group's cache after a step, gathered; sums are enough to tell it."""
+    ring, placed = ring_of(case)
+    first = np.full((ring.num_groups, ring.group_size), 3, np.int32)
+    forced = np.full((2, ring.num_groups, ring.group_size), -1, np.int32)
+    places, _ = ring(placed, ring.start(first), forced)
+    return sum(float(np.abs(x).sum()) for x in jax.tree.leaves(ring.gather_cache(places, 0)))
+
+
+@check
+def checkpoints_in_the_background(case: Case) -> float:
+    """As many saves in a row as CHECKPOINTS, each of arrays that the next step was given."""
+    folder = case.directory / "background"
+    step = case.pipeline.train_step(optax.adamw(1e-2))
+    placed = case.pipeline.place(case.params)
+    state = step.init(placed)
+    with lw.CheckpointWriter(folder, case.pipeline, step.optimizer, keep=2) as writer:
+        for number in range(CHECKPOINTS):
+            placed, state, _ = step(placed, state, case.x, case.y)
+            writer.save(number, placed, state)
+    expected = case.pipeline.gather(placed, NamedSharding(case.mesh, PartitionSpec()))
+    saved = lw.restore_checkpoint(folder, case.pipeline, state, optimizer=step.optimizer)
+    return farthest(
+        case.pipeline.gather(saved.params),
+        [x.addressable_data(0) for x in jax.tree.leaves(expected)],
+    )
 
 
 @check
