@@ -1,4 +1,4 @@
-"""What all tests share: 16 emulated CPU devices, meshes over them, and how hypothesis draws."""
+"""Shared by all tests: 16 emulated CPU devices, meshes over them, hypothesis profile, --sample."""
 
 import math
 import os

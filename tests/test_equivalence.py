@@ -1,6 +1,4 @@
-"""The promise: staged and unstaged, a model has the same outputs, the same loss and the same
-gradients.
-"""
+"""Staged and unstaged runs of a model have equal outputs, losses, gradients and state."""
 
 import functools
 from collections.abc import Callable

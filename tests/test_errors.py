@@ -1,6 +1,4 @@
-"""Every refusal says what came, what was wanted and what to do, and a refused call loses
-nothing.
-"""
+"""Refusals say what was expected, what was given and what to do; a refused call consumes nothing."""
 
 from collections.abc import Callable
 from typing import Any

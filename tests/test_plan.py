@@ -1,4 +1,4 @@
-"""The plan's table says what the numbers are, and its JSON reads back or is refused by name."""
+"""The plan's table and its JSON."""
 
 import json
 import re

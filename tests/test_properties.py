@@ -1,4 +1,4 @@
-"""Whatever the program and wherever it is cut, the stages compute what the program computes."""
+"""Random programs, cut anywhere: the stages compute what the program computes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, get_args

@@ -1,4 +1,4 @@
-"""The public names are there, whichever is asked for first."""
+"""Public names load in any order."""
 
 import inspect
 import subprocess

@@ -1,5 +1,4 @@
-"""Training's promise: whatever the schedule and the residuals, the loss and every gradient leaf are
-the unstaged ones.
+"""Training by any schedule and residual policy: loss and every gradient are the unstaged ones.
 
 Idle devices compute on NaN and every empty slot of every buffer holds it, unless a device branches
 around its bubbles.

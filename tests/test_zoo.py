@@ -1,4 +1,4 @@
-"""The models of the zoo are what the equivalence tests take them for."""
+"""The models of the zoo have the properties that the equivalence tests assume."""
 
 import re
 from collections.abc import Callable

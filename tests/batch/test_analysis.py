@@ -1,5 +1,5 @@
-"""What a split of the batch would change is refused; what is accepted gives the result of the full
-batch.
+"""Batch analysis: a split that changes the result is refused; an accepted one gives the full
+batch's.
 """
 
 import re

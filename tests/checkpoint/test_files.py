@@ -1,6 +1,4 @@
-"""What checkpoints are on disk: nothing that was saved is lost, nothing else than was saved is
-read.
-"""
+"""Checkpoint files: written whole or not at all, and checked when they are read."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What cannot be a ring, and arguments that a ring refuses."""
+"""Steps that cannot be a ring, and arguments that a ring refuses."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The calibration's kernel reads what it says, and the knee is where the curve drops."""
+"""Calibration: the kernel's sums, and the knee of known curves."""
 
 import itertools
 

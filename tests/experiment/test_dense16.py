@@ -1,6 +1,4 @@
-"""experiments/dense16: every strategy generates one device's tokens; what is measured, and how it
-is written down.
-"""
+"""experiments/dense16: every strategy generates one device's tokens; records of measurements."""
 
 import json
 import math

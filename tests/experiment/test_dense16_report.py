@@ -71,7 +71,7 @@ def document(*records: dict[str, Any]) -> dict[str, Any]:
 
 
 def counters(**about: Any) -> dict[str, Any]:
-    """What a stage that `measured` has times of reads from DRAM."""
+    """Record of DRAM reads of the stage that `measured` has times of."""
     held = {"stage_weight_bytes": 33e6, "group_cache_bytes": 4e6, "groups": 2}
     return {"kind": "counters", "model": SMALL, "batch": 8, "context": 128, **held, **about}
 

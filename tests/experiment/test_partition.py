@@ -1,4 +1,4 @@
-"""The benchmark's rivals are partitions, and the claims that its table makes hold."""
+"""experiments/partition: the rivals return partitions, and the claims of its table hold."""
 
 import itertools
 import time

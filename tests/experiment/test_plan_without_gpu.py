@@ -1,6 +1,4 @@
-"""Models are planned for GPUs that are not there, in bounded time, and the page shows what was
-measured.
-"""
+"""experiments/plan_without_gpu: plans in bounded time, and a page that shows the results."""
 
 import json
 import subprocess

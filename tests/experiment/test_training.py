@@ -1,6 +1,4 @@
-"""The training experiment at toy size: its figures agree with each other, and its page is made from
-them.
-"""
+"""experiments/training at toy size: consistent figures, and a page made from them."""
 
 import json
 from pathlib import Path

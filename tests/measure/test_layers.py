@@ -1,6 +1,4 @@
-"""What layers hold: counted by hand, and read from programs compiled for a device, present or
-not.
-"""
+"""Layer costs: counted by hand, and read from programs compiled for a local or an absent device."""
 
 from typing import Any
 

@@ -1,6 +1,4 @@
-"""What must hold whatever the numbers: metamorphic rules, the conditions of the fast method,
-certificates.
-"""
+"""Metamorphic rules of the partitioner, the conditions of its fast method, and its certificates."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""What the compiled program does in every tick, read from XLA's optimised HLO."""
+"""The compiled loop: operations per tick, read from XLA's optimized HLO."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -79,9 +79,7 @@ def pipeline_loop(
 
 
 def opcodes(body: Sequence[Instruction]) -> Counter[str]:
-    """How often each opcode occurs; of an asynchronous pair the start counts, under the synchronous
-    name.
-    """
+    """Counts of each opcode; an asynchronous pair counts at its start, under the synchronous name."""
     return Counter(instruction.opcode.removesuffix("-start") for instruction in body)
 
 

@@ -156,7 +156,7 @@ def test_gpipe_holds_all_microbatches(stage_mesh: Callable) -> None:
 
 def test_frozen_weights_have_no_gradient(stage_mesh: Callable) -> None:
     """Nor an accumulator, where no trained weight stands at their place; the others' gradients are
-    as ever.
+    unchanged.
     """
     loss, params = deep_mlp()
     x = jnp.asarray(np.random.default_rng(9).normal(size=(16, 32)), jnp.float32)

@@ -1,6 +1,4 @@
-"""What was placed or initialised for one pipeline is refused by another, with words, and nothing of
-it is lost.
-"""
+"""Trees placed or initialized for one pipeline are refused by another, without being consumed."""
 
 from collections.abc import Callable
 from pathlib import Path

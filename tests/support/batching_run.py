@@ -1,6 +1,4 @@
-"""How the tests run a function on parts of its batch and put the results together, as a pipeline
-does.
-"""
+"""Runs a function on parts of its batch and recombines the results, as a pipeline does."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

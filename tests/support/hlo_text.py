@@ -24,7 +24,7 @@ class Instruction:
 
     @property
     def num_elements(self) -> int | None:
-        """How many elements its result has; None for a tuple."""
+        """Number of elements of the result; None for a tuple."""
         if self.type.startswith("("):
             return None
         (dimensions,) = _ARRAY.findall(self.type)

@@ -1,4 +1,4 @@
-"""How tests run a pipeline by executor `host`."""
+"""Pipelines by executor `host`, for tests."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -90,7 +90,7 @@ def value_of(instance: dict[str, Any], loads: list[float]) -> Any:
 
 
 def differs(instance: dict[str, Any]) -> bool:
-    """Whether the devices differ."""
+    """True if the devices differ."""
     return any(
         len(set(np.atleast_1d(instance.get(name, 1)).tolist())) > 1
         for name in ("capacity", "speeds")

@@ -1,4 +1,4 @@
-"""How the tests stage a case of the zoo, and what they take for equal."""
+"""Stages a case of the zoo, and compares its results."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ ZERO_SHARE = 1e-2
 
 @dataclass(frozen=True)
 class Run:
-    """What a case gives for its whole batch."""
+    """Results of a case for its whole batch."""
 
     loss: Any
     outputs: Any

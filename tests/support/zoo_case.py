@@ -1,4 +1,4 @@
-"""What a model of the zoo is, and how its weights, inputs and loss are made.
+"""A case of the zoo: a model with its weights, inputs and loss.
 
 Weights and inputs are drawn by numpy from the shapes alone, so that making a case compiles nothing.
 """

@@ -164,7 +164,7 @@ def test_hand_countable_sizes_are_exact(name):
 
 
 def bytes_of_parameters(compiled: aot.CompiledProgram, leaves: list[Any]) -> int:
-    """What the compiled program allocates for its first parameters, as many as there are leaves."""
+    """Bytes that the compiled program allocates for its first parameters."""
     return sum(
         each.size
         for each in compiled.assignment.allocations

@@ -256,7 +256,7 @@ def test_any_bytes_are_decoded_or_refused(data):
 
 
 def decode_or_refuse(decode, data: bytes) -> bool:
-    """Whether the bytes were decoded, into something whose sums make sense."""
+    """True if the bytes are decoded to an assignment with consistent sums."""
     try:
         assignment = decode(data)
     except AssignmentError:

@@ -1,0 +1,42 @@
+"""Language: docstrings name their thing, errors say what was expected and what was given."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+# Folders whose language is checked; a folder is added once it conforms.
+CHECKED = ("experiments", "layerwise_jax/examples")
+PATHS = sorted(path for folder in CHECKED for path in (ROOT / folder).rglob("*.py"))
+OPENINGS = re.compile(r"(What|Which|How|Where|Whether|When|Who)\b")
+ERROR_WORDS = re.compile(r"\bcame\b|\bis wanted\b|\bare wanted\b")
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def wrong_openings(tree: ast.Module) -> list[str]:
+    """Docstrings that open with a question word."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, DOCUMENTED)]
+    docstrings = [ast.get_docstring(node) or "" for node in nodes]
+    return [text.splitlines()[0] for text in docstrings if OPENINGS.match(text)]
+
+
+def wrong_errors(tree: ast.Module) -> list[str]:
+    """Raised expressions with words that errors avoid."""
+    raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc]
+    return [text for text in map(ast.unparse, raised) if ERROR_WORDS.search(text)]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_language(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert wrong_openings(tree) == []
+    assert wrong_errors(tree) == []
+
+
+def test_wrong_words_are_found() -> None:
+    tree = ast.parse('def f(x):\n    """Whether x."""\n    raise ValueError(f"{x} came.")')
+    assert wrong_openings(tree) == ["Whether x."]
+    assert wrong_errors(tree) == ["ValueError(f'{x} came.')"]
