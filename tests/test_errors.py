@@ -1,4 +1,4 @@
-"""Refusals say what was expected, what was given and what to do; a refused call consumes nothing."""
+"""Refusals say what was expected, given and what to do; a refused call consumes nothing."""
 
 from collections.abc import Callable
 from typing import Any

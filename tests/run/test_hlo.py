@@ -79,7 +79,7 @@ def pipeline_loop(
 
 
 def opcodes(body: Sequence[Instruction]) -> Counter[str]:
-    """Counts of each opcode; an asynchronous pair counts at its start, under the synchronous name."""
+    """Counts of each opcode; an asynchronous pair counts once, under the synchronous name."""
     return Counter(instruction.opcode.removesuffix("-start") for instruction in body)
 
 
