@@ -46,7 +46,8 @@ def verified_partition(
             f"{problem.capacity if problem.capacity is None else problem.capacity.tolist()}"
             f"{' with streaming_bandwidth' if problem.is_soft else ''}."
         )
-    capacity, measured = float(problem.capacity[0]), dict[Run, float]()
+    capacity = float(problem.capacity[0])
+    measured = dict[Run, float]()
     while True:
         too_large = frozenset(run for run, size in measured.items() if size > capacity)
         partition = _solve(replace(problem, forbidden=too_large), measured, capacity)

@@ -67,7 +67,8 @@ def _swept_lockstep(costs: StageCosts, best: Solution) -> Solution:
 
     Stops at the first bound that is no better than the best solution.
     """
-    extra, fewest = costs.problem.num_microbatches - 1, fewest_stages(costs)
+    extra = costs.problem.num_microbatches - 1
+    fewest = fewest_stages(costs)
     assert fewest is not None
     bounds = {
         count: (extra + count) * lower_bound(costs, count)
@@ -83,7 +84,8 @@ def _swept_lockstep(costs: StageCosts, best: Solution) -> Solution:
 def _searched_lockstep(costs: StageCosts, best: Solution) -> Solution:
     """Finds the smallest bottleneck of every number of stages by one search."""
     # A bottleneck above value / (extra + 1) cannot beat the value, even with one stage.
-    most, extra = costs.problem.max_stages, costs.problem.num_microbatches - 1
+    most = costs.problem.max_stages
+    extra = costs.problem.num_microbatches - 1
     table = run_table(costs, objective_value(costs, best.loads) / (extra + 1), most)
     totals = least_totals(table, most, np.maximum).totals
     count = 1 + int(((extra + np.arange(1, most + 1)) * totals[1:]).argmin())
@@ -103,8 +105,11 @@ def makespan_solution(costs: StageCosts, solution: Solution) -> Solution:
     if costs.has_fixed_total:
         return replace(solution, lower_bound=objective_value(costs, solution.loads))
     costs = prune_cuts(costs) if are_cuts_prunable(costs) else costs
-    extra, most = costs.problem.num_microbatches - 1, costs.problem.max_stages
-    least_bottleneck, best, least_sum = solution.lower_bound, solution, 0.0
+    extra = costs.problem.num_microbatches - 1
+    most = costs.problem.max_stages
+    least_bottleneck = solution.lower_bound
+    best = solution
+    least_sum = 0.0
     bound = largest_conceivable_load(costs, most)
     while bound >= least_bottleneck:
         value = objective_value(costs, best.loads)

@@ -80,7 +80,8 @@ def make_problem(
     options = (options or SolveOptions()).updated(**choices)
     times = checks.amounts("seconds", np.asarray(seconds, dtype=np.float64))
     n = len(times)
-    together, apart = options.keep_together, options.keep_apart
+    together = options.keep_together
+    apart = options.keep_apart
     weights = checks.per_layer("weight_bytes", weight_bytes, n)
     problem = Problem(
         seconds=times,

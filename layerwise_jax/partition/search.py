@@ -98,7 +98,8 @@ def least_totals(table: RunTable, num_places: int, combine: np.ufunc, power: int
       combine: np.maximum or np.add.
       power: exponent of the loads.
     """
-    blocks, width = table.costs.num_blocks, table.width
+    blocks = table.costs.num_blocks
+    width = table.width
     best = np.full(blocks + width, np.inf)  # by start; padded so that every window is full
     best[blocks] = 0
     totals = np.full(num_places + 1, np.inf)
@@ -119,7 +120,8 @@ def least_totals(table: RunTable, num_places: int, combine: np.ufunc, power: int
         else:
             best[blocks] = np.inf
         best[:blocks] = found
-        totals[place + 1], choices[place, :blocks] = found[0], widths
+        totals[place + 1] = found[0]
+        choices[place, :blocks] = widths
     return Search(totals, choices)
 
 

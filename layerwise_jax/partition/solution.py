@@ -57,7 +57,8 @@ class Solution:
 
 def conclude(solution: Solution, method: str) -> Partition:
     """Converts a solution to layers and the caller's units, and adds blocker and proof."""
-    costs, problem = solution.costs, solution.costs.problem
+    costs = solution.costs
+    problem = solution.costs.problem
     blocker = explain(costs, solution.boundaries)
     certificate, proof = _proof(solution)
     devices = solution.busy if costs.may_idle else np.arange(len(solution.busy))

@@ -83,14 +83,18 @@ def least_bottleneck(costs: StageCosts, max_stages: int) -> Optimum | Sweep:
     complete = sweep(costs, np.inf, max_stages)
     if not complete.is_complete:
         return complete
-    low, high, failed = lower_bound(costs, max_stages), largest_load(costs, complete), None
+    low = lower_bound(costs, max_stages)
+    high = largest_load(costs, complete)
+    failed = None
     bound = low
     while low < high:
         attempt = sweep(costs, bound, max_stages)
         if attempt.is_complete:
-            complete, high = attempt, largest_load(costs, attempt)
+            complete = attempt
+            high = largest_load(costs, attempt)
         else:
-            failed, low = attempt, attempt.next_bound
+            failed = attempt
+            low = attempt.next_bound
         bound = (low + high) / 2
         bound = low if bound >= high else bound
     return Optimum(high, complete, failed)

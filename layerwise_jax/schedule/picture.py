@@ -44,7 +44,8 @@ def draw_timeline(simulation: ScheduleSimulation, axes: "Axes | None" = None) ->
     axes = _new_axes(simulation) if axes is None else axes
     narrowest_label = simulation.makespan * LABEL_INCHES / axes.figure.bbox.width * axes.figure.dpi
     for span in simulation.spans:
-        width, colour = span.end - span.start, COLOURS[span.action.kind]
+        width = span.end - span.start
+        colour = COLOURS[span.action.kind]
         axes.barh(
             span.device,
             width,

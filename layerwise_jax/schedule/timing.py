@@ -150,7 +150,8 @@ def _run_in_step(
         for device, cell in enumerate(row):
             now = tick_start
             for action in cell:
-                start, now = now, now + costs[action.kind][action.stage]
+                start = now
+                now = now + costs[action.kind][action.stage]
                 spans.append(Span(action, device, start, now))
                 slowest_link = max(slowest_link, _sending_seconds(schedule, action, links))
             tick_end = max(tick_end, now)

@@ -114,7 +114,8 @@ def _by_cause(row: Prediction) -> dict[str, float]:
 
 
 def _detail(cause: str, slower: Prediction) -> str:
-    groups, stages = slower.num_groups, slower.strategy.stage
+    groups = slower.num_groups
+    stages = slower.strategy.stage
     if cause == "reading":
         again = f"each of {groups} groups reads" if groups > 1 else "each device reads"
         return f"{again} all its weights, {slower.weight_bytes / 1e6:,.1f} MB a device"

@@ -74,7 +74,9 @@ def fit_calibration(
         tried = _within_bounds(point + step)
         new = _residuals(tried, origin, found, device, start)
         if new @ new < residuals @ residuals:
-            point, residuals, damping = tried, new, damping / 3
+            point = tried
+            residuals = new
+            damping = damping / 3
             if np.abs(step).max() < SETTLED:
                 break
         else:

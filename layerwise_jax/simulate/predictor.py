@@ -105,7 +105,9 @@ class _Simulation:
     calibration: Calibration
 
     def prediction(self) -> Prediction:
-        work, strategy, parts = self.work, self.strategy, self.step_parts
+        work = self.work
+        strategy = self.strategy
+        parts = self.step_parts
         passes = 1 + BACKWARD_PASSES if work.kind == "training" else 1
         return Prediction(
             work=work,
@@ -214,7 +216,8 @@ class _Simulation:
 
     @property
     def link_bytes(self) -> float:
-        ways, groups = self.strategy.tensor, self.num_groups
+        ways = self.strategy.tensor
+        groups = self.num_groups
         boundaries = sum(self.sent_bytes) * ways
         tensor = ways * ring_all_reduce_bytes(sum(each.summed_bytes for each in self.passes), ways)
         gradients = 0.0
@@ -233,7 +236,8 @@ class _Simulation:
 
 def _boundaries(work: StepWork, strategy: Strategy, device: DeviceSpec) -> Sequence[int]:
     """Boundaries of the stages: even for equal layers, else with the smallest bottleneck."""
-    count, stages = len(work.layers), strategy.stage
+    count = len(work.layers)
+    stages = strategy.stage
     if stages > count:
         raise ValueError(
             f"stage must be at most the number of layers, {count}, got {stages}. Use fewer stages "
@@ -241,7 +245,8 @@ def _boundaries(work: StepWork, strategy: Strategy, device: DeviceSpec) -> Seque
         )
     if work.is_uniform or stages in (1, count):
         return [count * s // stages for s in range(stages + 1)]
-    size, ways = strategy.group_size(work.batch), strategy.tensor
+    size = strategy.group_size(work.batch)
+    ways = strategy.tensor
     seconds = [
         StagePass([layer], size, ways, device, work.dtype).parts(STOCK).seconds
         for layer in work.layers

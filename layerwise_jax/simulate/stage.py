@@ -155,7 +155,8 @@ class StagePass:
         kernels = calibration.kernels_per_layer if layer.kernels is None else layer.kernels
         launches = kernels * calibration.kernel_seconds
         rows = calibration.row_seconds * self.examples / self.ways
-        sums, sending = 0.0, 0.0
+        sums = 0.0
+        sending = 0.0
         if self.ways > 1:
             sums = layer.all_reduces * calibration.all_reduce_seconds
             sent = ring_all_reduce_bytes(self.examples * layer.send_bytes, self.ways)

@@ -151,7 +151,8 @@ def dense_decode(
     matrices for attention and two for its MLP, 4 d d + 2 d mlp weights for d = heads x head_dim,
     and a cache of 2 d numbers a token.
     """
-    d, item = heads * head_dim, item_bytes(dtype)
+    d = heads * head_dim
+    item = item_bytes(dtype)
     weights = 4 * d * d + 2 * d * mlp
     layer = LayerWork(
         name="block",
@@ -179,7 +180,8 @@ def dense_prefill(
 
     Causal attention computes half of all pairs of tokens.
     """
-    d, item = heads * head_dim, item_bytes(dtype)
+    d = heads * head_dim
+    item = item_bytes(dtype)
     weights = 4 * d * d + 2 * d * mlp
     layer = LayerWork(
         name="block",
