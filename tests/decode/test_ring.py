@@ -125,7 +125,7 @@ def test_sequences_that_are_not_rows_of_the_cache_end_together() -> None:
     places, none = ring.start(np.zeros((1, 2))), np.zeros((1, 2), np.int32)
     with pytest.raises(ValueError, match="all or none start anew"):
         ring.restart(places, [[True, False]], none, none)
-    with pytest.raises(BatchError, match="has 2 of them on its first axis"):
+    with pytest.raises(BatchError, match="In the cache, sequences are the first axis, of length 2"):
         decode_ring(columns_step, gpt(4), cache, group_size=2, num_stages=2)
 
 
