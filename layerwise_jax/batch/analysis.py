@@ -17,7 +17,7 @@ import jax
 
 from layerwise_jax import _jax
 from layerwise_jax.batch.interpreter import BatchInterpreter
-from layerwise_jax.batch.lattice import Parts, Replicated, Role, Split
+from layerwise_jax.batch.lattice import NotSeparable, Parts, Replicated, Role, Split
 from layerwise_jax.batch.numbering import mixed_numberings
 from layerwise_jax.batch.outputs import (
     OutputAnalysis,
@@ -29,6 +29,7 @@ from layerwise_jax.batch.outputs import (
 from layerwise_jax.batch.pairs import BatchError, ProgramPair, pair_programs
 from layerwise_jax.batch.precompute import Candidates, Precomputed, precomputed_inputs
 from layerwise_jax.batch.rules.draws import Draws
+from layerwise_jax.batch.rules.permutations import ORDERED
 from layerwise_jax.trace.flatten import flatten
 from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.trace.program import Operand, Program, Value
@@ -225,6 +226,8 @@ def _interpret(
         candidates = Candidates(pair, parts, beforehand, only_draws=per_microbatch)
         walk = BatchInterpreter(parts, per_microbatch, draws=draws, candidates=candidates)
         roles = walk.outputs(pair, given)
+        if any(isinstance(x, NotSeparable) and x.why.startswith(ORDERED) for x in roles):
+            candidates.note_orders(walk.roles)
         found = frozenset()
         if per_microbatch:
             found = mixed_numberings(pair, walk.roles, draws.numbered, walk.statistics)

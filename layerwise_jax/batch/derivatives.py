@@ -15,6 +15,7 @@ is corrected by that factor; any other is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from layerwise_jax.batch.lattice import (
     OpContext,
     PartialExtreme,
     PartialSum,
+    Permuted,
     Ratio,
     Replicated,
     Role,
@@ -70,7 +72,7 @@ def check_derivative(
     Raises:
       NotSeparableError: the gradients of the parts do not add up to those of the full batch.
     """
-    has_examples = any(isinstance(role, Split) for role in step.roles)
+    has_examples = any(isinstance(role, Split | Permuted) for role in step.roles)
     if not has_examples and step.name not in BACKWARD_RULES:
         return None  # linear in the cotangent
     if not per_microbatch and any(isinstance(role, NotSeparable) for role in results):
@@ -103,8 +105,8 @@ def _dual(role: Role, axis: int | None) -> Role:
     """Role of the cotangent of a result that has the examples along `axis`, or no such axis."""
     if isinstance(role, PartialSum):
         return Replicated(1 / role.ratio)
-    if isinstance(role, Split):
-        return Split(role.axis, 1 / role.ratio)
+    if isinstance(role, Split | Permuted):
+        return replace(role, ratio=1 / role.ratio)
     if isinstance(role, Replicated):
         return PartialSum(1 / role.ratio) if axis is None else Split(axis, 1 / role.ratio)
     if isinstance(role, PartialExtreme):
@@ -136,6 +138,8 @@ def _factor(gradient: Role, step: OpContext, operand: int) -> float:
         raise NotSeparableError(
             f"has a derivative rule that injects a gradient into a value {what}", cause
         )
+    if isinstance(role, Permuted) or isinstance(gradient, Permuted):
+        return _factor_in_order(gradient, role)
     assert isinstance(role, Split | Replicated | PartialSum), role
     assert isinstance(gradient, Split | Replicated | PartialSum), gradient
     axis = step.axis(operand)
@@ -149,6 +153,15 @@ def _factor(gradient: Role, step: OpContext, operand: int) -> float:
     elif isinstance(gradient, Replicated):
         return _exact(factor)
     raise NotSeparableError(NOT_ALONE)
+
+
+def _factor_in_order(gradient: Role, role: Role) -> float:
+    """Factor for rows in an order of the examples, whose gradients must be in the same order."""
+    if not (isinstance(role, Permuted) and isinstance(gradient, Permuted)):
+        raise NotSeparableError(NOT_ALONE)
+    if (role.axis, role.by) != (gradient.axis, gradient.by):
+        raise NotSeparableError(NOT_ALONE)
+    return _exact(role.ratio * gradient.ratio)
 
 
 def _exact(factor: Ratio) -> float:

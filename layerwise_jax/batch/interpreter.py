@@ -27,6 +27,8 @@ from layerwise_jax.batch.lattice import (
     PartialExtreme,
     PartialSum,
     Parts,
+    Permutation,
+    Permuted,
     Replicated,
     Role,
     Split,
@@ -45,11 +47,13 @@ from layerwise_jax.batch.rules import (
     elementwise,
     extremes,
     indexing,
+    kernels,
+    permutations,
     shapes,
 )
 from layerwise_jax.batch.rules import draws as drawing
 from layerwise_jax.batch.rules.draws import Draws, numbers_through
-from layerwise_jax.trace.primitives import CUSTOM_RULES
+from layerwise_jax.trace.primitives import CALL_LIKE, CUSTOM_RULES
 from layerwise_jax.trace.program import Op, Operand, Value
 
 RULES = {
@@ -58,6 +62,7 @@ RULES = {
     **contractions.RULES,
     **attention.RULES,
     **indexing.RULES,
+    **kernels.RULES,
 }
 
 
@@ -126,6 +131,8 @@ class BatchInterpreter:
         return [self._as_rows(role) for role in self.run(pair, given)]
 
     def _as_rows(self, role: Role) -> Role:
+        if isinstance(role, Permutation | Permuted):
+            return NotSeparable("statistics", f"{permutations.ORDERED}, and returns them so")
         try:
             return self.draws.as_rows(role)
         except NotSeparableError as mixes:
@@ -182,6 +189,7 @@ class BatchInterpreter:
 
     def _apply(self, step: OpContext, position: int | None) -> Sequence[Role]:
         if step.name in bodies.RULES:
+            self._check_order(step)
             step = step.with_roles([self.draws.as_rows(role) for role in step.roles])
             results = bodies.RULES[step.name](self._run_body, step)
             if step.name in CUSTOM_RULES and self.checks_derivatives:
@@ -200,6 +208,11 @@ class BatchInterpreter:
             return [self.draws.draw(self._settle_numbers(step), position)]
         return self._by_rule(step)
 
+    def _check_order(self, step: OpContext) -> None:
+        """Refuse loops and branches over rows in an order of the examples; calls are followed."""
+        if step.name not in CALL_LIKE and permutations.concerns(step):
+            raise NotSeparableError(permutations.ORDERED)
+
     def _check_derivative(
         self, step: OpContext, results: Sequence[Role], position: int | None
     ) -> None:
@@ -212,6 +225,10 @@ class BatchInterpreter:
         self.corrected[position] = corrected
 
     def _by_rule(self, step: OpContext) -> Sequence[Role]:
+        if permutations.concerns(step):
+            results = permutations.permuted_results(step, self._by_rule)
+            assert results is not None  # calls have rules of bodies
+            return results
         if any(isinstance(role, BatchIota | IndexColumns) for role in step.roles):
             if (counted := numbers_through(step)) is not None:
                 return [counted]

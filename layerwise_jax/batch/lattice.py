@@ -123,6 +123,39 @@ class IndexColumns:
     columns: tuple[Role, ...]
 
 
+@dataclass(frozen=True)
+class Permutation:
+    """Index vector [rows] that holds every row of a part once, and every row of the batch once.
+
+    Attributes:
+      name: the operation that made it; the same operation made the same order.
+      length: rows of a part.
+      is_inverse: whether it is the inverse of that order.
+      shift: 1 after the length was added, as JAX does to negative indices.
+    """
+
+    name: int
+    length: int
+    is_inverse: bool = False
+    shift: int = 0
+
+    def inverse(self) -> Permutation:
+        return replace(self, is_inverse=not self.is_inverse)
+
+    def shifted(self) -> Permutation:
+        return replace(self, shift=1)
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """Rows along `axis` in the order `by`: rows[by], in a part and in the full batch."""
+
+    axis: int
+    by: Permutation
+    ratio: Ratio = Fraction(1)
+    __post_init__ = _snap_ratio
+
+
 Cause = Literal["statistics", "unknown", "size", "draw", "derivative"]
 
 
@@ -155,7 +188,17 @@ class NotSeparable:
 
 UNUSED = NotSeparable("unknown", "is not needed for any output")
 
-Role = Replicated | Split | PartialSum | PartialExtreme | BatchIota | IndexColumns | NotSeparable
+Role = (
+    Replicated
+    | Split
+    | PartialSum
+    | PartialExtreme
+    | BatchIota
+    | IndexColumns
+    | Permutation
+    | Permuted
+    | NotSeparable
+)
 
 
 class NotSeparableError(Exception):
@@ -219,7 +262,7 @@ class OpContext:
     def axis(self, operand: int = 0) -> int | None:
         """Axis along which an operand has a block for each example, if any."""
         role = self.roles[operand]
-        if isinstance(role, Split | BatchIota | IndexColumns):
+        if isinstance(role, Split | BatchIota | IndexColumns | Permuted):
             return role.axis
         return one_scaling_axis(self.shape(operand), self.full_shape(operand))
 
@@ -287,7 +330,7 @@ def checked(role: Role, micro: tuple[int, ...], full: tuple[int, ...], parts: Pa
             "gives every example one result over all examples (as batch normalisation in training "
             "does)"
         )
-    if not isinstance(role, Split | BatchIota | IndexColumns):
+    if not isinstance(role, Split | BatchIota | IndexColumns | Permuted):
         return role
     if set(axes) - {role.axis} or full[role.axis] % parts:
         raise NotSeparableError(PAIRS)
@@ -296,33 +339,3 @@ def checked(role: Role, micro: tuple[int, ...], full: tuple[int, ...], parts: Pa
             "makes something of each example that is not as long as the batch", "size"
         )
     return role
-
-
-def joined(a: Role, b: Role, parts: Parts) -> Role:
-    """Role of a value that is one or the other, by a branch or from one iteration to the next."""
-    if a == b or isinstance(a, NotSeparable):
-        return a
-    if isinstance(b, NotSeparable):
-        return b
-    if isinstance(a, Replicated) and isinstance(b, Replicated):
-        return Replicated(a.ratio) if same(a.ratio, b.ratio) else NotSeparable("size", SIZE)
-    if isinstance(b, Replicated):
-        a, b = b, a
-    if isinstance(a, Replicated) and isinstance(b, PartialSum):
-        # A value that every part has in full counts `parts` times in the sum of the parts.
-        if a.is_zero or same(a.ratio / parts, b.ratio):
-            return b
-        why = "may be a sum over examples or not, as a branch or loop goes"
-        return NotSeparable("statistics", why)
-    if isinstance(a, Replicated) and isinstance(b, Split) and (a.is_zero or same(a.ratio, b.ratio)):
-        return b
-    if isinstance(a, PartialSum) and isinstance(b, PartialSum) and same(a.ratio, b.ratio):
-        return a
-    if isinstance(a, Split) and isinstance(b, Split) and _are_alike(a, b):
-        return a
-    why = "has the examples along one axis or another, or a sum of them, as a branch or loop goes"
-    return NotSeparable("statistics", why)
-
-
-def _are_alike(a: Split, b: Split) -> bool:
-    return a.axis == b.axis and same(a.ratio, b.ratio)

@@ -171,12 +171,21 @@ LENGTHS = frozenset(
 )
 
 
+# Parameters that follow the length of the batch where examples lie side by side; the rules of these
+# primitives check them.
+SCALING = {
+    "tile": {"reps"},
+    "conv_general_dilated": {"feature_group_count", "batch_group_count"},
+}
+
+
 def differing_parameter(micro: Any, full: Any) -> str | None:
-    """The first parameter, lengths and functions left out, that an equation has otherwise in the
-    two traces.
+    """Name and values of the first parameter, lengths and functions left out, that differs between
+    the two traces of an equation.
     """
+    ignored = LENGTHS | SCALING.get(micro.primitive.name, set())
     for name, value in micro.params.items():
-        if name not in LENGTHS and _is_plain(value) and repr(value) != repr(full.params.get(name)):
+        if name not in ignored and _is_plain(value) and repr(value) != repr(full.params.get(name)):
             return f"{name} = {value} for a part and {full.params.get(name)} for the full batch"
     return None
 

@@ -21,6 +21,7 @@ from layerwise_jax.batch.lattice import (
     PartialExtreme,
     PartialSum,
     Parts,
+    Permuted,
     Replicated,
     Role,
     Split,
@@ -125,6 +126,23 @@ class Candidates:
         """Note an array of the function that follows the length of the batch."""
         if isinstance(role, NotSeparable) and not self._only_draws:
             self._add(value)
+
+    def note_orders(self, roles: Mapping[Value, Role]) -> None:
+        """Note examples of the inputs in an order of the inputs, which were not put back.
+
+        Args:
+          roles: role of every value of the full program.
+        """
+        if self._only_draws:
+            return
+        read = {x for op in self._pair.ops if not self._is_of_inputs(op) for x in op.full.values}
+        outputs = {x for x in self._pair.full.outputs if not isinstance(x, _jax.Literal)}
+        for value in (read | outputs) & self._from_inputs:
+            if isinstance(roles[value], Permuted):
+                self._add(value)
+
+    def _is_of_inputs(self, op: PairedOp) -> bool:
+        return self._from_inputs.issuperset(op.full.results)
 
     def _add(self, value: Value) -> None:
         twin = self._twins.get(value)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
 
 BATCH, TIME, WIDTH = 8, 3, 4
 IN_AXES = {"x": 0, "tokens": 0, "keys": 0, "key": None, "step": None}
@@ -88,9 +89,14 @@ def window_mean(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
 
 
 def convolve(
-    x: jax.Array, kernel: jax.Array, spec: tuple[str, str, str] = ("NWC", "WIO", "NWC")
+    x: jax.Array,
+    kernel: jax.Array,
+    spec: tuple[str, str, str] = ("NWC", "WIO", "NWC"),
+    groups: int = 1,
 ) -> jax.Array:
-    return lax.conv_general_dilated(x, kernel, (1,), "SAME", dimension_numbers=spec)
+    return lax.conv_general_dilated(
+        x, kernel, (1,), "SAME", dimension_numbers=spec, feature_group_count=groups
+    )
 
 
 KERNEL = jnp.asarray(np.random.default_rng(5).standard_normal((3, WIDTH, 2)), jnp.float32)
@@ -219,6 +225,71 @@ def masked_mean(weight: jax.Array, inputs: Inputs) -> Any:
     mask = (inputs["tokens"] > 1).astype(jnp.float32)
     losses = jnp.mean((inputs["x"] * weight) ** 2, -1)  # [examples, time]
     return jnp.sum(losses * mask) / jnp.maximum(jnp.sum(mask), 1), jnp.sum(mask).astype(jnp.int32)
+
+
+def gram(x: jax.Array) -> jax.Array:
+    return jnp.einsum("btd,bsd->bts", x, x) + 5 * jnp.eye(TIME)
+
+
+@jax.custom_batching.custom_vmap
+def halve(x: jax.Array) -> jax.Array:
+    return x / 2
+
+
+@halve.def_vmap
+def _(size: int, is_batched: Any, x: jax.Array) -> Any:
+    del size
+    return halve(x), is_batched[0]
+
+
+def kernel_of(x: jax.Array) -> jax.Array:
+    """A kernel [TIME, WIDTH, WIDTH] made of an example [TIME, WIDTH]."""
+    return x[:, :, None] * x[:, None]
+
+
+def random_poisson(key: jax.Array) -> jax.Array:
+    return jax.random.poisson(key, 3.0, (TIME, WIDTH)).astype(jnp.float32)
+
+
+def by_sorting(x: jax.Array, work: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    order = jnp.argsort(x[:, 0, 0])
+    return work(x[order])[jnp.argsort(order)]
+
+
+def by_scatter(x: jax.Array) -> jax.Array:
+    order = jnp.argsort(-x[:, 0, 0])
+    return jnp.zeros_like(x).at[order].set(jax.nn.silu(x[order]))
+
+
+def by_payload(x: jax.Array) -> jax.Array:
+    """Vectors sorted together with their numbers, and back by a sort of these."""
+    _, values, order = lax.sort((x[:, 0, 0], x[:, 1, 1], jnp.arange(examples(x))), num_keys=1)
+    return lax.sort((order, values * 2), num_keys=1)[1]
+
+
+def scale_kernel(x: Any, weight: Any, out: Any) -> None:
+    out[...] = x[...] * jnp.sum(weight[...])
+
+
+def kernel_call(
+    x: jax.Array, weight: jax.Array, block: int, scale: Callable[[], Any] = lambda: 1
+) -> jax.Array:
+    """A Pallas kernel over blocks of so many examples, with one array for all of them."""
+
+    def kernel(x: Any, weight: Any, out: Any) -> None:
+        out[...] = jnp.tanh(x[...]) * jnp.sum(weight[...]) * scale()
+
+    rows = pl.BlockSpec((block, TIME, WIDTH), lambda i: (i, 0, 0))
+    whole = pl.BlockSpec(weight.shape, lambda i: (0, 0))
+    call = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid=(examples(x) // block,),
+        in_specs=[rows, whole],
+        out_specs=rows,
+        interpret=True,
+    )
+    return call(x, weight)
 
 
 @jax.custom_vjp
@@ -384,6 +455,47 @@ ACCEPTED: dict[str, Accepted] = {
         lambda w, i: (jnp.max(i["x"] * w), -jnp.max(i["x"] * w, (0, 1)), jnp.any(i["x"] * w > 2)),
         ("extreme",) * 3,
     ),
+    "class token": rows(
+        lambda x: jnp.concatenate([jnp.tile(KERNEL[:1, :, 0], (examples(x), 1))[:, None], x], 1)
+    ),
+    "several rows for each example": rows(
+        lambda x: jnp.tile(KERNEL[..., 0], (examples(x), 1)).reshape(x.shape) * x
+    ),
+    "reshape that transposes": rows(
+        lambda x: jnp.moveaxis(
+            lax.reshape(x, (TIME, examples(x) * WIDTH), (1, 0, 2)).reshape(TIME, -1, WIDTH), 1, 0
+        )
+    ),
+    "a matrix for each example": rows(lambda x: jnp.linalg.solve(gram(x), x)),
+    "a function with a rule for vmap": rows(lambda x: halve(x)),
+    "a function with a rule for vmap, mapped": rows(lambda x: jax.vmap(halve)(x)),
+    "a convolution kernel for each example": rows(
+        jax.vmap(lambda x: convolve(x[None], kernel_of(x))[0])
+    ),
+    "a depthwise kernel for each example": rows(
+        jax.vmap(lambda x: convolve(x[None], kernel_of(x)[:, :1], groups=WIDTH)[0])
+    ),
+    "gradients of a kernel for each example": rows(
+        jax.vmap(lambda x: jax.grad(lambda k: jnp.sum(convolve(x[None], k) ** 2))(kernel_of(x)))
+    ),
+    "loops until each example is done": rows(
+        jax.vmap(
+            lambda row: lax.while_loop(
+                lambda c: jnp.max(jnp.abs(c[0])) > 0.1, lambda c: (c[0] / 2, c[1] + 1), (row, 0)
+            )
+        ),
+        2,
+    ),
+    "rejection with a key for each example": Accepted(
+        lambda w, i: i["x"] * w + jax.vmap(lambda k: random_poisson(k))(i["keys"])
+    ),
+    "sorted and put back": rows(lambda x: by_sorting(x, lambda y: jnp.tanh(y @ KERNEL[0]))),
+    "sorted and put back by a scatter": rows(by_scatter),
+    "sorted downwards with a payload": rows(by_payload),
+    "kernel over examples": rows(lambda x: kernel_call(x, KERNEL[0], 1)),
+    "kernel under vmap": rows(
+        lambda x: jax.vmap(lambda y: kernel_call(y[None], KERNEL[0], 1)[0])(x)
+    ),
     "row numbers in bytes": rows(
         lambda x: x + jnp.arange(examples(x)).astype(jnp.int8)[::-1, None, None]
     ),
@@ -418,6 +530,35 @@ ACCEPTED: dict[str, Accepted] = {
 }
 
 REFUSED: dict[str, Refused] = {
+    "sorted and left so": refused(lambda x: x[jnp.argsort(x[:, 0, 0])], "in an order that depends"),
+    "sorted and put back wrongly": refused(
+        lambda x: x[jnp.argsort(x[:, 0, 0])][jnp.argsort(x[:, 0, 1])], "in an order that depends"
+    ),
+    "sorted, beside the unsorted": refused(
+        lambda x: by_sorting(x, lambda y: y + x), "in an order that depends"
+    ),
+    "sorted, neighbours mixed": refused(
+        lambda x: by_sorting(x, lambda y: y.reshape(-1, 2, TIME, WIDTH)[:, ::-1].reshape(x.shape)),
+        "in an order that depends|order along",
+    ),
+    "sorted, cumulated": refused(
+        lambda x: by_sorting(x, lambda y: jnp.cumsum(y, 0)), "sums up along the axis"
+    ),
+    "reshape that transposes, joined": refused(
+        lambda x: lax.reshape(x, (TIME * examples(x), WIDTH), (1, 0, 2)), "no longer together"
+    ),
+    "kernel over blocks of examples": refused(
+        lambda x: kernel_call(x, KERNEL[0], 2),
+        "kernel of which no axis of the grid.*per_microbatch",
+    ),
+    "kernel that reads its place": refused(
+        lambda x: kernel_call(x, KERNEL[0], 1, lambda: pl.program_id(0)), "kernel of which no axis"
+    ),
+    "kernel over all examples at once": refused(
+        lambda x: pl.pallas_call(scale_kernel, jax.typeof(x), interpret=True)(x, KERNEL[0]),
+        "kernel of which no axis",
+    ),
+    "repeated examples": refused(lambda x: jnp.tile(x, (2, 1, 1)), "repeats the examples"),
     "largest over the batch": refused(
         lambda x: x - jnp.max(x, 0), r"reduce_max at .*test|cases.*over all examples"
     ),

@@ -10,11 +10,12 @@ from layerwise_jax.batch.lattice import (
     NotSeparable,
     NotSeparableError,
     OpContext,
+    PartialSum,
     Parts,
     Replicated,
     Role,
     Split,
-    joined,
+    same,
 )
 from layerwise_jax.batch.pairs import ProgramPair, pair_bodies
 from layerwise_jax.trace.primitives import CALL_LIKE
@@ -55,9 +56,49 @@ def _while(run: RunBody, step: OpContext) -> list[Role]:
         step.parts, carry, lambda carry: run(bodies["body_jaxpr"], [*body_consts, *carry])
     )
     (goes_on,) = run(bodies["cond_jaxpr"], [*cond_consts, *carry])
+    if isinstance(goes_on, Split):
+        # A condition for each example, as under vmap: the loop leaves those alone that are done.
+        return [_stopped(role, goes_on.axis) for role in carry]
     if not (isinstance(goes_on, Replicated) and goes_on.ratio == 1):
         return _undecided(step, goes_on, "runs until all examples are done")
     return carry
+
+
+def _stopped(role: Role, axis: int) -> Role:
+    """Role of a carry whose examples, along `axis`, run for as many iterations as each needs."""
+    if isinstance(role, Replicated):
+        return Split(axis, role.ratio)
+    if isinstance(role, NotSeparable) or (isinstance(role, Split) and role.axis == axis):
+        return role
+    raise NotSeparableError("has the examples of its carry along another axis than its condition")
+
+
+def _linear_solve(run: RunBody, step: OpContext) -> list[Role]:
+    """Role of a `custom_linear_solve`: that of `solve`; the other bodies are its derivatives."""
+    lengths = step.params["const_lengths"]
+    bodies = {
+        name: (micro, getattr(step.full.params["jaxprs"], name))
+        for name, micro in step.params["jaxprs"]._asdict().items()
+        if micro is not None
+    }
+    consts: dict[str, tuple[Role, ...]] = {}
+    start = 0
+    for name, length in lengths._asdict().items():
+        consts[name] = step.roles[start : start + length]
+        start += length
+    given = {"solve": step.roles[start:]}  # the right-hand sides
+    solved = run(pair_bodies(*bodies["solve"]), [*consts["solve"], *given["solve"]])
+    for name in bodies.keys() - {"solve"}:
+        results = run(pair_bodies(*bodies[name]), [*consts[name], *solved])
+        for role in results:
+            if isinstance(role, NotSeparable):
+                return [role] * len(solved)
+    return solved
+
+
+def _custom_vmap(run: RunBody, step: OpContext) -> list[Role]:
+    """Role of a function with a rule for `vmap` that was not used: that of the function."""
+    return run(pair_bodies(step.params["call"], step.full.params["call"]), step.roles)
 
 
 def _scan(run: RunBody, step: OpContext) -> list[Role]:
@@ -121,6 +162,36 @@ def _settled(
     raise NotSeparableError(SIZE, "size")
 
 
+def joined(a: Role, b: Role, parts: Parts) -> Role:
+    """Role of a value that is one or the other, by a branch or from one iteration to the next."""
+    if a == b or isinstance(a, NotSeparable):
+        return a
+    if isinstance(b, NotSeparable):
+        return b
+    if isinstance(a, Replicated) and isinstance(b, Replicated):
+        return Replicated(a.ratio) if same(a.ratio, b.ratio) else NotSeparable("size", SIZE)
+    if isinstance(b, Replicated):
+        a, b = b, a
+    if isinstance(a, Replicated) and isinstance(b, PartialSum):
+        # A value that every part has in full counts `parts` times in the sum of the parts.
+        if a.is_zero or same(a.ratio / parts, b.ratio):
+            return b
+        why = "may be a sum over examples or not, as a branch or loop goes"
+        return NotSeparable("statistics", why)
+    if isinstance(a, Replicated) and isinstance(b, Split) and (a.is_zero or same(a.ratio, b.ratio)):
+        return b
+    if isinstance(a, PartialSum) and isinstance(b, PartialSum) and same(a.ratio, b.ratio):
+        return a
+    if isinstance(a, Split) and isinstance(b, Split) and _are_alike(a, b):
+        return a
+    why = "has the examples along one axis or another, or a sum of them, as a branch or loop goes"
+    return NotSeparable("statistics", why)
+
+
+def _are_alike(a: Split, b: Split) -> bool:
+    return a.axis == b.axis and same(a.ratio, b.ratio)
+
+
 def _join(roles: Sequence[Role], parts: Parts) -> Role:
     first, *others = roles
     for role in others:
@@ -138,5 +209,7 @@ RULES: dict[str, Callable[[RunBody, OpContext], list[Role]]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
+    "custom_linear_solve": _linear_solve,
+    "custom_vmap_call": _custom_vmap,
     **dict.fromkeys(CALL_LIKE, _call),
 }

@@ -55,8 +55,12 @@ def _result_axis(step: OpContext, place: tuple[str, int] | None, side: int) -> i
 
 def _convolution(step: OpContext) -> Role:
     left, right = step.axis(0), step.axis(1)
+    # Axes of each array in the order (batch or output features, features, space...).
     left_spec, right_spec, out_spec = step.params["dimension_numbers"]
     ratio, summed = product(step)
+    scaled = [name for name in GROUPS if step.params[name] != step.full.params[name]]
+    if scaled:
+        return build(_grouped_by_example(step, scaled), ratio, summed)
     grouped = step.params["feature_group_count"] * step.params["batch_group_count"] != 1
     if left == left_spec[0] and right is None and step.params["batch_group_count"] == 1:
         return build(out_spec[0], ratio, summed)
@@ -71,6 +75,25 @@ def _convolution(step: OpContext) -> Role:
         if None in (left, right)
         else EVERY_PAIR
     )
+
+
+GROUPS = ("feature_group_count", "batch_group_count")
+
+
+def _grouped_by_example(step: OpContext, scaled: list[str]) -> int:
+    """Axis of the examples in the result of a convolution with a group of kernels for each example.
+
+    `vmap` over both operands puts the examples side by side: along the features (or the batch, in
+    the derivative) of the left one and the output features of the right one, one group after the
+    other. A part has the first groups, whole.
+    """
+    left_spec, right_spec, out_spec = step.params["dimension_numbers"]
+    name = scaled[0]
+    follows = step.full.params[name] == step.parts * step.params[name]
+    grouped = left_spec[1] if name == "feature_group_count" else left_spec[0]
+    if len(scaled) > 1 or not follows or (step.axis(0), step.axis(1)) != (grouped, right_spec[0]):
+        raise NotSeparableError("groups the examples")
+    return out_spec[1]
 
 
 RULES: dict[str, Rule] = {"dot_general": _dot_general, "conv_general_dilated": _convolution}

@@ -59,19 +59,20 @@ def _expanded_axis(step: OpContext, axis: int) -> int:
 
 
 def _reshaped_axis(step: OpContext, axis: int) -> int:
-    """The axis that keeps each part's entries in one block: equally many entries precede it, in
-    both traces.
+    """Axis that keeps each part's entries in one block: equally many entries precede it in both
+    traces.
     """
+    order = step.params.get("dimensions") or range(len(step.shape()))  # a transpose comes first
+    old_micro = [step.shape()[i] for i in order]
+    old_full = [step.full_shape()[i] for i in order]
+    place = list(order).index(axis)
     micro, full = step.result_shapes()
     for i, (m, f) in enumerate(zip(micro, full, strict=True)):
-        before = prod(micro[:i]) == prod(step.shape()[:axis]) and prod(full[:i]) == prod(
-            step.full_shape()[:axis]
+        is_before = prod(micro[:i]) == prod(old_micro[:place]) and (
+            prod(full[:i]) == prod(old_full[:place])
         )
-        if (
-            before
-            and f == step.parts * m
-            and (f != m or step.full_shape()[axis] == step.shape()[axis])
-        ):
+        follows = f == step.parts * m
+        if is_before and follows and (f != m or old_full[place] == old_micro[place]):
             return i
     raise NotSeparableError(
         "reshapes an array so that the entries of an example are no longer together"
@@ -86,8 +87,8 @@ def _reshape(step: OpContext) -> Role:
     if not isinstance(role, Replicated) or role.fill or axis is None:
         return role
     new = _reshaped_axis(step, axis)
-    shapes = step.shape()[axis], step.result_shapes()[0][new]
-    return role if shapes[0] == shapes[1] else Split(new, role.ratio)
+    lengths = step.shape()[axis], step.result_shapes()[0][new]
+    return role if lengths[0] == lengths[1] else Split(new, role.ratio)
 
 
 def _reduce_sum(step: OpContext) -> Role:
@@ -192,10 +193,18 @@ def _unstack(step: OpContext) -> list[Role]:
 
 
 def _tile(step: OpContext) -> Role:
+    micro, full = step.params["reps"], step.full.params["reps"]  # copies along each axis
     axis = step.axis()
-    if axis is not None and step.params["reps"][axis] != 1:
+    scaled = [i for i, (m, f) in enumerate(zip(micro, full, strict=True)) if m != f]
+    role = build(common_axis(step), *additive(step))
+    if axis is not None and (micro[axis], full[axis]) != (1, 1):
         raise NotSeparableError("repeats the examples")
-    return build(common_axis(step), *additive(step))
+    if not scaled:
+        return role
+    if len(scaled) > 1 or axis is not None or not isinstance(role, Replicated):
+        raise NotSeparableError("repeats an array as often as the batch is long", "size")
+    # [n] repeated for every example: one block each, constant along the axis only if n is 1.
+    return role if step.shape()[scaled[0]] == 1 else Split(scaled[0], role.ratio)
 
 
 def _pad(step: OpContext) -> Role:
