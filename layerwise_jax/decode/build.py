@@ -1,12 +1,11 @@
-"""The decode ring: tokens are generated with every layer's cache on its own stage, in one
-`shard_map` program.
+"""Decode ring builder: traces a step, cuts it into stages and makes the ring.
 
     ring = lw.decode_ring(step_fn, params, cache, group_size=8)
     staged = ring.place(params)
     generation = ring.generate(staged, prompts, max_new_tokens=100)
 
-As many groups of sequences are in flight as there are stages, so that in every tick every stage
-works on another group; `ring_loop.py` draws it.
+Every layer's cache is on its own stage. As many groups of sequences are in flight as there are
+stages, so that in every tick every stage works on another group; `loop.py` draws it.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from layerwise_jax.plan import Plan, make_plan
 from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.trace.program import nbytes
 
-# What stages have of their own is run by all and selected, rather than branched to, if its weights
-# are no more bytes: a branch takes some 15 us on a GPU, in which an H200 reads 60 MB.
+# All devices run what only some stages have, and select, if its weights are at most so many bytes:
+# a branch takes some 15 us on a GPU, in which an H200 reads 60 MB.
 MOST_SELECTED_BYTES = 16 * 2**20
 
 
@@ -62,51 +61,50 @@ def decode_ring(
     prefill_length: int | None = None,
     transport: str | Transport = "auto",
 ) -> DecodeRing:
-    """Make a step of token generation run as a ring of stages.
+    """Make a ring of stages from a step of token generation.
 
     Args:
-      step_fn: `step_fn(params, cache, tokens, positions) -> (logits, cache)` for int32[sequences]
-        tokens at int32[sequences] positions: logits are float[sequences, vocabulary], the cache
-        comes back with the same types.
+      step_fn: `step_fn(params, cache, tokens, positions) -> (logits, cache)`: int32[sequences]
+        tokens at int32[sequences] positions give float[sequences, vocabulary] logits and a cache of
+        the same types.
       params: its parameters, arrays or `jax.ShapeDtypeStruct`.
-      cache: the cache of one group as it is before the first token, likewise; types alone stand for
-        zeros. A leaf that changes belongs to one layer, or is stacked over layers, as by a scan
-        over them. Sequences are its first axis, or the one behind that of the layers; what has them
-        nowhere (a counter) they share, so that a group starts and ends together.
-      group_size: sequences of a group, the rows of `tokens`.
-      num_groups: groups in flight; None for as many as there are stages, which keeps all of them
-        busy.
+      cache: the cache of one group before its first token, arrays or types; types stand for zeros.
+        A leaf that the step changes belongs to one layer, or is stacked over layers as by a scan.
+        Its sequences are the first axis, or the second of a stacked leaf. A leaf without them (a
+        counter) is shared by the group, which then starts and ends together.
+      group_size: sequences of a group.
+      num_groups: groups in flight; None for one a stage, which keeps all stages busy.
       mesh: a mesh with an axis `stage`; None for one of the first local devices.
-      num_stages: stages; None for as many as there are devices on the mesh, or as there are layers.
+      num_stages: stages; None for one a device of the mesh, at most one a layer.
       partition: a `Partition` of the step's layers, or its boundaries; None balances bytes of
         weights and cache.
-      sampler: how tokens are drawn from logits; None for the likeliest.
-      stop_tokens: tokens that end a sequence, themselves included in it.
-      pad_token: what an ended sequence is given from then on.
-      selects: whether what only some stages have (an embedding, a head) is run by all of them and
-        selected. That takes no branch, but reads its weights on every device. None decides by their
-        size.
-      param_specs: where the mesh has more axes than `stage`, how parameters are sharded over them
-        inside a stage: a tree of `PartitionSpec`, or a prefix of one. The step is then written for
-        shards, with collectives of its own over these axes, and returns the same logits on all of
-        them; `params` and `cache` are whole.
-      cache_specs: likewise for the cache.
-      prefill_fn: reads prompts at once, `prefill_fn(params, cache, tokens, lengths) -> (logits,
-        cache)` for int32[sequences, prefill_length] tokens of which int32[sequences] lengths count:
-        logits are those of every prompt's last token, float[sequences, vocabulary]. It has the
-        layers of the step, and runs in stages with the groups as microbatches. What it leaves in
-        the cache beyond a prompt's length must not matter, as where attention is masked by
-        position. None reads prompts a token a step.
-      prefill_length: tokens that it reads: a shorter prompt is padded with zeros on the right, what
-        a longer one has beyond is read a token a step. Where sequences share a part of the cache (a
-        counter), only groups are read at once of which all prompts are at least so long.
+      sampler: draws tokens from logits; None takes the likeliest.
+      stop_tokens: tokens that end a sequence and are its last.
+      pad_token: input of an ended sequence.
+      selects: whether all devices run what only some stages have (an embedding, a head) and select.
+        That saves a branch, but every device reads those weights. None decides by their size.
+      param_specs: specs of the parameters over the mesh axes other than `stage`: a tree of
+        `PartitionSpec`, or a prefix of one. The step is then written for shards, with its own
+        collectives over these axes, and returns the same logits on all of them; `params` and
+        `cache` are whole.
+      cache_specs: specs of the cache, in the same form.
+      prefill_fn: reads prompts at once: `prefill_fn(params, cache, tokens, lengths) -> (logits,
+        cache)` for int32[sequences, prefill_length] tokens padded on the right and int32[sequences]
+        lengths gives float[sequences, vocabulary] logits of every prompt's last token. It has the
+        layers of the step; groups are its microbatches. Cache entries behind a prompt's length must
+        not matter, as where attention is masked by position. None reads prompts one token a step.
+      prefill_length: tokens that it reads at most; the rest of a longer prompt is read one token a
+        step. Where sequences share a part of the cache (a counter), a group is read at once only if
+        all of its prompts are at least that long.
       transport: how stages pass messages: "permute", one `ppermute` an array; "peer_store", stores
         into the next device's memory by a kernel of the loop, for CUDA devices of one process;
         "auto", peer stores where the devices are there and reach each other, otherwise permute; or
         `PeerStore(wait_seconds=...)`. Tokens are the same.
 
     Raises:
-      ValueError, CutError, BatchError: what came, what was wanted, and what to do.
+      ValueError: an argument of another form; named with the expected form and the fix.
+      CutError: the step cannot be cut into a ring's stages.
+      BatchError: several groups, and the step mixes sequences.
     """
     _check_counts(num_groups=num_groups, num_stages=num_stages, prefill_length=prefill_length)
     _check(mesh, sampler, cache)
@@ -155,7 +153,7 @@ def _prefill(
     group_size: int,
     length: int,
 ) -> Prefill:
-    """A program over the ring's stages that reads prompts of up to `length` tokens at once."""
+    """The prefill program over the ring's stages, for prompts of up to `length` tokens."""
     axes = sharding.axes
     traced, state = trace_step(read, sampler, *sharding.shards, group_size, axes, length)
     prefill = Prefill.of(layers, loop, traced, state, length, axes)
@@ -172,35 +170,35 @@ def _check_counts(**numbers: int | None) -> None:
 def _check(mesh: Mesh | None, sampler: Sampler | None, cache: Any) -> None:
     if sampler is not None and not isinstance(sampler, Sampler):
         raise ValueError(
-            f"sampler is {sampler!r}; None for the likeliest token, or lw.Sampler(temperature, "
-            "top_k), is wanted."
+            f"sampler must be None or an lw.Sampler, got {sampler!r}. None takes the likeliest "
+            "token."
         )
     if mesh is not None and mesh.shape.get(DATA, 1) > 1:
         raise ValueError(
-            f"The mesh has {mesh.shape[DATA]} replicas on the axis 'data'. Sequences need nothing "
-            "of each other: make "
+            f"mesh must have at most one replica on its axis 'data', got {mesh.shape[DATA]}. Make "
             "a ring for each replica, and give each its share of the prompts."
         )
     if any(is_key(leaf) for leaf in jax.tree.leaves(cache) if hasattr(leaf, "dtype")):
         raise ValueError(
-            "The cache holds random keys; give them to generate(keys=...), a key a sequence, "
-            "instead."
+            "cache must hold no random keys, got a leaf of them. Pass a key a sequence to "
+            "generate(keys=...)."
         )
 
 
 def _num_stages(mesh: Mesh | None, num_stages: int | None, partition: Any, num_layers: int) -> int:
     boundaries = getattr(partition, "boundaries", partition)
-    wanted = len(boundaries) - 1 if boundaries is not None else num_stages
-    if num_stages is not None and num_stages != wanted:
+    count = len(boundaries) - 1 if boundaries is not None else num_stages
+    if num_stages is not None and num_stages != count:
         raise ValueError(
-            f"num_stages is {num_stages} and the partition has {wanted} stages; give one of them."
+            f"num_stages must be the partition's {count} stages, got {num_stages}. Pass one of "
+            "them."
         )
-    if wanted is not None and wanted < 1:
-        raise ValueError(f"num_stages is {wanted}; at least one stage is wanted.")
+    if count is not None and count < 1:
+        raise ValueError(f"partition must have at least 1 stage, got {count}.")
     if mesh is not None:
-        check_mesh(mesh, wanted)
+        check_mesh(mesh, count)
         return mesh.shape[STAGE]
-    return wanted or min(len(processes.devices()), num_layers)
+    return count or min(len(processes.devices()), num_layers)
 
 
 def _plan(layers: LayerSequence, cut: Any, ring: RingLoop) -> Plan:

@@ -1,5 +1,5 @@
-"""Generating for any number of prompts: sequences take places in the ring, and leave them when they
-end.
+"""Generation for any number of prompts: sequences take places in the ring and leave them when they
+end (continuous batching).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from layerwise_jax.stage.placement import Staged
 
 
 class Ring(Protocol):
-    """What generating needs of a ring: see `DecodeRing`."""
+    """The part of `DecodeRing` that generation uses."""
 
     @property
     def num_groups(self) -> int: ...
@@ -57,13 +57,13 @@ class Ring(Protocol):
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated, and how fast; compiling is not in the times.
+    """New tokens of every prompt, and times without compilation.
 
     Attributes:
-      tokens: for every prompt, the new tokens.
-      steps: steps of every group, those in which prompts were read included.
-      seconds: what the steps took.
-      prefill_seconds: what reading prompts at once took.
+      tokens: int32[new tokens] for every prompt.
+      steps: steps of every group, including those in which prompts were read.
+      seconds: seconds of all steps.
+      prefill_seconds: seconds in which prompts were read at once.
     """
 
     tokens: tuple[np.ndarray, ...]
@@ -78,21 +78,17 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """TPS: new tokens of all sequences, over all of the time."""
+        """TPS: new tokens of all sequences per second, prefill included."""
         return self.num_tokens / (self.seconds + self.prefill_seconds)
 
     @property
     def seconds_per_token(self) -> float:
-        """1 / TPS. This is not the time that a reader waits for the next token: see
-        `inter_token_latency`.
-        """
+        """1 / TPS. A reader waits longer for the next token: see `inter_token_latency`."""
         return 1 / self.tokens_per_second
 
     @property
     def inter_token_latency(self) -> float:
-        """Seconds between two tokens of one sequence: the time of a step, in which every sequence
-        gets one.
-        """
+        """Seconds between two tokens of one sequence: one step, which gives each sequence one."""
         return self.seconds / max(self.steps, 1)
 
     def __str__(self) -> str:
@@ -107,7 +103,15 @@ class Generation:
 
 @dataclass(eq=False)
 class _Running:
-    """A sequence in a place of the ring."""
+    """A prompt and its progress.
+
+    Attributes:
+      index: of the prompt.
+      prompt: int32[length].
+      position: position of the next input.
+      new: new tokens.
+      is_done: whether a stop token or the limit was reached.
+    """
 
     index: int
     prompt: np.ndarray
@@ -116,16 +120,16 @@ class _Running:
     is_done: bool = False
 
     def remaining(self, max_new_tokens: int) -> int:
-        """Steps to its end, if no stop token comes."""
+        """Steps to its end without a stop token."""
         return 0 if self.is_done else len(self.prompt) - 1 - self.position + max_new_tokens
 
     def forced(self, steps: int) -> np.ndarray:
-        """What of the prompt stands at the next positions, -1 beyond it."""
+        """int32[steps]: prompt tokens that follow the next input, -1 behind the prompt's end."""
         ahead = self.prompt[self.position + 1 : self.position + 1 + steps]
         return np.concatenate([ahead, np.full(steps - len(ahead), -1, np.int32)])
 
     def take(self, tokens: np.ndarray, max_new_tokens: int, stop_tokens: Sequence[int]) -> None:
-        """Go on by these tokens, those of the prompt included."""
+        """Advance by tokens [steps], of which those inside the prompt are not new."""
         for token in tokens:
             self.position += 1
             if self.is_done or self.position < len(self.prompt):
@@ -143,26 +147,26 @@ def generate(
     steps_per_call: int = 64,
     progress: bool = False,
 ) -> Generation:
-    """Generate `max_new_tokens` for every prompt, or fewer where a stop token comes.
+    """Generate up to `max_new_tokens` for every prompt; a stop token ends a sequence earlier.
 
-    A sequence that has ended gives its place to the next prompt; if some of the cache is not by
-    sequences (a counter that all share), a group ends before another takes its place. Prompts are
-    read a token a step. Where the ring has a `prefill_fn`, groups of which all sequences are new
-    read theirs at once, up to its length (if the sequences share a part of the cache, only where
-    all prompts have that length); a sequence that joins others reads a token a step.
+    A sequence that ends gives its place to the next prompt. Where a group shares a part of its
+    cache (a counter), all of the group end before new sequences start. Prompts are read one token a
+    step, unless the ring has a `prefill_fn`: it reads the prompts of a group at once if all its
+    sequences are new, up to `prefill_length` tokens. Where the group shares a part of its cache,
+    all prompts must be at least that long.
 
     Args:
       ring: the ring.
       staged: its placed parameters.
-      prompts: int[length] each, of any lengths and number.
-      max_new_tokens: new tokens of a sequence.
-      keys: a random key a prompt; None where nothing is drawn.
-      steps_per_call: steps between two looks at which sequences have ended.
+      prompts: int[length] each, any lengths and number.
+      max_new_tokens: most new tokens of a sequence.
+      keys: a random key a prompt; None for a greedy sampler.
+      steps_per_call: steps of a program call, between which ended sequences are replaced.
       progress: whether to show a progress bar.
 
     Raises:
-      ValueError: an empty prompt or one that is no tokens, no prompt, fewer than one new token, or
-        keys missing or of another number.
+      ValueError: no prompt, an empty one or one that is no token ids, a limit below 1, or keys that
+        are missing or do not match the prompts.
     """
     waiting = [_Running(i, _tokens(i, prompt)) for i, prompt in enumerate(prompts)]
     key_data = _check(
@@ -198,8 +202,10 @@ def generate(
 
 @dataclass(eq=False)
 class _Reader:
-    """Puts sequences into places, and reads their prompts at once where the ring can; `seconds` is
-    what that took.
+    """Puts sequences into places and reads their prompts at once where the ring can.
+
+    Attributes:
+      seconds: time spent reading.
     """
 
     ring: Ring
@@ -214,23 +220,21 @@ class _Reader:
         queue: Iterator[_Running],
         key_data: np.ndarray | None,
     ) -> Any:
-        """The ring's places with the next sequences where some have ended, be it with their first
-        token.
-        """
+        """The ring state with ended sequences replaced by the next ones."""
+        # A sequence may end with the token that reading its prompt gives, so look again.
         while (mask := _replace(self.ring, places, queue)).any():
             held = self.ring.restart(held, mask, *_first(self.ring, places, key_data))
             held = self.read(held, places, mask.reshape(-1))
         return held
 
     def read(self, held: Any, places: Sequence[_Running | None], is_new: np.ndarray) -> Any:
-        """The ring's places with the prompts read of groups that have new sequences and no
-        others.
-        """
+        """The ring state after reading the prompts of groups whose sequences are all new."""
         shape = (self.ring.num_groups, self.ring.group_size)
         is_old = [
             s is not None and not s.is_done and not new
             for s, new in zip(places, is_new, strict=True)
         ]
+        # [groups], and lengths [groups, sequences]
         reads = is_new.reshape(shape).any(axis=1) & ~np.asarray(is_old).reshape(shape).any(axis=1)
         of_new = [sequence if new else None for sequence, new in zip(places, is_new, strict=True)]
         longest = self.ring.prefill_length
@@ -260,8 +264,8 @@ class _Reader:
     def _prompts(
         self, sequences: Sequence[_Running | None], lengths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens that are read, zeros behind them, and for longer prompts the token after
-        those, else -1.
+        """int32[sequences, prefill_length], zero-padded, and int32[sequences]: the prompt's token
+        behind those, or -1.
         """
         prompts = np.zeros((len(sequences), self.ring.prefill_length), np.int32)
         following = np.full(len(sequences), -1, np.int32)
@@ -273,14 +277,15 @@ class _Reader:
 
 
 def _check(ring: Ring, waiting: Sequence[_Running], keys: Any, **numbers: int) -> np.ndarray | None:
-    """The key data of every prompt, if all is as it should be."""
+    """Check the arguments; the key data of every prompt."""
     for name, number in numbers.items():
         checked_int(name, number)
     if not waiting:
-        raise ValueError("No prompt came; one or more are wanted.")
+        raise ValueError("prompts must hold at least one prompt, got none.")
     if keys is None and ring.draws:
         raise ValueError(
-            "The sampler draws tokens, and no keys came; keys=, a random key a prompt, is wanted."
+            "keys must be a random key a prompt where the sampler draws tokens, got None. Pass "
+            "keys=jax.random.split(key, len(prompts))."
         )
     return None if keys is None else data_of_keys(keys, len(waiting))
 
@@ -289,12 +294,13 @@ def _tokens(index: int, prompt: Any) -> np.ndarray:
     tokens = np.asarray(prompt)
     if tokens.ndim != 1 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
-            f"Prompt {index} came as {tokens.dtype}{list(tokens.shape)}; int[1 or more] is wanted."
+            f"prompts[{index}] must be int[length] with a length of at least 1, got "
+            f"{tokens.dtype}{list(tokens.shape)}."
         )
     if tokens.min() < 0 or tokens.max() > np.iinfo(np.int32).max:
         raise ValueError(
-            f"Prompt {index} has tokens from {tokens.min()} to {tokens.max()}; 0 to 2**31 - 1 are "
-            "wanted."
+            f"prompts[{index}] must have tokens from 0 to 2**31 - 1, got {tokens.min()} to "
+            f"{tokens.max()}."
         )
     return tokens.astype(np.int32)
 
@@ -302,7 +308,7 @@ def _tokens(index: int, prompt: Any) -> np.ndarray:
 def _first(
     ring: Ring, places: Sequence[_Running | None], key_data: np.ndarray | None
 ) -> tuple[Any, Any, Any]:
-    """The next token, its position and the key of every place."""
+    """Next input, position and key of every place, each [groups, sequences]."""
     shape = (ring.num_groups, ring.group_size)
     positions = np.asarray([sequence.position if sequence else 0 for sequence in places], np.int32)
     tokens = [s.prompt[s.position] if s and s.position < len(s.prompt) else 0 for s in places]
@@ -314,17 +320,20 @@ def _first(
 
 
 def _forced(ring: Ring, places: Sequence[_Running | None], steps: int) -> np.ndarray:
+    """int32[steps, groups, sequences]: prompt tokens to feed, or -1 to sample."""
     nothing = np.full(steps, -1, np.int32)
     rows = np.stack([sequence.forced(steps) if sequence else nothing for sequence in places])
     return np.moveaxis(rows.reshape(ring.num_groups, ring.group_size, steps), -1, 0)
 
 
 def _replace(ring: Ring, places: list[_Running | None], queue: Iterator[_Running]) -> np.ndarray:
-    """Give places that are free to the next sequences; which ones, bool[groups, sequences]."""
+    """Give free places to the next sequences; bool[groups, sequences] of the places that changed
+    hands.
+    """
     free = np.asarray([sequence is None or sequence.is_done for sequence in places], bool)
     free = free.reshape(ring.num_groups, ring.group_size)
     if not ring.sequences_are_independent:
-        free = free & free.all(axis=1)[:, None]
+        free = free & free.all(axis=1)[:, None]  # a group starts and ends together
     taken = np.zeros(free.size, bool)
     for place in np.flatnonzero(free):
         sequence = next(queue, None)

@@ -1,18 +1,16 @@
-"""The ring's tick loop, as it runs on one device inside `shard_map`.
+"""Tick loop of the ring on one device, inside `shard_map`.
 
 In tick t stage s works on group (t - s) mod R of R groups (R is the number of stages, or of groups
-if there are more), and what the last stage samples goes to the first. The groups' caches are stored
-rotated by the stage: place j of stage s holds group (j - s) mod R, so that in tick t every device
-uses its place t mod R. R ticks are written out as one round, in which every place is an array of
-its own: no cache is sliced, copied or moved.
+if there are more), and the last stage's tokens go to the first. Groups are stored rotated by stage:
+place j of stage s holds group (j - s) mod R, so that in tick t every device uses place t mod R. A
+round unrolls R ticks, and every place is an array by itself: no cache is sliced, copied or moved.
 
     tick              0    1    2    3    4    5        place = tick mod 3
     stage 0         g0   g1   g2   g0   g1   g2
     stage 1          .   g0   g1   g2   g0   g1
     stage 2          .    .   g0   g1   g2   g0         its token is at stage 0 in the next tick
 
-The first round fills the ring and one after the last drains it; in these, stages without a group do
-nothing.
+The first round fills the ring and one after the last drains it; stages without a group idle.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ from layerwise_jax.stage.staged_program import StagedProgram
 
 
 class TokenContext(MicrobatchContext):
-    """A moment of the ring: the tokens, positions and keys that a stage works on."""
+    """Inputs of a stage in one tick: tokens, positions and keys of its group."""
 
     def __init__(self, inputs: Sequence[Any]):
         self.inputs, self.is_active, self.rows = inputs, True, None
@@ -59,18 +57,17 @@ class TokenContext(MicrobatchContext):
 
 @dataclass(frozen=True, eq=False)
 class RingLoop:
-    """The ring.
+    """The ring's loop, as a value.
 
     Attributes:
       step: the step's stages.
-      num_groups: groups of sequences.
-      selects: whether what stages have of their own is run by all, and its results selected; else
-        it is branched to.
-      specs: for slots that are sharded over other axes of the mesh than `stage`, how.
+      num_groups: groups of sequences in flight.
+      selects: whether all devices run what only some stages have, and select; else they branch.
+      specs: specs of the slots that are sharded over mesh axes other than `stage`.
       stop_tokens: tokens that end a sequence.
-      pad_token: what an ended sequence goes on with.
-      transport: how a tick's message is passed on.
-      rounds_per_iteration: rounds that one iteration of the compiled loop has written out.
+      pad_token: input of an ended sequence.
+      transport: passes a tick's message on.
+      rounds_per_iteration: rounds that one iteration of the compiled loop unrolls.
     """
 
     step: StepProgram
@@ -104,19 +101,19 @@ class RingLoop:
         prompts: Prompts | None = None,
         operand: Any = None,
     ) -> tuple[RingState, Any]:
-        """Rounds of the ring: every group gets as many tokens as there are rounds.
+        """Run rounds of the ring, each of which gives every group a token.
 
         Args:
-          weights: this device's row of every slot (those of the cache are not read).
-          places: this device's.
-          forced: int32[rounds + 1, length, sequences], by the tick in which a token arrives at the
-            first stage: what stands there in a prompt, or -1.
-          prompts: this device's, in a round in which these are read in place of the next token.
+          weights: this device's shard of every slot; those of cache slots are not read.
+          places: this device's groups.
+          forced: int32[rounds + 1, length, sequences], teacher-forced prompt tokens by the tick in
+            which they arrive at the first stage, or -1 to sample.
+          prompts: this device's prompts, in a round that reads these instead of one token.
           operand: this device's part of the transport's operand.
 
         Returns:
-          The places afterwards. Tokens int32[rounds + 1, length, sequences] in the order of their
-          arrival at the first stage, meaningless on the others, and where nothing arrived.
+          The groups, and int32[rounds + 1, length, sequences]: tokens in the order in which they
+          arrive at the first stage. They mean nothing on other stages and where nothing arrived.
         """
         device = LocalStage(self.loop, [], jnp.int32(0), gates=False)
         carry = Carry(places, [zeros_of(x) for x in self.message.avals])
@@ -151,7 +148,7 @@ class _Round:
         self.operand = operand
 
     def run(self, phase: str, carry: Carry, forced: Any) -> tuple[Carry, Any]:
-        """One round: the carry, and the tokens that arrived."""
+        """One round: the carry, and int32[length, sequences], the tokens that arrived."""
         arrived = []
         for j in range(self.length):
             tokens, carry = self._receive(phase, j, carry, forced[j])
@@ -161,13 +158,13 @@ class _Round:
         return carry, jnp.stack(arrived)
 
     def _receive(self, phase: str, j: int, carry: Carry, forced: Any) -> tuple[Any, Carry]:
-        """Take the token that the last stage sent in the tick before; a prompt's own token goes
-        before it.
-        """
-        places, sender = carry.places, (j - self.loop.num_stages) % self.length
+        """Store the token that the last stage sent in the tick before, unless one is forced."""
+        places = carry.places
+        # The last stage finished this group one tick ago; at stage 0 the group has this place.
+        sender = (j - self.loop.num_stages) % self.length
         if (phase == "fill") == (j < self.loop.num_stages) and phase != "steady":
-            return places.tokens[sender], carry  # nothing was sent yet, or any more
-        if self.prompts is not None:  # a group that read nothing stays as it is
+            return places.tokens[sender], carry  # the ring is not full yet, or drained
+        if self.prompts is not None:  # a group that reads nothing keeps its tokens
             forced = jnp.where(self.prompts.lengths[sender].any(), forced, places.tokens[sender])
         done = places.done[sender]
         tokens = jnp.where(done, self.ring.pad_token, self.message.tokens(carry.arrived))
@@ -182,24 +179,22 @@ class _Round:
         return tokens, carry._replace(places=places)
 
     def _tick(self, phase: str, j: int, carry: Carry) -> Carry:
-        places, active = carry.places, self._is_active(phase, j)
-        tokens, positions, next_positions = (
-            places.tokens[j],
-            places.positions[j],
-            places.positions[j] + 1,
-        )
-        if self.prompts is not None:
-            tokens, positions, next_positions = (
-                self.prompts.tokens[j],
-                self.prompts.lengths[j],
-                self.prompts.lengths[j],
-            )
+        """Run the stage for the group at place j, and exchange messages."""
+        places = carry.places
+        active = self._is_active(phase, j)
+        if self.prompts is None:
+            tokens, positions = places.tokens[j], places.positions[j]
+            next_positions = positions + 1
+        else:  # tokens [sequences, length]; position n follows a prompt of length n
+            tokens, positions = self.prompts.tokens[j], self.prompts.lengths[j]
+            next_positions = positions
         moment = TokenContext([tokens, positions, places.keys[j]])
 
         def run(state: Any) -> Any:
             _, caches = state
             return self._run_stage(moment, carry.arrived, caches)
 
+        # An idle device sends zeros and keeps its cache.
         idle = ([zeros_of(x) for x in self.message.avals], places.caches[j])
         made, caches = run(idle) if active is None else run_if(active, run, idle)
         positions = (
@@ -216,8 +211,9 @@ class _Round:
         return Carry(places, arrived)
 
     def _is_active(self, phase: str, j: int) -> Any:
-        """Whether this device has a group in this tick; None if all have one."""
-        s, masks = self.device.stage, []
+        """bool: this device has a group in this tick; None if all devices have one."""
+        s = self.device.stage
+        masks = []
         if phase == "fill" and j < self.loop.num_stages - 1:
             masks.append(s <= j)
         if phase == "drain":
@@ -231,7 +227,7 @@ class _Round:
     def _run_stage(
         self, moment: TokenContext, arrived: list[Any], caches: Slots
     ) -> tuple[list[Any], Slots]:
-        """The stage, for one group: what it sends, and its cache."""
+        """Run the stage for one group: the arrays to send, and the new cache."""
         slots = self._slots(caches)
         branch, caches = self._run_own(moment, self.message.lanes(arrived), caches)
         body: dict[int, Any] = {}
@@ -290,7 +286,7 @@ class _Round:
     def _sample(
         self, moment: TokenContext, results: StageResults, caches: Slots
     ) -> tuple[Any, Slots]:
-        """The tokens that the last stage samples, meaningless on the others, and the cache."""
+        """int32[sequences] sampled by the last stage (no meaning on others), and the cache."""
         (output,) = self.loop.wiring.outputs
         if not output.lag:
             return results.made(output.source), caches
@@ -300,7 +296,7 @@ class _Round:
         reads = {x: results.made(source) for x, source in self.loop.wiring.kept}
         run = partial(self._run_segment, segment, moment, reads)
         start = ([zeros_of(self.loop.output_aval(0))], caches)
-        if self._policy == "select":  # the caches; of tokens, only the last stage's are sent
+        if self._policy == "select":  # tokens need no selection: stage 0 reads the last stage's
             (tokens,), held = run(start)
             return tokens, select(self.device.stage == segment.stage, held, caches)
         runs = {segment.stage: run}
@@ -313,5 +309,5 @@ class _Round:
 
 
 def _with(values: Sequence[Any], j: int, value: Any) -> list[Any]:
-    """The values with another one at place j."""
+    """The list with another value at place j."""
     return [*values[:j], value, *values[j + 1 :]]

@@ -1,9 +1,8 @@
-"""What goes round the ring in a tick as one collective: activations to the next stage, tokens from
-the last to stage 0.
+"""Ring message: packs activations for the next stage and sampled tokens for stage 0.
 
-The last stage has no next stage, so its tokens travel in the place of the activations, as bits: a
-floating-point array is sent as unsigned integers of its width, since a bit pattern that happens to
-be a signalling NaN may not survive arithmetic.
+Where an array more costs a collective more, tokens ride in an activation: the last stage sends no
+activations, so its array has room. That array is sent as unsigned integers of its width, since a
+bit pattern that is a signalling NaN may not survive arithmetic.
 """
 
 from __future__ import annotations
@@ -30,10 +29,9 @@ class Message:
     """The arrays that a tick sends.
 
     Attributes:
-      lanes_avals: the types of the lanes' values.
-      carrier: the lane whose array also carries the tokens (the last stage has nothing else to send
-        in it); None if tokens have an array of their own.
-      num_sequences: tokens.
+      lanes_avals: types of the lanes' values.
+      carrier: the lane in whose array tokens ride; None if tokens are an array by themselves.
+      num_sequences: tokens of a message, one a sequence.
       pairs: for every array, its (sender, receiver) pairs.
     """
 
@@ -44,7 +42,12 @@ class Message:
 
     @classmethod
     def of(cls, loop: StagedProgram, tokens_ride: bool = True) -> Message:
-        """The message of a ring's stages; tokens have an array of their own unless they ride."""
+        """The message of a ring's stages.
+
+        Args:
+          loop: the stages.
+          tokens_ride: whether tokens ride in an activation, where one has room.
+        """
         avals = tuple(lane.aval for lane in loop.wiring.lanes)
         num_sequences = loop.output_aval(0).shape[0]
         ring = tuple((s, (s + 1) % loop.num_stages) for s in range(loop.num_stages))
@@ -59,7 +62,7 @@ class Message:
 
     @property
     def avals(self) -> list[Any]:
-        """The types of the arrays that are sent."""
+        """Types of the arrays that are sent."""
         sent = [wire_aval(aval) for aval in self.lanes_avals]
         if self.carrier is None:
             return [*sent, jax.ShapeDtypeStruct((self.num_sequences,), jnp.int32)]
@@ -68,7 +71,7 @@ class Message:
         return sent
 
     def pack(self, lanes: Sequence[Any], tokens: Any, device: LocalStage) -> list[Any]:
-        """The arrays to send, given the lanes' values and, on the last stage, the tokens."""
+        """The arrays to send, given the lanes' values and the last stage's tokens."""
         sent = [to_wire(x) for x in lanes]
         if self.carrier is None:
             return [*sent, tokens]
@@ -79,7 +82,7 @@ class Message:
         return sent
 
     def lanes(self, arrived: Sequence[Any]) -> list[Any]:
-        """The lanes' values, as they are held, of what arrived."""
+        """The lanes' values of a message, random keys as their data."""
         values = list(arrived[: len(self.lanes_avals)])
         if self.carrier is not None:
             aval = wire_aval(self.lanes_avals[self.carrier])
@@ -87,12 +90,12 @@ class Message:
         return values
 
     def tokens(self, arrived: Sequence[Any]) -> Any:
-        """The tokens of what arrived at the first stage."""
+        """int32[sequences]: the tokens of a message that arrived at the first stage."""
         if self.carrier is None:
             return arrived[-1]
-        bits = arrived[self.carrier].reshape(self.num_sequences, -1)
+        bits = arrived[self.carrier].reshape(self.num_sequences, -1)  # [sequences, elements]
         parts = [bits[:, i].astype(jnp.uint32) for i in range(_parts_of(bits.dtype))]
-        # Shifted and joined, not cast as an array, which would be a kernel of its own on a GPU.
+        # Shifts and ors fuse; a bitcast to another width is a separate kernel on a GPU.
         joined = reduce(
             jnp.bitwise_or, [part << (8 * bits.dtype.itemsize * i) for i, part in enumerate(parts)]
         )
@@ -100,12 +103,11 @@ class Message:
 
 
 def _carries(aval: Any, num_sequences: int) -> bool:
-    """Whether an array has room for a token in each of as many rows, in elements that can be joined
-    to one.
-    """
+    """True if an array is [sequences, ...] with room for a token in every sequence."""
     itemsize = np.dtype(aval.dtype).itemsize
-    rows = aval.shape[:1] == (num_sequences,)
-    return rows and itemsize in (2, 4) and int(np.prod(aval.shape[1:])) * itemsize >= TOKEN_BYTES
+    has_sequences = aval.shape[:1] == (num_sequences,)
+    row_bytes = int(np.prod(aval.shape[1:])) * itemsize
+    return has_sequences and itemsize in (2, 4) and row_bytes >= TOKEN_BYTES
 
 
 def _bits(dtype: Any) -> Any:
@@ -113,10 +115,8 @@ def _bits(dtype: Any) -> Any:
 
 
 def _spread(tokens: Any, like: Any) -> Any:
-    """Tokens in the first elements of every row, the lowest bits first; behind them what stands in
-    `like`.
-    """
-    rows = like.reshape(like.shape[0], -1)
+    """`like` with a token in the first elements of every sequence, lowest bits first."""
+    rows = like.reshape(like.shape[0], -1)  # [sequences, elements]
     column = lax.broadcasted_iota(jnp.int32, rows.shape, 1)
     for i in range(_parts_of(like.dtype)):
         part = (tokens.astype(jnp.uint32) >> (8 * like.dtype.itemsize * i)).astype(like.dtype)
@@ -125,5 +125,5 @@ def _spread(tokens: Any, like: Any) -> Any:
 
 
 def _parts_of(dtype: Any) -> int:
-    """Elements that a token takes."""
+    """Number of elements that a token takes."""
     return TOKEN_BYTES // dtype.itemsize

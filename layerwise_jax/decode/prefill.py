@@ -1,10 +1,10 @@
-"""Prompts read at once: a second program over the stages, weights and caches of a decode ring.
+"""Prefill: a second program over the stages, weights and caches of a decode ring that reads whole
+prompts.
 
     prefill_fn(params, cache, tokens, lengths) -> (logits, cache)
 
-The groups are the microbatches of one pass through the stages. The pass shares the step's
-placement, so that nothing is held twice: both are cut at the same layers, and each stage finds its
-weights and caches in the step's slots.
+The groups are the microbatches of one pass through the stages. Prefill and step are cut at the same
+layers and share one placement: every stage finds its weights and caches in the step's slots.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from layerwise_jax.trace.program import Weight
 
 @dataclass(frozen=True, eq=False)
 class Prefill:
-    """The pass that reads prompts.
+    """The prefill program of a ring.
 
     Attributes:
-      ring: its loop, over the slots and places of the decode ring's.
-      length: tokens of a prompt that it reads.
+      ring: its loop, over the slots and places of the decode ring's loop.
+      length: tokens of a prompt that it reads at most.
     """
 
     ring: RingLoop
@@ -51,33 +51,34 @@ class Prefill:
         length: int,
         axes: Collection[str] = (),
     ) -> Prefill:
-        """The pass over the places of a ring.
+        """The prefill of a ring.
 
         Args:
-          step_layers: the layers of the ring's step.
+          step_layers: layers of the ring's step.
           ring: the ring.
-          layers: the layers of the pass, the sampler in the last.
+          layers: layers of prefill_fn, the sampler in the last.
           cache: its outputs that are new values of the cache.
-          length: tokens of a prompt that it reads.
+          length: tokens of a prompt that it reads at most.
           axes: mesh axes over which it may communicate.
 
         Raises:
-          CutError: it has other layers than the step, or uses weights or cache on other stages.
+          CutError: its layers differ from the step's, or a stage uses weights or caches that the
+            step's stage does not.
         """
         if layers.names != step_layers.names:
             raise CutError(
-                f"prefill_fn has the layers {layers.names}, the step has {step_layers.names}. "
-                "Write both so that they "
-                "use the same modules in the same order, or leave prefill_fn out."
+                f"prefill_fn must have the layers of step_fn, {step_layers.names}, got "
+                f"{layers.names}. Use the same modules in the same order in both, or leave "
+                "prefill_fn out."
             )
         step = _stage_prefill(layers, cache, ring.step, axes)
-        # A stage's own operations are branched to: a pass is long, and a branch is not.
-        # Its messages are long and few, so bandwidth counts, not latency: collectives.
+        # The cost of a branch is small against a pass over prompts: no stage runs what is not its
+        # own. Messages are large and few, so bandwidth counts: collectives.
         loop = replace(ring, step=step, selects=False, transport=Permute(), rounds_per_iteration=1)
         return cls(loop, length)
 
     def prompts(self, mesh: Mesh, tokens: Any, lengths: Any, num_sequences: int) -> Prompts:
-        """Prompts as the devices hold them: see `DecodeRing.prefill`.
+        """Prompts on the devices, rotated as the groups are; arguments of `DecodeRing.prefill`.
 
         Raises:
           ValueError: other shapes, or lengths that this ring cannot read.
@@ -89,41 +90,42 @@ class Prefill:
         return Prompts(rotated(self.ring, mesh, tokens), rotated(self.ring, mesh, lengths))
 
     def _check_lengths(self, lengths: np.ndarray) -> None:
-        read = lengths[lengths.any(axis=1)]
+        read = lengths[lengths.any(axis=1)]  # [groups that read, sequences]
         if (read < 1).any() or (read > self.length).any():
             raise ValueError(
-                f"lengths came as {lengths.tolist()}; 1 to {self.length} are wanted, or 0 for all "
-                "sequences of a group "
-                "that reads nothing."
+                f"lengths must be 1 to {self.length} for each sequence of a group, or 0 for all of "
+                f"a group that reads nothing, got {lengths.tolist()}."
             )
         if not self.ring.step.sequences_are_independent and (read != self.length).any():
             raise ValueError(
-                f"lengths came as {lengths.tolist()}; the sequences of a group share a part of "
-                "the cache, so that all "
-                f"must have the length {self.length}, or 0."
+                f"lengths must be {self.length}, or 0 for a group that reads nothing, got "
+                f"{lengths.tolist()}: the sequences of a group share a part of the cache."
             )
 
 
 def check_prefill(prefill_fn: Callable | None, prefill_length: int | None) -> None:
-    """Refuse a function without a length and a length without a function."""
+    """Require both arguments or neither.
+
+    Raises:
+      ValueError: one is missing.
+    """
     if (prefill_fn is None) != (prefill_length is None):
         raise ValueError(
-            f"prefill_length is {prefill_length}, prefill_fn is "
-            f"{'not ' if prefill_fn else ''}None; a function and the "
-            "number of tokens that it reads are wanted, or neither."
+            "prefill_fn and prefill_length must be given together, got prefill_fn="
+            f"{'None' if prefill_fn is None else 'a function'}, prefill_length={prefill_length}."
         )
 
 
 def _stage_prefill(
     layers: LayerSequence, cache: Mapping[int, Weight], step: StepProgram, axes: Collection[str]
 ) -> StepProgram:
-    """The pass cut where the step is cut, in the step's slots."""
+    """The prefill program, cut where the step is cut and placed in the step's slots."""
     boundaries = np.cumsum([0, *(len(stage.layers) for stage in step.loop.stages)]).tolist()
     stages = cut_step(layers, cache, boundaries, axes)
     _check_held(layers, cache, stages, step)
     alignment = align_stages(layers, boundaries, stages)
     slots = _body_slots(layers, cache, stages, alignment, step.loop.placement)
-    if slots is None:
+    if slots is None:  # one body cannot serve stages whose slots differ: all is a stage's own
         alignment, slots = align_stages(layers, boundaries, stages, with_body=False), ()
     program = assemble(layers, stages, alignment, step.loop.placement, cache, slots)
     return replace(program, sequences_are_independent=step.sequences_are_independent)
@@ -132,11 +134,10 @@ def _stage_prefill(
 def _check_held(
     layers: LayerSequence, cache: Mapping[int, Weight], stages: tuple[Stage, ...], step: StepProgram
 ) -> None:
-    names, state, copies = (
-        layers.signature.params_names,
-        set(step.loop.state.values()),
-        step.loop.placement.copies(),
-    )
+    """Require that every stage of the prefill uses and renews what the step's stage does."""
+    names = layers.signature.params_names
+    state = set(step.loop.state.values())
+    copies = step.loop.placement.copies()
     for s, stage in enumerate(stages):
         held = step.loop.placement.slot_of(s)
         renewed = {cache[p] for p in stage.outputs if p in cache}
@@ -144,10 +145,9 @@ def _check_held(
         wrong += [weight for weight in renewed if weight not in state or len(copies[weight]) > 1]
         if wrong:
             raise CutError(
-                f"prefill_fn uses {names[wrong[0].leaf][3:]} in stage {s} ({stage.layers[0]} to "
-                f"{stage.layers[-1]}), "
-                "where the step does not, or does not replace it. Use it in the same layers, or "
-                "leave prefill_fn out."
+                f"prefill_fn must use and replace what step_fn does in each stage, got "
+                f"{names[wrong[0].leaf][3:]} in stage {s} ({stage.layers[0]} to "
+                f"{stage.layers[-1]}). Use it in the same layers, or leave prefill_fn out."
             )
 
 
@@ -158,12 +158,13 @@ def _body_slots(
     alignment: Alignment,
     placement: Placement,
 ) -> tuple[int, ...] | None:
-    """The slots of the common body's weights; None if its weights or caches stand in different ones
-    on some stages.
+    """The slots of the common body's weights; None if stages differ in the slots of its weights or
+    caches.
     """
     found = set()
     for s, (stage, part) in enumerate(zip(stages, alignment.parts, strict=True)):
-        slot_of, made = placement.slot_of(s), {x: j for j, x in enumerate(part.shape.made)}
+        slot_of = placement.slot_of(s)
+        made = {x: j for j, x in enumerate(part.shape.made)}
         weights = tuple(slot_of[layers.program.weights[x]] for x in part.shape.weights)
         new = {
             p: x

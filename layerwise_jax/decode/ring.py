@@ -1,6 +1,4 @@
-"""A ring of stages that generates tokens: its weights placed, its groups started, its program
-compiled.
-"""
+"""Decode ring: places weights, starts groups of sequences, compiles and runs its programs."""
 
 from __future__ import annotations
 
@@ -42,19 +40,19 @@ from layerwise_jax.trace.layers import LayerSequence
 
 @dataclass(eq=False)
 class DecodeRing:
-    """A step of token generation run as a ring.
+    """A step of token generation run as a ring of stages. Made by `decode_ring`.
 
     Attributes:
-      layers: the layers of the step, the sampler in the last.
+      layers: layers of the step, the sampler in the last.
       mesh: the mesh.
       ring: the loop.
       plan: its stages; a microbatch of the plan is a group.
-      sharding: how parameters and cache are sharded inside a stage.
+      sharding: sharding of parameters and cache inside a stage.
       group_size: sequences of a group.
-      cache: the first cache of a group, what is stacked over layers as a list of rows.
-      rows: which leaves of the user's cache are stacked.
-      draws: whether tokens are drawn, which takes a key a sequence.
-      reader: the pass that reads prompts at once; None if they are read a token a step.
+      cache: the cache of a group before its first token, leaves stacked over layers split by layer.
+      rows: the stacked leaves of the user's cache.
+      draws: whether the sampler draws tokens, which takes a random key a sequence.
+      reader: the prefill program; None if prompts are read one token a step.
     """
 
     layers: LayerSequence
@@ -71,7 +69,7 @@ class DecodeRing:
 
     @property
     def num_params(self) -> int:
-        """Leaves of the parameters; those of the cache are counted on from there."""
+        """Leaves of the parameters. The cache's leaves are numbered from here."""
         return self.sharding.num_params
 
     @property
@@ -91,17 +89,20 @@ class DecodeRing:
 
     @property
     def prefill_length(self) -> int:
-        """Tokens of a prompt that are read at once; 0 if they are read a token a step."""
+        """Most tokens of a prompt that are read at once; 0 without a prefill program."""
         return 0 if self.reader is None else self.reader.length
 
     @property
     def sequences_are_independent(self) -> bool:
-        """Whether sequences can come and go one by one; else a group starts and ends together."""
+        """True if sequences can come and go one by one; else a group starts and ends together."""
         return self.ring.step.sequences_are_independent
 
     def place(self, params: Any) -> Staged:
-        """Every stage's weights on its own device: see `Placement.place`. The cache is not among
-        them.
+        """Put every stage's weights on its devices; returns arrays by slot name. The cache is
+        placed by `start`.
+
+        Raises:
+          ValueError: `params` differ from the ring's in tree, shape or dtype.
         """
         placement, state = self.ring.loop.placement, set(self.ring.loop.state_slots)
         leaves = self.sharding.check(params)
@@ -116,14 +117,16 @@ class DecodeRing:
     def start(
         self, tokens: Any, positions: Any = 0, keys: Any = None, caches: Sequence[Any] | None = None
     ) -> RingState:
-        """All groups before their first step.
+        """The state of all groups before their first step.
 
         Args:
-          tokens: int[groups, sequences], the first token of every sequence.
-          positions: where they stand, likewise or one number.
-          keys: random keys [groups, sequences]; None where nothing is drawn.
-          caches: every group's cache, where there is something in it already; None for the first
-            cache.
+          tokens: int[groups, sequences], the first input of every sequence.
+          positions: int[groups, sequences], positions of these tokens, or one int.
+          keys: random keys [groups, sequences]; None for a greedy sampler.
+          caches: one cache a group, where they hold something already; None for the first cache.
+
+        Raises:
+          ValueError: another shape or number, or keys are missing.
         """
         shape = (self.num_groups, self.group_size)
         held = (
@@ -132,9 +135,7 @@ class DecodeRing:
             else [self._cache(each) for each in caches]
         )
         if len(held) != self.num_groups:
-            raise ValueError(
-                f"{len(held)} caches came for {self.num_groups} groups; one each is wanted."
-            )
+            raise ValueError(f"caches must be one a group, {self.num_groups}, got {len(held)}.")
         return start_places(
             self.ring,
             self.mesh,
@@ -148,24 +149,21 @@ class DecodeRing:
         aval = self.layers.signature.inputs_avals[KEYS]
         if keys is None and self.draws:
             raise ValueError(
-                "The sampler draws tokens, and no keys came; a random key a sequence is wanted."
+                "keys must be a random key a sequence where the sampler draws tokens, got None."
             )
         if keys is None:
             return np.zeros((self.num_groups, *aval.shape), aval.dtype)
         return data_of_keys(keys, self.num_groups, self.group_size)
 
     def _cache(self, cache: Any) -> Any:
-        """A group's cache as the ring has it."""
+        """A group's cache, split by layer and checked."""
         split = self.rows.split(cache)
-        for (path, came), wanted in zip(
-            jax.tree_util.tree_leaves_with_path(split), jax.tree.leaves(self.cache), strict=True
-        ):
-            types = [f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in (came, wanted)]
-            if types[0] != types[1]:
-                raise ValueError(
-                    f"A cache's {jax.tree_util.keystr(path)} came as {types[0]}; {types[1]} is "
-                    "wanted."
-                )
+        given = jax.tree_util.tree_leaves_with_path(split)
+        for (path, leaf), first in zip(given, jax.tree.leaves(self.cache), strict=True):
+            got, expected = (f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in (leaf, first))
+            if got != expected:
+                name = jax.tree_util.keystr(path)
+                raise ValueError(f"caches must have {expected} at {name}, got {got}.")
         return split
 
     def _by_leaf(self, cache: Any) -> dict[int, Any]:
@@ -174,25 +172,28 @@ class DecodeRing:
     def __call__(
         self, staged: Staged, places: RingState, forced: Any
     ) -> tuple[RingState, np.ndarray]:
-        """Generate a token for every sequence, as often as `forced` has steps. The places are
-        donated.
+        """Run the step for every sequence as often as `forced` has steps. The state is donated.
 
         Args:
-          staged: what `place` returned.
-          places: what `start` or the last call returned.
-          forced: int32[steps, groups, sequences]: what stands there in a prompt, or -1.
+          staged: placed parameters, from `place`.
+          places: the state, from `start`, `restart`, `prefill` or the call before.
+          forced: int32[steps, groups, sequences], teacher-forced prompt tokens, or -1 to sample.
 
         Returns:
-          The places afterwards. Tokens int32[steps, groups, sequences], `forced` ones included.
+          The new state, and int32[steps, groups, sequences]: the tokens, forced ones included.
+
+        Raises:
+          ValueError: another shape.
+          TransportError: a stage's message did not arrive; the state is lost.
         """
         forced = np.atleast_1d(forced)
         steps = len(forced)
         if not steps:
-            raise ValueError("forced came with 0 steps; a step or more is wanted.")
-        wanted = checked_int32(
+            raise ValueError("forced must have at least 1 step, got 0.")
+        checked = checked_int32(
             "forced", forced, (steps, self.num_groups, self.group_size), least=-1
         )
-        inputs = (weights_of(self.ring, staged), places, by_arrival(self.ring, wanted, -1), None)
+        inputs = (weights_of(self.ring, staged), places, by_arrival(self.ring, checked, -1), None)
         places, arrived = self._channel.run(self.compiled(staged, places, steps), *inputs)
         return places, self._tokens(arrived)
 
@@ -206,7 +207,7 @@ class DecodeRing:
         return from_arrival(self.ring, processes.read_shard(arrived, 0))
 
     def compiled(self, staged: Staged, places: RingState, steps: int) -> Any:
-        """The program of so many steps, compiled the first time that it is asked for."""
+        """The program of so many steps; compiled on first use."""
         if steps not in self._compiled:
             forced = jax.ShapeDtypeStruct((steps + 1, self.ring.length, self.group_size), jnp.int32)
             program = ring_program(self.ring, self.mesh)
@@ -218,28 +219,29 @@ class DecodeRing:
     def prefill(
         self, staged: Staged, places: RingState, prompts: Any, lengths: Any, following: Any = -1
     ) -> tuple[RingState, np.ndarray]:
-        """Read prompts at once, in one pass of all groups through the stages. The places are
-        donated.
+        """Read prompts in one pass of all groups through the stages. The state is donated.
 
         Args:
-          staged: what `place` returned.
-          places: those of sequences at their start: what `start` or `restart` returned.
+          staged: placed parameters, from `place`.
+          places: the state of sequences at their start, from `start` or `restart`.
           prompts: int[groups, sequences, prefill_length], padded on the right.
-          lengths: int[groups, sequences], how many of a prompt's tokens count; 0 for all sequences
-            of a group that stays as it is.
-          following: what stands behind the tokens in a longer prompt, likewise, or -1.
+          lengths: int[groups, sequences], tokens of each prompt; 0 throughout a group that keeps
+            its state.
+          following: int[groups, sequences] or one int: the token behind those read, where a prompt
+            is longer, or -1 to sample.
 
         Returns:
-          The places afterwards, every sequence at the position of its length. Tokens int32[groups,
-          sequences], the first new ones; `following` where that is not -1; those of groups that
-          read nothing are what they were.
+          The new state, every sequence at the position of its length, and int32[groups, sequences]:
+          the first new tokens, or `following` where it is not -1. A group that reads nothing keeps
+          its tokens.
 
         Raises:
           ValueError: the ring has no prefill_fn, or shapes or lengths are wrong.
         """
         if self.reader is None:
             raise ValueError(
-                "This ring has no prefill_fn; give one to decode_ring, with prefill_length."
+                "prefill needs a ring with a prefill_fn, got one without. Pass prefill_fn and "
+                "prefill_length to decode_ring."
             )
         held = self.reader.prompts(self.mesh, prompts, lengths, self.group_size)
         shape = (1, self.num_groups, self.group_size)
@@ -249,7 +251,7 @@ class DecodeRing:
         return places, self._tokens(arrived)[0]
 
     def compiled_prefill(self, staged: Staged, places: RingState) -> Any:
-        """The program that reads prompts, compiled the first time that it is asked for."""
+        """The prefill program; compiled on first use."""
         assert self.reader is not None
         if "prefill" not in self._compiled:
             forced = jax.ShapeDtypeStruct((2, self.ring.length, self.group_size), jnp.int32)
@@ -265,25 +267,26 @@ class DecodeRing:
     def restart(
         self, places: RingState, mask: Any, tokens: Any, positions: Any, keys: Any = None
     ) -> RingState:
-        """The places with new sequences where `mask` is true. The places are donated.
+        """The state with new sequences where `mask` is true. The state is donated.
 
         Args:
-          places: the places.
-          mask: bool[groups, sequences]; whole groups unless the ring keeps rows.
-          tokens: int32[groups, sequences], the first tokens of the new sequences.
-          positions: where they stand, likewise.
-          keys: random keys [groups, sequences]; None where nothing is drawn.
+          places: the state.
+          mask: bool[groups, sequences]; whole groups unless sequences are independent.
+          tokens: int32[groups, sequences], first inputs of the new sequences.
+          positions: int32[groups, sequences], positions of these tokens.
+          keys: random keys [groups, sequences]; None for a greedy sampler.
+
+        Raises:
+          ValueError: another shape, a part of a group that shares cache, or keys are missing.
         """
-        mask, shape = np.asarray(mask), (self.num_groups, self.group_size)
+        mask = np.asarray(mask)
+        shape = (self.num_groups, self.group_size)
         if mask.shape != shape or mask.dtype != bool:
-            raise ValueError(
-                f"mask came as {mask.dtype}{list(mask.shape)}; bool{list(shape)} is wanted."
-            )
+            raise ValueError(f"mask must be bool{list(shape)}, got {mask.dtype}{list(mask.shape)}.")
         if not self.sequences_are_independent and (mask.any(axis=1) != mask.all(axis=1)).any():
             raise ValueError(
-                f"mask came as {mask.tolist()}; the sequences of a group share a part of the "
-                "cache, so all or none "
-                "start anew."
+                "mask must have whole groups where sequences share a part of the cache, got "
+                f"{mask.tolist()}."
             )
         fresh = RingState(
             caches=[],
@@ -296,7 +299,7 @@ class DecodeRing:
 
     @cached_property
     def _first_cache(self) -> dict[int, Any] | None:
-        """The first cache, a row a stage; None if it is all zeros."""
+        """The first cache by slot, [stages, ...]; None if it is all zeros."""
         if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.cache)):
             return None
         return first_cache(self.ring, self.mesh, self._by_leaf(self.cache))

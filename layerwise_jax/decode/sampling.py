@@ -1,4 +1,4 @@
-"""How the next token is drawn from logits."""
+"""Sampling of the next token from logits."""
 
 from __future__ import annotations
 
@@ -15,29 +15,35 @@ from layerwise_jax._arguments import checked_int
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws tokens.
+    """Draws tokens, each sequence with its own random key.
 
-    Every sequence has a key of its own, folded with the position of the token that is drawn from,
-    so that what a sequence draws does not depend on what else is in flight.
+    The key is folded with the position of the token that the logits come from, so the tokens of a
+    sequence do not depend on what else is in flight.
 
     Attributes:
-      temperature: what logits are divided by; 0 for the likeliest token, which takes no key.
-      top_k: how many of the likeliest tokens are drawn from; None for all.
+      temperature: divides the logits; 0 takes the likeliest token and needs no key.
+      top_k: the number of likeliest tokens that are drawn from; None for all.
+
+    Raises:
+      ValueError: temperature is negative or no number, or top_k is no positive int.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.temperature, int | float | np.number) or not self.temperature >= 0:
+        is_number = isinstance(self.temperature, int | float | np.number)
+        if not is_number or not self.temperature >= 0:
             raise ValueError(
-                f"temperature is {self.temperature!r}; 0 (the likeliest token) or more is wanted."
+                f"temperature must be a number of at least 0, got {self.temperature!r}. 0 takes "
+                "the likeliest token."
             )
         if self.top_k is not None:
             checked_int("top_k", self.top_k)
 
     @property
     def is_greedy(self) -> bool:
+        """True if the likeliest token is taken, without a key."""
         return self.temperature == 0
 
     def __call__(self, logits: Any, keys: Any, positions: Any) -> Any:
@@ -45,8 +51,8 @@ class Sampler:
 
         Args:
           logits: float[sequences, vocabulary].
-          keys: uint32[sequences, ...], the key data of every sequence.
-          positions: int32[sequences], where the tokens stand that the logits come from.
+          keys: uint32[sequences, ...], key data.
+          positions: int32[sequences], positions of the tokens that the logits come from.
 
         Returns:
           int32[sequences].
@@ -59,28 +65,29 @@ class Sampler:
         key = jax.random.fold_in(jax.random.wrap_key_data(key), position)
         if self.top_k is None:
             return jax.random.categorical(key, logits / self.temperature).astype(jnp.int32)
-        likeliest, tokens = lax.top_k(logits, min(self.top_k, logits.shape[0]))
-        return tokens[jax.random.categorical(key, likeliest / self.temperature)].astype(jnp.int32)
+        # top_logits and top_tokens: [min(top_k, vocabulary)], the likeliest first.
+        top_logits, top_tokens = lax.top_k(logits, min(self.top_k, logits.shape[0]))
+        drawn = jax.random.categorical(key, top_logits / self.temperature)
+        return top_tokens[drawn].astype(jnp.int32)
 
 
 def data_of_keys(keys: Any, *shape: int) -> np.ndarray:
-    """The data of random keys, or of such data itself: uint32[*shape, words of a key].
+    """The data of random keys, uint32[*shape, words of a key]; key data is taken as it is.
 
     Raises:
-      ValueError: these are no keys, or keys of another number or implementation.
+      ValueError: no keys, or keys of another shape or implementation.
     """
     try:
         data = np.asarray(jax.random.key_data(keys))
     except TypeError as error:
         raise ValueError(
-            f"keys came as {type(keys).__name__}; an array of random keys is wanted: "
+            f"keys must be an array of random keys, got {type(keys).__name__}. Make it with "
             "jax.random.split(key, number)."
         ) from error
     one = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     if data.shape != (*shape, *one.shape):
         raise ValueError(
-            f"keys came with data of the shape {list(data.shape)}; {[*shape, *one.shape]} is "
-            "wanted: a random key a "
-            "sequence, of JAX's default implementation."
+            f"keys must have data of shape {[*shape, *one.shape]}, got {list(data.shape)}: one key "
+            "a sequence, of JAX's default implementation."
         )
     return data

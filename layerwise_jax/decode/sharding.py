@@ -1,4 +1,4 @@
-"""How parameters and cache are sharded inside a stage, over axes of the mesh besides `stage`."""
+"""Sharding of parameters and cache inside a stage, over the mesh axes other than `stage`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from layerwise_jax.stage.placement import Placement
 
 @dataclass(frozen=True, eq=False)
 class InnerSharding:
-    """Whole parameters and cache, and their shards.
+    """Types of the whole parameters and cache, and of one device's shards.
 
     Attributes:
-      axes: the mesh's axes besides `stage`, with their sizes.
-      specs: for every leaf of (parameters, cache), how it is sharded over them.
-      params: the types of the whole parameters.
-      shards: (parameters, cache) as one device has them, types alone.
+      axes: sizes of the mesh axes other than `stage`, by name.
+      specs: the spec of every leaf of (parameters, cache) over these axes.
+      params: types of the whole parameters.
+      shards: types of (parameters, cache) on one device.
     """
 
     axes: Mapping[str, int]
@@ -33,18 +33,15 @@ class InnerSharding:
 
     @classmethod
     def of(cls, mesh: Mesh | None, whole: tuple[Any, Any], specs: tuple[Any, Any]) -> InnerSharding:
-        """The shards of (parameters, cache) by a tree of specs each, or a prefix of one; None for
-        no sharding.
+        """The sharding of (parameters, cache) by a tree of specs each, or a prefix of one; None
+        shards nothing.
 
         Raises:
-          ValueError: a spec names other axes than the mesh has besides `stage`, or does not divide
-            its leaf.
+          ValueError: a spec names an axis that the mesh lacks, or `stage`, or does not divide its
+            leaf.
         """
-        axes = (
-            {}
-            if mesh is None
-            else {name: size for name, size in mesh.shape.items() if name != STAGE}
-        )
+        sizes = {} if mesh is None else dict(mesh.shape)
+        axes = {name: size for name, size in sizes.items() if name != STAGE}
         flat = [
             spec for tree, part in zip(specs, whole, strict=True) for spec in _broadcast(tree, part)
         ]
@@ -61,23 +58,23 @@ class InnerSharding:
         return len(jax.tree.leaves(self.params))
 
     def check(self, params: Any) -> list[Any]:
-        """The leaves of `params`, if they are what was traced.
+        """The leaves of `params`, which must have the types that were traced.
 
         Raises:
-          ValueError: another tree, shape or dtype, by name.
+          ValueError: another tree, or a leaf of another shape or dtype, by name.
         """
         leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-        wanted, wanted_tree = jax.tree.flatten(self.params)
-        if tree != wanted_tree:
+        avals, traced_tree = jax.tree.flatten(self.params)
+        if tree != traced_tree:
             raise ValueError(
-                f"The parameters have another tree.\n  came:   {tree}\n  wanted: {wanted_tree}"
+                "params must have the tree that the ring was made with.\n"
+                f"  expected: {traced_tree}\n  got:      {tree}"
             )
-        for (path, leaf), aval in zip(leaves, wanted, strict=True):
+        for (path, leaf), aval in zip(leaves, avals, strict=True):
             if (jnp.shape(leaf), jnp.result_type(leaf)) != (aval.shape, aval.dtype):
                 raise ValueError(
-                    f"Parameter {jax.tree_util.keystr(path)} came as "
-                    f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}; "
-                    f"{aval.dtype}{list(aval.shape)} is wanted."
+                    f"params{jax.tree_util.keystr(path)} must be {aval.dtype}{list(aval.shape)}, "
+                    f"got {jnp.result_type(leaf)}{list(jnp.shape(leaf))}."
                 )
         return [leaf for _, leaf in leaves]
 
@@ -85,15 +82,14 @@ class InnerSharding:
         """The spec of every slot that is sharded.
 
         Raises:
-          ValueError: weights at the same place of the stages are sharded differently.
+          ValueError: weights that share a slot on different stages are sharded differently.
         """
         found = {}
         for j, slot in enumerate(placement.slots):
             specs = {self.specs[weight.leaf] for weight in slot.weights if weight is not None}
             if len(specs) > 1:
                 raise ValueError(
-                    f"{slot.name} is sharded as {specs} on different stages; one way for all is "
-                    "wanted."
+                    f"param_specs must shard {slot.name} alike on all stages, got {specs}."
                 )
             if any(specs):
                 (found[j],) = specs
@@ -112,23 +108,27 @@ def _broadcast(specs: Any, tree: Any) -> Sequence[PartitionSpec]:
             )
         ]
     except ValueError as error:
-        raise ValueError(f"The specs have another tree than what they are for: {error}") from error
+        raise ValueError(
+            f"Specs must have the tree of what they shard, or be a prefix of it: {error}"
+        ) from error
 
 
 def _shard(leaf: Any, spec: PartitionSpec, axes: Mapping[str, int]) -> jax.ShapeDtypeStruct:
+    """The type of one device's shard."""
     shape = list(jnp.shape(leaf))
     for dimension, entry in enumerate(spec):
         names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
         unknown = [name for name in names if name not in axes]
         if unknown or dimension >= len(shape):
             raise ValueError(
-                f"The spec {spec} for {shape} names {unknown or names}; the mesh has {list(axes)} "
-                "to shard by."
+                f"A spec for an array of shape {shape} must name the mesh axes {list(axes)}, at "
+                f"most one entry a dimension, got {spec}."
             )
         ways = math.prod(axes[name] for name in names)
         if shape[dimension] % ways:
             raise ValueError(
-                f"Dimension {dimension} of {shape} does not split {ways} ways, as {spec} asks for."
+                f"A spec must divide its array, got {spec} for shape {shape}: dimension {dimension}"
+                f" does not split {ways} ways."
             )
         shape[dimension] //= ways
     return jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(leaf))

@@ -1,4 +1,4 @@
-"""The ring's loop as a program over the mesh."""
+"""SPMD program of the ring: its loop under `shard_map`, jitted, with the state donated."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from layerwise_jax.stage.placement import Staged
 
 
 def weights_of(ring: RingLoop, staged: Staged) -> list[Any]:
-    """Placed parameters in the order in which a program takes them: by slot, those of the cache
-    left out.
+    """Placed parameters in the order of the program's arguments: by slot, without the cache's.
 
     Raises:
-      ValueError: they were not placed by this ring.
+      ValueError: another ring placed them.
     """
     slots, state = ring.loop.placement.slots, ring.loop.state_slots
     names = [slot.name for j, slot in enumerate(slots) if j not in state]
     if not isinstance(staged, dict) or set(staged) != set(names):
+        given = sorted(staged)[:5] if isinstance(staged, dict) else type(staged).__name__
         raise ValueError(
-            "These are not this ring's placed parameters. Call ring.place(params) first."
+            "staged must be parameters that this ring placed, a dict of "
+            f"{len(names)} slots, got {given}. Call ring.place(params) first."
         )
     return [staged[name] for name in names]
 
 
 def ring_program(ring: RingLoop, mesh: Mesh, prompts: Prompts | None = None) -> Any:
-    """(weights, places, forced, prompts, operand) to (places, tokens by arrival), jitted; the
-    places are donated. The operand is that of the transport's channel.
+    """The jitted program (weights, places, forced, prompts, operand) -> (places, tokens by
+    arrival). Places are donated; the operand is the transport channel's.
 
     Args:
       ring: the loop.
       mesh: the mesh, with an axis `stage`.
-      prompts: for a program that reads prompts, some of those; else it takes None in their place.
+      prompts: for a prefill program, an example of its prompts; None for a program of steps.
     """
     by_stage = PartitionSpec(STAGE)
     specs = [
@@ -71,9 +72,11 @@ def _on_device(
     prompts: Prompts | None,
     operand: Any,
 ) -> tuple[RingState, Any]:
-    rows, state = iter(weights), set(ring.loop.state_slots)
+    # Every array is [1, ...] here, this stage's shard: the loop takes it without that axis.
+    shards = iter(weights)
+    state = set(ring.loop.state_slots)
     slots = [
-        None if j in state else lax.squeeze(next(rows), (0,))
+        None if j in state else lax.squeeze(next(shards), (0,))
         for j in range(len(ring.loop.placement.slots))
     ]
     local, read = jax.tree.map(lambda x: lax.squeeze(x, (0,)), (places, prompts))

@@ -1,8 +1,6 @@
-"""The groups of a ring as its devices hold them: rotated, so that all devices use the same place in
-a tick.
+"""Ring state on the mesh: groups rotated by stage, so that all devices use one place in a tick.
 
-Place j of stage s holds group (j - s) mod R. Every array has a row a stage, sharded over the
-stages.
+Place j of stage s holds group (j - s) mod R. Every array is [stages, ...], sharded over `stage`.
 """
 
 from __future__ import annotations
@@ -23,21 +21,19 @@ from layerwise_jax.mesh import STAGE
 
 
 def group_of(ring: RingLoop, place: int, stage: int) -> int | None:
-    """The group at a place of a stage; None if there is none."""
+    """The group at a place of a stage; None where the ring has fewer groups than places."""
     group = (place - stage) % ring.length
     return group if group < ring.num_groups else None
 
 
 def rotated(ring: RingLoop, mesh: Mesh, values: np.ndarray) -> list[jax.Array]:
-    """For every place, an array of a row a stage, from values[group]; zeros where there is no
-    group.
-    """
+    """values[group] as one array [stages, ...] a place; zeros where there is no group."""
     sharding = NamedSharding(mesh, PartitionSpec(STAGE))
     result = []
     for j in range(ring.length):
         groups = [group_of(ring, j, s) for s in range(ring.loop.num_stages)]
-        rows = [np.zeros_like(values[0]) if g is None else values[g] for g in groups]
-        result.append(jax.device_put(np.stack(rows), sharding))
+        by_stage = [np.zeros_like(values[0]) if g is None else values[g] for g in groups]
+        result.append(jax.device_put(np.stack(by_stage), sharding))
     return result
 
 
@@ -54,11 +50,11 @@ def start_places(
     Args:
       ring: the ring.
       mesh: its mesh.
-      tokens: int32[groups, sequences], what goes in first.
-      positions: int32[groups, sequences], where those tokens stand.
-      keys: key data of shape (groups, sequences, ...).
-      caches: the leaves of every group's cache, counted as those of the parameters and the cache
-        together: by leaf.
+      tokens: int32[groups, sequences], first inputs.
+      positions: int32[groups, sequences], positions of these tokens.
+      keys: key data [groups, sequences, ...].
+      caches: for every group, the cache's leaves by leaf number. Leaves of the parameters and the
+        cache are numbered together.
     """
     return RingState(
         caches=[place_caches(ring, mesh, j, caches) for j in range(ring.length)],
@@ -72,56 +68,53 @@ def start_places(
 def place_caches(
     ring: RingLoop, mesh: Mesh, place: int, caches: Sequence[Mapping[int, Any]]
 ) -> dict[int, Any]:
-    """The cache slots of a place, each stage's row on that stage's devices.
+    """The cache slots of a place, each stage's shard on that stage's devices.
 
     Args:
       ring: the ring.
       mesh: its mesh.
       place: the place.
-      caches: the leaves of every group's cache, by leaf; types alone stand for zeros.
+      caches: for every group, the cache's leaves by leaf number; a type stands for zeros.
     """
     return {
-        j: _fill(ring, mesh, j, _rows_at(ring, place, j, caches)) for j in ring.loop.state_slots
+        j: _fill(ring, mesh, j, _shards_at(ring, place, j, caches)) for j in ring.loop.state_slots
     }
 
 
-def _rows_at(ring: RingLoop, place: int, j: int, caches: Sequence[Mapping[int, Any]]) -> list[Any]:
-    """What each stage holds of a slot at a place: of the group that is there."""
-    held = [
-        (weight, group_of(ring, place, s))
-        for s, weight in enumerate(ring.loop.placement.slots[j].weights)
-    ]
-    return [
-        None if weight is None or group is None else caches[group][weight.leaf]
-        for weight, group in held
-    ]
+def _shards_at(
+    ring: RingLoop, place: int, j: int, caches: Sequence[Mapping[int, Any]]
+) -> list[Any]:
+    """Every stage's shard of slot j, of the group that the stage has at a place."""
+    shards = []
+    for s, weight in enumerate(ring.loop.placement.slots[j].weights):
+        group = group_of(ring, place, s)
+        shards.append(None if weight is None or group is None else caches[group][weight.leaf])
+    return shards
 
 
 def first_cache(ring: RingLoop, mesh: Mesh, leaves: Mapping[int, Any]) -> dict[int, Any]:
-    """The cache slots with every stage's part of one cache, whether or not there is a group on each
-    stage.
-    """
-    slots = ring.loop.placement.slots
-    rows = {
-        j: [None if w is None else leaves[w.leaf] for w in slots[j].weights]
-        for j in ring.loop.state_slots
-    }
-    return {j: _fill(ring, mesh, j, each) for j, each in rows.items()}
+    """The cache slots with every stage's shard of one cache, whatever groups there are."""
+    found = {}
+    for j in ring.loop.state_slots:
+        weights = ring.loop.placement.slots[j].weights
+        found[j] = _fill(ring, mesh, j, [None if w is None else leaves[w.leaf] for w in weights])
+    return found
 
 
-def _fill(ring: RingLoop, mesh: Mesh, j: int, rows: Sequence[Any]) -> jax.Array:
-    """One slot, given its rows; zeros where there is nothing, or a type alone."""
+def _fill(ring: RingLoop, mesh: Mesh, j: int, shards: Sequence[Any]) -> jax.Array:
+    """One slot, given its shards; zeros for None and for types."""
     placement = ring.loop.placement
     slot = replace(placement.slots[j], spec=ring.specs.get(j, PartitionSpec()))
-    concrete = [None if isinstance(row, jax.ShapeDtypeStruct) else row for row in rows]
-    if all(row is None for row in concrete):
+    arrays = [None if isinstance(x, jax.ShapeDtypeStruct) else x for x in shards]
+    if all(x is None for x in arrays):
+        # Made where it belongs: no device ever holds all of it.
         aval = slot.placed_aval(mesh)
         return jax.jit(lambda: jnp.zeros(aval.shape, aval.dtype), out_shardings=aval.sharding)()
-    return placement.fill_shards(slot, concrete, mesh)
+    return placement.fill_shards(slot, arrays, mesh)
 
 
 def gather_cache(ring: RingLoop, places: RingState, group: int) -> dict[int, np.ndarray]:
-    """The leaves of one group's cache, by leaf."""
+    """One group's cache on the host, by leaf number."""
     found = {}
     for j in ring.loop.state_slots:
         for s, weight in enumerate(ring.loop.placement.slots[j].weights):
@@ -137,7 +130,7 @@ def arrival(ring: RingLoop, group: int, step: int) -> tuple[int, int]:
 
 
 def by_arrival(ring: RingLoop, values: np.ndarray, fill: int) -> np.ndarray:
-    """values[step, group] in the order of arrival: (steps + 1, length, ...), `fill` where nothing
+    """values[step, group] in the order of arrival: [steps + 1, length, ...], `fill` where nothing
     arrives.
     """
     steps, groups = values.shape[:2]
@@ -149,53 +142,39 @@ def by_arrival(ring: RingLoop, values: np.ndarray, fill: int) -> np.ndarray:
 
 
 def from_arrival(ring: RingLoop, values: np.ndarray) -> np.ndarray:
-    """The inverse: values[step, group] of what arrived."""
+    """The inverse of `by_arrival`: [steps, groups, ...] of [steps + 1, length, ...]."""
     steps = values.shape[0] - 1
+    groups = range(ring.num_groups)
     return np.stack(
-        [
-            np.stack([values[arrival(ring, g, step)] for g in range(ring.num_groups)])
-            for step in range(steps)
-        ]
+        [np.stack([values[arrival(ring, g, step)] for g in groups]) for step in range(steps)]
     )
 
 
 def restarted(
     initial: Callable[[int], Any], mask: Sequence[Any], places: RingState, fresh: RingState
 ) -> RingState:
-    """The places with masked sequences as they are in `fresh`, their cache as it was at first.
+    """The state with masked sequences replaced by new ones, whose caches are the first cache.
 
     Args:
-      initial: the first value of a cache slot, a row a stage.
+      initial: the first value of a cache slot, [stages, ...].
       mask: for every place, bool[stages, sequences].
-      places: the places.
-      fresh: tokens, positions and keys of the new sequences, its caches not read.
+      places: the state.
+      fresh: tokens, positions and keys of the new sequences; its caches are not read.
     """
 
     def chosen(j: int, new: Any, old: Any) -> Any:
-        if old.shape[1:2] == mask[j].shape[1:]:
+        if old.shape[1:2] == mask[j].shape[1:]:  # [stages, sequences, ...]
             return jnp.where(mask[j].reshape(*mask[j].shape, *[1] * (old.ndim - 2)), new, old)
-        whole = mask[j].all(axis=1)
-        return jnp.where(whole.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+        # The group shares this leaf, so it starts anew only if all of the group do.
+        all_new = mask[j].all(axis=1)
+        return jnp.where(all_new.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-    return RingState(
-        caches=[
-            {slot: chosen(j, initial(slot), old) for slot, old in caches.items()}
-            for j, caches in enumerate(places.caches)
-        ],
-        tokens=[
-            chosen(j, new, old)
-            for j, (new, old) in enumerate(zip(fresh.tokens, places.tokens, strict=True))
-        ],
-        positions=[
-            chosen(j, new, old)
-            for j, (new, old) in enumerate(zip(fresh.positions, places.positions, strict=True))
-        ],
-        keys=[
-            chosen(j, new, old)
-            for j, (new, old) in enumerate(zip(fresh.keys, places.keys, strict=True))
-        ],
-        done=[
-            chosen(j, new, old)
-            for j, (new, old) in enumerate(zip(fresh.done, places.done, strict=True))
-        ],
-    )
+    def chosen_at_places(new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
+        return [chosen(j, *pair) for j, pair in enumerate(zip(new, old, strict=True))]
+
+    caches = [
+        {slot: chosen(j, initial(slot), old) for slot, old in held.items()}
+        for j, held in enumerate(places.caches)
+    ]
+    others = [chosen_at_places(new, old) for new, old in zip(fresh[1:], places[1:], strict=True)]
+    return RingState(caches, *others)

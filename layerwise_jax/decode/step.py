@@ -1,10 +1,9 @@
-"""A step of token generation as a program whose cache is state: traced, cut into stages, placed and
-wired.
+"""Decode step as a program whose cache is state: traced, cut into stages, placed and wired.
 
     step_fn(params, cache, tokens, positions) -> (logits, cache)
 
-The cache is placed with the stage that reads it, as weights are, and each stage's part of it is
-replaced in every tick. What the sampler makes of the logits belongs to the last layer.
+The cache is placed with the stage that reads it, like weights, and each stage replaces its part in
+every tick. The sampler belongs to the last layer.
 """
 
 from __future__ import annotations
@@ -36,22 +35,20 @@ from layerwise_jax.trace.program import Operand, Weight, nbytes
 
 StepFunction = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
-# What goes into a step besides parameters and cache, in this order.
+# Positions of a step's inputs behind parameters and cache.
 TOKENS, POSITIONS, KEYS = range(3)
 
 
 @dataclass(frozen=True, eq=False)
 class StepProgram:
-    """A step, cut into stages.
+    """A step cut into stages.
 
     Attributes:
-      loop: its stages, wiring and placement; the cache is among the weights, as state.
-      body_state: for slots of the common body that hold cache, which result of the body replaces
-        it.
-      own_state: for every stage, the slots of cache that its own operations replace, and by which
-        values.
+      loop: stages, wiring and placement; the cache is among the weights, as state.
+      body_state: for every cache slot of the common body, the result of the body that replaces it.
+      own_state: for every stage, the values of its own operations that replace cache, by slot.
       sequences_are_independent: whether sequences can come and go one by one: every leaf of the
-        cache has a row a sequence, and no operation mixes them.
+        cache is [sequences, ...], and no operation mixes them.
     """
 
     loop: StagedProgram
@@ -69,41 +66,38 @@ def trace_step(
     axes: Mapping[str, int] | None = None,
     prompt_length: int | None = None,
 ) -> tuple[LayerSequence, dict[int, Weight]]:
-    """The layers of a step followed by the sampler, and which outputs are new values of the cache.
+    """The layers of a step with the sampler behind it, and the cache leaf that each output renews.
 
     Args:
-      step_fn: the step.
+      step_fn: the step, or with `prompt_length` the function that reads prompts.
       sampler: draws the next tokens.
       params: the parameters, arrays or `jax.ShapeDtypeStruct`.
-      cache: the cache of one group of sequences, likewise.
+      cache: the cache of one group, arrays or types.
       num_sequences: sequences of a group.
-      axes: the mesh axes, with their sizes, over which the step has collectives of its own.
-      prompt_length: None for a step of one token. Otherwise the step reads so many tokens of every
-        sequence at once, int32[sequences, prompt_length], is given how many of them count instead
-        of a position, and returns the logits of the last that does.
+      axes: sizes of the mesh axes over which the step has collectives, by name.
+      prompt_length: None for a step of one token. Otherwise tokens are int32[sequences,
+        prompt_length], positions are lengths int32[sequences], and logits are those of each
+        prompt's last token.
 
     Raises:
-      ValueError: the step does not return logits float[sequences, vocabulary] and a cache like the
-        one that it got.
+      ValueError: the outputs are not logits float[sequences, vocabulary] and a cache of the input's
+        types.
     """
+    name = "step_fn" if prompt_length is None else "prefill_fn"
 
     def step(both: Any, tokens: Any, positions: Any, keys: Any) -> tuple[Any, Any]:
         logits, new = call_unmutated(step_fn, both[0], both[1], tokens, positions)
-        check_step_outputs(
-            "The step" if prompt_length is None else "prefill_fn",
-            logits,
-            new,
-            both[1],
-            num_sequences,
-        )
-        return sampler(logits, keys, positions if prompt_length is None else positions - 1), new
+        check_step_outputs(name, logits, new, both[1], num_sequences)
+        # Logits come from the token at this position: the last of a prompt of that length.
+        last = positions if prompt_length is None else positions - 1
+        return sampler(logits, keys, last), new
 
     both = (params, cache)
     inputs = step_inputs(num_sequences, prompt_length)
     paths, leaves, tree = _jax.key_paths(both)
     traced = jax.make_jaxpr(step, axis_env=list((axes or {}).items()), return_shape=True)
     jaxpr, outputs = traced(both, *inputs)
-    # No gradient is taken; a derivative's rule could only keep equal layers apart.
+    # No gradient is taken, and derivative rules would make equal layers differ.
     program = flatten(jaxpr, len(leaves), FORWARD_ONLY)
     program = renew_early(program, range(1, len(program.outputs)))
     output_leaves, outputs_tree = jax.tree.flatten(outputs)
@@ -125,43 +119,39 @@ def trace_step(
 
 
 def step_inputs(num_sequences: int, prompt_length: int | None = None) -> tuple[Any, Any, Any]:
-    """Types of tokens, of positions (or of lengths, where prompts are read at once) and of key
-    data.
-    """
+    """Types of tokens, positions (lengths, with `prompt_length`) and key data."""
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     ints = jax.ShapeDtypeStruct((num_sequences,), jnp.int32)
-    tokens = (
-        ints
-        if prompt_length is None
-        else jax.ShapeDtypeStruct((num_sequences, prompt_length), jnp.int32)
-    )
+    length = () if prompt_length is None else (prompt_length,)
+    tokens = jax.ShapeDtypeStruct((num_sequences, *length), jnp.int32)
     return tokens, ints, jax.ShapeDtypeStruct((num_sequences, *key.shape), key.dtype)
 
 
 def check_step_outputs(name: str, logits: Any, new: Any, cache: Any, num_sequences: int) -> None:
-    """Refuse what is not logits and a cache like the one that was given."""
+    """Require logits and a cache of the types of the given one.
+
+    Raises:
+      ValueError: other outputs.
+    """
     if getattr(logits, "ndim", None) != 2 or logits.shape[0] != num_sequences:
-        came = (
-            f"{logits.dtype}{list(logits.shape)}"
-            if hasattr(logits, "shape")
-            else type(logits).__name__
-        )
+        is_array = hasattr(logits, "shape")
+        got = f"{logits.dtype}{list(logits.shape)}" if is_array else type(logits).__name__
         raise ValueError(
-            f"{name} returned {came} for logits; float[{num_sequences}, vocabulary] is wanted: "
-            "one row a sequence, "
-            "for the last token that it was given."
+            f"{name} must return logits float[{num_sequences}, vocabulary], one row a sequence, "
+            f"got {got}. Return the logits of the last token alone."
         )
-    came, wanted = (
+    got, expected = (
         jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree) for tree in (new, cache)
     )
-    if jax.tree.structure(new) != jax.tree.structure(cache) or came != wanted:
+    if jax.tree.structure(new) != jax.tree.structure(cache) or got != expected:
         raise ValueError(
-            f"{name} returned another cache than it got.\n  came:   {came}\n  wanted: {wanted}"
+            f"{name} must return a cache of the types that it is given.\n"
+            f"  expected: {expected}\n  got:      {got}"
         )
 
 
 def _find_cache(layers: LayerSequence, num_params: int) -> dict[int, Weight]:
-    """The output that is the next value of every leaf of the cache."""
+    """The cache leaf of every output behind the tokens, by the output's position."""
     program = layers.program
     held = {weight.leaf: weight for weight in program.weights.values() if weight.start is None}
     found = {}
@@ -169,17 +159,17 @@ def _find_cache(layers: LayerSequence, num_params: int) -> dict[int, Weight]:
         leaf = num_params + position - 1
         if leaf not in held:
             raise CutError(
-                f"The cache{layers.signature.params_names[leaf][3:]} is used in slices, which "
-                "live on several stages. "
-                "Give every layer a leaf of its own."
+                "A cache leaf must belong to one layer, got "
+                f"cache{layers.signature.params_names[leaf][3:]}, of which layers use slices. Give "
+                "every layer a leaf of its own."
             )
         found[position] = held[leaf]
     return found
 
 
 def renewed(layers: LayerSequence, cache: Mapping[int, Weight]) -> dict[int, Weight]:
-    """What of the cache does not come back as it was: a memory that layers only read is no one
-    stage's.
+    """The cache leaves that the step changes, by output. A leaf that is only read (the memory of
+    cross attention) belongs to no single stage.
     """
     program = layers.program
     values = {weight: value for value, weight in program.weights.items()}
@@ -199,7 +189,12 @@ def stage_step(
 ) -> StepProgram:
     """The step cut at `boundaries`, its stages aligned, placed and wired.
 
-    Weights of different kinds share no slot; the step may communicate over `axes`.
+    Args:
+      layers: the layers, from `trace_step`.
+      cache: the cache leaf of every output, from `trace_step`.
+      boundaries: indices of layers.
+      kinds: weights of different kinds share no slot.
+      axes: mesh axes over which the step may communicate.
 
     Raises:
       CutError: a later stage reads the tokens again, or a part of the cache is used on two stages.
@@ -218,7 +213,7 @@ def cut_step(
     boundaries: Sequence[int],
     axes: Collection[str],
 ) -> tuple[Stage, ...]:
-    """The stages between `boundaries`, if a ring can run them: see `stage_step`."""
+    """The stages between `boundaries`, checked as `stage_step` says."""
     check_stageable(layers.program, axes)
     stages = cut_stages(layers, boundaries)
     check_carried(renewed(layers, cache), stages)
@@ -237,6 +232,7 @@ def assemble(
     """The stages wired; `body_slots` where the placement was made for another program."""
     if body_slots is not None:
         placement = replace(placement, body_slots=(body_slots,))
+    # Tokens are the only output that leaves a stage; the cache stays as state.
     shown = [
         replace(stage, outputs={p: x for p, x in stage.outputs.items() if p == 0})
         for stage in stages
@@ -264,21 +260,22 @@ def assemble(
 
 
 def _check_tokens(layers: LayerSequence, stages: Sequence[Stage]) -> None:
+    """Require that only the first stage reads the tokens: later ones work on older tokens."""
     tokens = layers.program.inputs[TOKENS]
     for s, stage in enumerate(stages[1:], start=1):
         if tokens in stage.inputs:
             raise CutError(
-                f"Stage {s} ({stage.layers[0]} to {stage.layers[-1]}) reads the tokens, which "
-                "only the first stage "
-                "has. Choose boundaries that keep every use of them in the first stage."
+                f"Only the first stage may read the tokens, got a use in stage {s} "
+                f"({stage.layers[0]} to {stage.layers[-1]}). Choose boundaries that keep every use "
+                "in the first stage."
             )
 
 
 def _split_state(
     loop: StagedProgram, state: Mapping[int, Weight]
 ) -> tuple[dict[int, int], list[dict[int, Operand]]]:
-    """What replaces the cache: results of the common body by slot, and for every stage the values
-    of its own.
+    """The cache's new values: results of the common body by slot, and by stage the values of its
+    own operations by slot.
     """
     body: dict[int, int] = {}
     own: list[dict[int, Operand]] = []

@@ -1,21 +1,25 @@
-"""Loop-carried values of the ring, as each device holds them."""
+"""Loop-carried values of the ring on one device.
+
+A place is an index into a device's groups: see `loop.py` for the rotation.
+"""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+# Values by slot number.
 Slots = dict[int, Any]
 
 
 class RingState(NamedTuple):
-    """What a device holds of the groups, for each of its places.
+    """The groups of a device, one list entry a place.
 
     Attributes:
       caches: by slot.
-      tokens: int32[sequences], what goes in next; the first stage's count.
-      positions: int32[sequences], where those tokens stand.
+      tokens: int32[sequences], the next input; only the first stage's are read.
+      positions: int32[sequences], positions of those tokens.
       keys: key data of the sequences.
-      done: bool[sequences], whether a stop token came; the first stage's count.
+      done: bool[sequences], whether a stop token was sampled; only the first stage's are read.
     """
 
     caches: list[Slots]
@@ -26,11 +30,11 @@ class RingState(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Prompts that are read at once, for each of a device's places.
+    """Prompts that are read in one pass, one list entry a place.
 
     Attributes:
-      tokens: int32[sequences, length].
-      lengths: int32[sequences], how many of them count; all 0 in a group that reads nothing.
+      tokens: int32[sequences, length], padded on the right.
+      lengths: int32[sequences], tokens of each prompt; 0 throughout a group that reads nothing.
     """
 
     tokens: list[Any]
@@ -38,7 +42,7 @@ class Prompts(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What goes from tick to tick: the places, and what has just arrived."""
+    """Carry from tick to tick: the groups, and the arrays of the message that arrived last."""
 
     places: RingState
     arrived: list[Any]

@@ -177,14 +177,14 @@ def test_caches_of_other_sizes_are_refused() -> None:
     first = np.zeros((ring.num_groups, 2), np.int32)
     for other, said in (
         (more, "stacked over 4 layers"),
-        (shared_cache(1), r"came as float32\[1, 3, 8\]"),
+        (shared_cache(1), r"got float32\[1, 3, 8\]"),
     ):
         with pytest.raises(ValueError, match=said):
             ring.start(first, caches=[other] * ring.num_groups)
 
 
 def test_an_array_of_all_layers_that_is_changed_in_place_is_refused() -> None:
-    with pytest.raises(BatchError, match=r"stacked over layers, read in rows \(cache\[i\]"):
+    with pytest.raises(BatchError, match=r"stacked over layers they are the second.*\(cache\[i\]"):
         decode_ring(filled_step, PARAMS, shared_cache(2), group_size=2, num_stages=2)
 
 
@@ -218,7 +218,7 @@ def test_rows_of_a_stack_are_sharded_and_its_layers_are_not(
         )
     assert found[0] == found[1]
     half, mesh = cache[..., : WIDTH // 2], stage_mesh(2, tensor=2)
-    with pytest.raises(ValueError, match="over the layers that it is stacked over; None is wanted"):
+    with pytest.raises(ValueError, match="must not shard the axis of layers"):
         decode_ring(
             split_step, PARAMS, half, mesh=mesh, cache_specs=PartitionSpec("tensor"), **options
         )

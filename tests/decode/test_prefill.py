@@ -236,7 +236,7 @@ def test_sequences_that_share_a_counter_read_whole_lengths(wanted: list[np.ndarr
     _check_tokens(generation, [wanted[i] for i in chosen])
     assert generation.prefill_seconds > 0
     places = ring.start(np.zeros((2, 2)))
-    with pytest.raises(ValueError, match="must have the length 4"):
+    with pytest.raises(ValueError, match="lengths must be 4, or 0"):
         ring.prefill(staged, places, np.zeros((2, 2, LENGTH)), [[2, 2], [0, 0]])
 
 
@@ -265,17 +265,19 @@ def test_what_cannot_be_shared_is_refused() -> None:
         logits, new = _prefill(params, cache, tokens, lengths)
         return logits - logits.mean(axis=0), new
 
-    with pytest.raises(CutError, match="prefill_fn has the layers"):
+    with pytest.raises(CutError, match="prefill_fn must have the layers"):
         _ring(fewer, num_stages=2)
-    with pytest.raises(ValueError, match=r"prefill_fn returned float32\[2, 4, 31\]"):
+    with pytest.raises(
+        ValueError, match=r"prefill_fn must return logits .*got float32\[2, 4, 31\]"
+    ):
         _ring(every_token, num_stages=2)
-    with pytest.raises(CutError, match=r"prefill_fn uses .* in stage 0 .* where the step does not"):
+    with pytest.raises(CutError, match=r"prefill_fn must use and replace .* in stage 0"):
         _ring(swapped, num_stages=2)
     with pytest.raises(BatchError):
         _ring(mixed, num_stages=2)
-    with pytest.raises(ValueError, match="prefill_length is None"):
+    with pytest.raises(ValueError, match=r"given together.*prefill_length=None"):
         _ring(num_stages=2, prefill_length=None)
-    with pytest.raises(ValueError, match="prefill_length is 4, prefill_fn is None"):
+    with pytest.raises(ValueError, match="got prefill_fn=None, prefill_length=4"):
         _ring(None, num_stages=2)
 
 
@@ -285,11 +287,11 @@ def test_wrong_prompts_are_refused() -> None:
     prompts, lengths = np.zeros((2, 2, LENGTH)), np.full((2, 2), 2)
     with pytest.raises(ValueError, match="prompts must have shape"):
         ring.prefill(staged, places, prompts[..., 1:], lengths)
-    with pytest.raises(ValueError, match="lengths came as"):
+    with pytest.raises(ValueError, match="lengths must be"):
         ring.prefill(staged, places, prompts, [[0, 2], [1, 1]])
-    with pytest.raises(ValueError, match="lengths came as"):
+    with pytest.raises(ValueError, match="lengths must be"):
         ring.prefill(staged, places, prompts, lengths + LENGTH)
-    with pytest.raises(ValueError, match="no prefill_fn"):
+    with pytest.raises(ValueError, match="a ring with a prefill_fn"):
         _ring(None, num_stages=2, prefill_length=None).prefill(staged, places, prompts, lengths)
 
 

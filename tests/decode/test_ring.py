@@ -80,9 +80,9 @@ def test_draws_depend_on_the_sequence_alone() -> None:
 def test_a_sampler_that_draws_wants_keys() -> None:
     ring = make_ring("gpt", 4, 2, 2, sampler=Sampler(0.7))
     staged = ring.place(gpt(4))
-    with pytest.raises(ValueError, match="a random key a prompt, is wanted"):
+    with pytest.raises(ValueError, match="keys must be a random key a prompt"):
         ring.generate(staged, prompts_for(ring), NEW)
-    with pytest.raises(ValueError, match="a random key a sequence is wanted"):
+    with pytest.raises(ValueError, match="keys must be a random key a sequence"):
         ring.start(np.zeros((2, 2)))
 
 
@@ -123,7 +123,7 @@ def test_sequences_that_are_not_rows_of_the_cache_end_together() -> None:
     (alone,) = ring.generate(staged, prompts[3:4], NEW).tokens
     assert_same_tokens(ring.generate(staged, prompts, NEW).tokens[3:4], [alone])
     places, none = ring.start(np.zeros((1, 2))), np.zeros((1, 2), np.int32)
-    with pytest.raises(ValueError, match="all or none start anew"):
+    with pytest.raises(ValueError, match="mask must have whole groups"):
         ring.restart(places, [[True, False]], none, none)
     with pytest.raises(BatchError, match="In the cache, sequences are the first axis, of length 2"):
         decode_ring(columns_step, gpt(4), cache, group_size=2, num_stages=2)
@@ -132,7 +132,7 @@ def test_sequences_that_are_not_rows_of_the_cache_end_together() -> None:
 def test_stages_are_given_once_and_at_least_one() -> None:
     with pytest.raises(ValueError, match=r"num_stages must be .*got 0"):
         make_ring("gpt", 4, 0, 1)
-    with pytest.raises(ValueError, match="num_stages is 1 and the partition has 2 stages"):
+    with pytest.raises(ValueError, match="num_stages must be the partition's 2 stages, got 1"):
         make_ring("gpt", 4, 1, 1, partition=(0, 2, 4))
 
 

@@ -59,7 +59,7 @@ def choose_transport(
 
 
 def _obstacle(mesh: Mesh, load: Callable[[], CudaDriver], is_asked: bool) -> str | None:
-    """What keeps the devices of a mesh from storing into each other's memory; None for nothing."""
+    """The reason why a mesh's devices cannot store into each other's memory; None if they can."""
     devices = list(mesh.devices.flat)
     kinds = sorted({device.platform for device in devices})
     if kinds not in (["gpu"], ["cuda"]):

@@ -42,11 +42,11 @@ class Transport(Protocol):
 
     @property
     def tokens_ride(self) -> bool:
-        """Whether an array more costs a message more, so that tokens ride in an activation."""
+        """True if every array costs a collective, so that tokens ride in an activation."""
         ...
 
     def operand_spec(self, mesh: Mesh) -> Any:
-        """How the channel's operand is sharded; None for none."""
+        """The PartitionSpec of the channel's operand; None for none."""
         ...
 
     def exchange(
