@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from layerwise_jax.build import build_pipeline
+from layerwise_jax.schedule.deferral import defer
 from layerwise_jax.schedule.generators import one_f_one_b
 from layerwise_jax.schedule.table import Schedule, ScheduleError
 from layerwise_jax.trace.layers import trace_layers
@@ -87,8 +88,22 @@ def test_a_table_of_the_users_own(stage_mesh: Callable) -> None:
         check("jitted", stage_mesh(2), 8, schedule=table)
     with pytest.raises(ScheduleError):
         check("jitted", stage_mesh(2), 4, schedule=Schedule.parse(str(table).replace("1B3", ".")))
-    with pytest.raises(ValueError, match="'zero_bubble' or a Schedule"):
+    with pytest.raises(ValueError, match="'dualpipe_v' or a Schedule"):
         check("jitted", stage_mesh(2), 4, schedule="fastest")
+
+
+@pytest.mark.parametrize("schedule", ["looped_bfs", "interleaved_zero_bubble"])
+def test_gradients_with_two_stages_a_device(schedule: str, stage_mesh: Callable) -> None:
+    check("jitted", stage_mesh(2), 4, num_stages=4, schedule=schedule)
+
+
+def test_gradients_with_deferred_weight_gradients(stage_mesh: Callable) -> None:
+    check("jitted", stage_mesh(2), 4, schedule=defer(one_f_one_b(2, 4, paired=True), [2, 1]))
+
+
+def test_v_shaped_schedules_are_refused_by_the_loop(stage_mesh: Callable) -> None:
+    with pytest.raises(ValueError, match=r"must place stage 2 on device 0 .*executor='host'"):
+        check("jitted", stage_mesh(2), 4, num_stages=4, schedule="zb_v", executor="loop")
 
 
 def deep_mlp(width: int = 32, depth: int = 8) -> tuple[Callable, list[jax.Array]]:
