@@ -5,12 +5,15 @@ Written for jax 0.11.2 to 0.12.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 from jax._src import source_info_util as _source_info
 from jax._src.core import NamedAxisEffect as _NamedAxisEffect
+from jax._src.core import trace_state_clean as _trace_state_clean
+from jax._src.mesh import get_concrete_mesh as _get_concrete_mesh
 from jax._src.state.types import AbstractRef
 from jax.core import ShapedArray, Tracer
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, Var
@@ -25,11 +28,14 @@ __all__ = [
     "Tracer",
     "Var",
     "bind",
+    "context_mesh",
     "inline_ptx_kernel",
     "is_key",
+    "is_tracing",
     "key_implementation",
     "key_paths",
     "linear_primitive",
+    "no_context_mesh",
     "scan_parts",
     "source_line",
     "wrap_key",
@@ -211,3 +217,27 @@ def inline_ptx_kernel(
         return list(kernel(*inputs, *unread))
 
     return call
+
+
+def is_tracing() -> bool:
+    """Whether this runs under a trace (jit, grad, vmap)."""
+    return not _trace_state_clean()
+
+
+def context_mesh() -> Any:
+    """The mesh of `jax.set_mesh`, under a trace too; None where none is in force."""
+    mesh = _get_concrete_mesh()
+    return None if mesh.empty else mesh
+
+
+@contextmanager
+def no_context_mesh() -> Iterator[None]:
+    """Leave the caller's mesh context for the body; also a decorator of functions."""
+    if context_mesh() is None and jax.sharding.get_abstract_mesh().empty:
+        yield
+    elif is_tracing():  # where `jax.set_mesh` raises
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            yield
+    else:
+        with jax.set_mesh(None):
+            yield

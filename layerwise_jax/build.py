@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from layerwise_jax._arguments import checked_int
+from layerwise_jax._jax import no_context_mesh
 from layerwise_jax.batch.analysis import BatchOptions, analyze_batching
 from layerwise_jax.host.choice import choose_executor
 from layerwise_jax.measure.layers import measured_by_shape
@@ -16,6 +17,7 @@ from layerwise_jax.mesh import STAGE, check_mesh
 from layerwise_jax.options import PipelineOptions
 from layerwise_jax.pipeline import Pipeline
 from layerwise_jax.plan import Plan, Sizes, make_plan
+from layerwise_jax.run.contexts import automatic
 from layerwise_jax.schedule.registry import make_schedule
 from layerwise_jax.stage.align import align_stages
 from layerwise_jax.stage.checks import check_stageable, find_frozen
@@ -35,6 +37,7 @@ from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.trace.program import nbytes
 
 
+@no_context_mesh()
 def build_pipeline(
     layers: LayerSequence,
     partition: Any,
@@ -69,6 +72,7 @@ def build_pipeline(
     num_devices = mesh.shape.get(STAGE, num_stages)
     schedule = make_schedule(options.schedule, num_stages, num_microbatches, num_devices)
     replicas = check_mesh(mesh, schedule.num_devices)
+    mesh = automatic(mesh)
     check_stageable(layers.program)
     in_axes = _input_axes(layers, options.in_axes)
     new_values = find_state(layers, options.state)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from layerwise_jax import processes
 from layerwise_jax._arguments import checked_choice, checked_int
+from layerwise_jax._jax import no_context_mesh
 from layerwise_jax.build import build_pipeline
 from layerwise_jax.cost.capacity import (
     CapacityBound,
@@ -39,6 +40,7 @@ from layerwise_jax.trace.layers import LayerSequence, trace_layers
 from layerwise_jax.trace.program import nbytes
 
 
+@no_context_mesh()
 def layerwise(
     fn: Callable[..., Any],
     params: Any,

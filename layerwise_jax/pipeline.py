@@ -25,7 +25,7 @@ from layerwise_jax.run.outputs import Outputs
 from layerwise_jax.run.spmd import LoopExecutor
 from layerwise_jax.run.tick import Backward
 from layerwise_jax.schedule.table import Schedule
-from layerwise_jax.stage.inputs import check_inputs
+from layerwise_jax.stage.inputs import check_inputs, positional_inputs
 from layerwise_jax.stage.placement import Placement, Staged
 from layerwise_jax.stage.staged_program import StagedProgram
 from layerwise_jax.trace.layers import LayerSequence
@@ -58,6 +58,18 @@ class Pipeline:
     plan: Plan
     schedule: Schedule
     options: PipelineOptions
+
+    def __repr__(self) -> str:
+        devices = self.mesh.devices
+        return (
+            f"Pipeline({self.loop.num_stages} stages, {self.loop.num_microbatches} microbatches, "
+            f"{len(self.layers)} layers, {devices.size} x {devices.flat[0].platform} "
+            f"{dict(self.mesh.shape)}, executor {self.options.executor!r})"
+        )
+
+    def __deepcopy__(self, memo: Any) -> Pipeline:
+        """The pipeline itself: it is frozen, and its traced operations cannot be copied."""
+        return self
 
     @property
     def placement(self) -> Placement:
@@ -143,7 +155,7 @@ class Pipeline:
         """Return the user's parameter tree, the inverse of `place`: see `Placement.gather`."""
         return self._executor_of(staged).placement.gather(staged, out_shardings)
 
-    def __call__(self, staged: Staged, *inputs: Any) -> Any:
+    def __call__(self, staged: Staged, *inputs: Any, **named: Any) -> Any:
         """Run the function on a full batch.
 
         Derivatives of a call are the function's: after `gather`, `jax.grad`, `jax.vjp` and
@@ -154,6 +166,7 @@ class Pipeline:
         Args:
           staged: placed parameters, from `place`.
           *inputs: the function's inputs at the full batch.
+          **named: inputs by the names that they have in the function.
 
         Returns:
           The function's value. With state: (the function's value, with None in place of the new
@@ -162,8 +175,12 @@ class Pipeline:
         Raises:
           ValueError: inputs or placed parameters have other types than were traced.
         """
-        leaves = self._checked(staged, inputs)
+        leaves = self._checked(staged, self._positional(inputs, named))
         return self._value(*self._executor_of(staged).evaluate(staged, leaves))
+
+    def _positional(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
+        """All inputs in the function's order."""
+        return positional_inputs(self.layers.fn, inputs, named) if named else inputs
 
     def _checked(self, staged: Any, inputs: tuple[Any, ...]) -> list[Any]:
         """The inputs of the staged program, if they and the placed parameters are this pipeline's.
@@ -187,7 +204,7 @@ class Pipeline:
         value = self.layers.signature.outputs(outputs)
         return (value, staged) if self.loop.has_state else value
 
-    def value_and_grad(self, staged: Staged, *inputs: Any) -> tuple[Any, Staged]:
+    def value_and_grad(self, staged: Staged, *inputs: Any, **named: Any) -> tuple[Any, Staged]:
         """The loss and its gradients; the loss is the function's output, or the first of a tuple.
 
         Forward and backward run in the order of the pipeline's schedule; memory is bounded by the
@@ -196,6 +213,7 @@ class Pipeline:
         Args:
           staged: placed parameters, from `place`.
           *inputs: the function's inputs at the full batch.
+          **named: inputs by the names that they have in the function.
 
         Returns:
           (value, gradients): the value of calling the pipeline, and gradients placed as the
@@ -208,7 +226,7 @@ class Pipeline:
           ValueError: the function's first output is not a floating-point scalar.
         """
         self._check_loss()
-        leaves = self._checked(staged, inputs)
+        leaves = self._checked(staged, self._positional(inputs, named))
         executor = self._executor_of(staged)
         if executor is self.loop_executor and self.options.remat == "cheap":
             raise ValueError(

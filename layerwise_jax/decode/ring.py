@@ -67,6 +67,18 @@ class DecodeRing:
     reader: Prefill | None = None
     _compiled: dict[Any, Any] = field(default_factory=dict, repr=False)
 
+    def __repr__(self) -> str:
+        devices = self.mesh.devices
+        return (
+            f"DecodeRing({self.ring.loop.num_stages} stages, groups of {self.group_size} "
+            f"sequences, {len(self.layers)} layers, {devices.size} x "
+            f"{devices.flat[0].platform} {dict(self.mesh.shape)})"
+        )
+
+    def __deepcopy__(self, memo: Any) -> DecodeRing:
+        """The ring itself: it is frozen, and its traced operations cannot be copied."""
+        return self
+
     @property
     def num_params(self) -> int:
         """Leaves of the parameters. The cache's leaves are numbered from here."""

@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from layerwise_jax.mesh import DATA, STAGE
+from layerwise_jax.run.contexts import in_context, on_own_mesh
 from layerwise_jax.run.outputs import Outputs
 from layerwise_jax.run.tick import Backward
 from layerwise_jax.run.ticks import TickLoop
@@ -59,7 +60,13 @@ class LoopExecutor:
           staged: placed parameters.
           inputs: the leaves of the full batch.
         """
-        return self._forward_program(staged, inputs)
+        results, after = self._call(self._forward_program, staged, inputs)
+        return in_context(self.mesh, results), after
+
+    def _call(self, program: Callable[..., Any], staged: Staged, inputs: Sequence[Any]) -> Any:
+        """A program over the mesh, on arrays moved there if they are elsewhere."""
+        specs = self.placement.specs(), self._input_specs()
+        return on_own_mesh(self.mesh, program, (dict(staged), list(inputs)), specs)
 
     def value_and_grad(
         self, staged: Staged, inputs: Sequence[Any]
@@ -70,11 +77,11 @@ class LoopExecutor:
           staged: placed parameters.
           inputs: the leaves of the full batch.
         """
-        results, gradients, after = self._training_program(staged, inputs)
+        results, gradients, after = self._call(self._training_program, staged, inputs)
         for j, slot in enumerate(self.placement.slots):
             if slot.name not in gradients:  # the program returns gradients of trained slots only
                 gradients[slot.name] = self._no_gradient(j, staged[slot.name])
-        return results, gradients, after
+        return in_context(self.mesh, results), gradients, after
 
     def _no_gradient(self, slot: int, held: Any) -> Any:
         """Zeros for state, float0 for integers and frozen weights."""
@@ -88,13 +95,15 @@ class LoopExecutor:
         """The forward program: (weights, inputs) -> (outputs, weights)."""
         ticks = TickLoop.forward(self.loop, self.outputs.roles)
         slots = self.placement.specs()
-        return jax.shard_map(
+        program = jax.shard_map(
             partial(self._forward_on_device, ticks),
             mesh=self.mesh,
             in_specs=(slots, self._input_specs()),
             out_specs=(self.outputs.specs(), slots),
             check_vma=False,  # replayed equations do not say what varies over the mesh
         )
+        # jit: a call that nothing traces compiles once. inline: under a trace nothing changes.
+        return jax.jit(program, inline=True)
 
     @cached_property
     def _training_program(self) -> Callable[[Staged, Sequence[Any]], tuple[list, Staged, Staged]]:
@@ -105,13 +114,15 @@ class LoopExecutor:
         slots = self.placement.specs()
         names = [slot.name for slot in self.placement.slots]
         trained = {name: slots[name] for j, name in enumerate(names) if self.loop.has_gradient(j)}
-        return jax.shard_map(
+        program = jax.shard_map(
             partial(self._train_on_device, ticks),
             mesh=self.mesh,
             in_specs=(slots, self._input_specs()),
             out_specs=(self.outputs.specs(), trained, slots),
             check_vma=False,
         )
+        return jax.jit(program, inline=True)
+        return jax.jit(mapped, inline=True)
 
     def _forward_on_device(
         self, ticks: TickLoop, staged: Staged, inputs: Sequence[Any]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -44,6 +46,29 @@ def input_axes(inputs: Any, in_axes: Any) -> tuple[int | None, ...]:
     avals = [jax.typeof(x) if not hasattr(x, "dtype") else x for x in jax.tree.leaves(inputs)]
     # A scalar has no axis to split.
     return tuple(axis if aval.shape else None for aval, axis in zip(avals, axes, strict=True))
+
+
+def positional_inputs(
+    fn: Callable[..., Any], inputs: tuple[Any, ...], named: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """All inputs of `fn(params, *inputs)` in order, some of them given by name.
+
+    Raises:
+      ValueError: `fn` has no such inputs, or one is missing or given twice.
+    """
+    try:
+        bound = inspect.signature(fn).bind(None, *inputs, **named)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Inputs by name must be those of the function, got {', '.join(named)}: {error}. Pass "
+            "them in the function's order."
+        ) from None
+    if bound.kwargs:
+        raise ValueError(
+            f"Inputs by name must be positional in the function, got {', '.join(bound.kwargs)}. "
+            "Stage a function that takes them by position."
+        )
+    return bound.args[1:]
 
 
 def batch_size(inputs: tuple[Any, ...], in_axes: Any) -> int:

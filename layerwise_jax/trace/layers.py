@@ -123,6 +123,7 @@ class LayerSequence:
         return "\n".join(rows)
 
 
+@_jax.no_context_mesh()
 def trace_layers(fn: Callable[..., Any], params: Any, *inputs: Any) -> LayerSequence:
     """Trace `fn(params, *inputs)` and find its layers.
 
@@ -138,7 +139,8 @@ def trace_layers(fn: Callable[..., Any], params: Any, *inputs: Any) -> LayerSequ
     paths, leaves, params_tree = _jax.key_paths(params)
     input_leaves, inputs_tree = jax.tree.flatten(inputs)
     mutating = with_mutations(fn, params, inputs)
-    jaxpr, outputs = jax.make_jaxpr(mutating or fn, return_shape=True)(params, *inputs)
+    types = jax.tree.map(_without_mesh, (params, *inputs))
+    jaxpr, outputs = jax.make_jaxpr(mutating or fn, return_shape=True)(*types)
     outputs, mutated = (outputs, {}) if mutating is None else outputs
     program = flatten(jaxpr, len(leaves))
     output_leaves, outputs_tree = jax.tree.flatten(outputs)
@@ -161,3 +163,10 @@ def trace_layers(fn: Callable[..., Any], params: Any, *inputs: Any) -> LayerSequ
             "model's parameters as the first argument, and return what is computed from them."
         )
     return LayerSequence(mutating if mutating and mutated else fn, program, layers, signature)
+
+
+def _without_mesh(x: Any) -> Any:
+    """An array of a mesh with Explicit axes as a type without that mesh; others as they are."""
+    if not isinstance(x, jax.Array) or jax.typeof(x).sharding.mesh.empty:
+        return x
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)

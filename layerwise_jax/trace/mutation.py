@@ -29,6 +29,11 @@ class WithMutations:
 
     fn: Callable[..., Any]
 
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """`fn`, whose signature this has."""
+        return self.fn
+
     def __call__(self, params: Any, *inputs: Any) -> tuple[Any, dict[int, Any]]:
         before, tree = jax.tree.flatten(params)
         inputs_before = jax.tree.leaves(inputs)
