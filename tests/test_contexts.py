@@ -17,7 +17,7 @@ import layerwise_jax as lw
 WIDTH, BATCH = 4, 8
 PARAMS = [np.full((WIDTH, WIDTH), 0.1 * (i + 1), np.float32) for i in range(4)]
 X = np.linspace(-1, 1, BATCH * WIDTH, dtype=np.float32).reshape(BATCH, WIDTH)
-KINDS = [AxisType.Auto, AxisType.Explicit]
+KINDS = [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit]
 
 
 def loss(params: list[Any], x: Any) -> Any:
@@ -91,7 +91,6 @@ def test_an_explicit_mesh_of_the_pipeline() -> None:
     pipeline = build(mesh)
     check_calls(pipeline, X)
     with jax.set_mesh(mesh):
-        check_calls(pipeline, X)
         check_calls(pipeline, jax.device_put(X, NamedSharding(mesh, PartitionSpec("data"))))
 
 
@@ -145,7 +144,7 @@ def test_eager_calls_compile_once(compilations: list[str]) -> None:
         assert compilations == []
 
 
-@pytest.mark.parametrize("remat", ["stage", None])
+@pytest.mark.parametrize("remat", ["stage", pytest.param(None, marks=pytest.mark.slow)])
 def test_debug_nans_sees_none(remat: str | None) -> None:
     """Bubbles compute on finite values; a NaN of the function's own is found."""
 

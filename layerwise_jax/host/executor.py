@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from layerwise_jax._jax import no_context_mesh
 from layerwise_jax.host.column_run import ColumnRun
 from layerwise_jax.host.library import Library, Progress
 from layerwise_jax.host.mailbox import Mailboxes, StoppedError
@@ -90,6 +91,7 @@ class HostExecutor:
             runs[column].run(step)
         return Timeline(self.program.schedule, tuple(clock.spans))
 
+    @no_context_mesh()
     def evaluate(self, staged: Staged, inputs: Sequence[Any]) -> tuple[list[Any], HostStaged]:
         """All outputs for the batch, and the placed parameters with new state.
 
@@ -101,6 +103,7 @@ class HostExecutor:
         results = self._outputs(runs)
         return results, self._with_state(staged, runs, results)
 
+    @no_context_mesh()
     def value_and_grad(
         self, staged: Staged, inputs: Sequence[Any]
     ) -> tuple[list[Any], HostStaged, HostStaged]:

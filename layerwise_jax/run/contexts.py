@@ -50,6 +50,11 @@ def on_own_mesh(
         )
 
 
+def moved_to(mesh: Mesh, tree: Any) -> Any:
+    """Arrays of other meshes moved to `mesh`, replicated; others as they are."""
+    return jax.tree.map(lambda x: _moved_in(x, NamedSharding(mesh, REPLICATED)), tree)
+
+
 def in_context(mesh: Mesh, results: Any) -> Any:
     """Results of a call on the caller's context mesh, if there is one that asks for it.
 

@@ -122,7 +122,6 @@ class LoopExecutor:
             check_vma=False,
         )
         return jax.jit(program, inline=True)
-        return jax.jit(mapped, inline=True)
 
     def _forward_on_device(
         self, ticks: TickLoop, staged: Staged, inputs: Sequence[Any]

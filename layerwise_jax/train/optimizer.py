@@ -20,6 +20,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from layerwise_jax._jax import no_context_mesh
 from layerwise_jax.mesh import STAGE
 from layerwise_jax.stage.placement import Placement, Staged
 from layerwise_jax.trace.program import Operand, Value, Weight
@@ -50,11 +51,13 @@ class StagedOptimizer:
     optimizer: optax.GradientTransformation
     shard_over_data: bool = False
 
+    @no_context_mesh()
     def init(self, staged: Staged) -> StagedState:
         """Initial state for placed parameters."""
         self.placement.check_staged(staged)
         return self._jitted_init(staged)
 
+    @no_context_mesh()
     def update(
         self, grads: Staged, state: StagedState, staged: Staged | None = None
     ) -> tuple[Staged, StagedState]:
@@ -219,6 +222,7 @@ class StagedOptimizer:
         return StateLayout(self.placement, self.traced, self.mesh, self.shard_over_data)
 
 
+@no_context_mesh()
 def stage_optimizer(
     placement: Placement,
     trainable: Sequence[bool],

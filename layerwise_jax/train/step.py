@@ -11,6 +11,8 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from layerwise_jax._jax import no_context_mesh
+from layerwise_jax.run.contexts import in_context, moved_to
 from layerwise_jax.stage.placement import Placement, Staged
 from layerwise_jax.train.optimizer import StagedOptimizer, StagedState, stage_optimizer
 
@@ -30,7 +32,7 @@ class Trains(Protocol):
     @property
     def loop(self) -> Any: ...
 
-    def value_and_grad(self, staged: Staged, *inputs: Any) -> tuple[Any, Staged]: ...
+    def value_and_grad(self, staged: Staged, *inputs: Any, **named: Any) -> tuple[Any, Staged]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +52,7 @@ class TrainStep:
         return self.optimizer.init(staged)
 
     def __call__(
-        self, staged: Staged, state: StagedState, *inputs: Any
+        self, staged: Staged, state: StagedState, *inputs: Any, **named: Any
     ) -> tuple[Staged, StagedState, Any]:
         """Train on one batch. `staged` and `state` are donated: use the returned ones.
 
@@ -59,16 +61,20 @@ class TrainStep:
           is among the parameters. The value is what the loss function returns, with None in place
           of new model state.
         """
-        return self._jitted(staged, state, *inputs)
+        mesh = self.pipeline.mesh
+        with no_context_mesh():
+            inputs, named = moved_to(mesh, (inputs, named))
+            staged, state, value = self._jitted(staged, state, *inputs, **named)
+        return staged, state, in_context(mesh, value)
 
     @cached_property
     def _jitted(self) -> Callable[..., tuple[Staged, StagedState, Any]]:
         return jax.jit(self._step, donate_argnums=(0, 1))
 
     def _step(
-        self, staged: Staged, state: StagedState, *inputs: Any
+        self, staged: Staged, state: StagedState, *inputs: Any, **named: Any
     ) -> tuple[Staged, StagedState, Any]:
-        value, grads = self.pipeline.value_and_grad(staged, *inputs)
+        value, grads = self.pipeline.value_and_grad(staged, *inputs, **named)
         updates, state = self.optimizer.update(grads, state, staged)
         if self.pipeline.loop.has_state:
             value, staged = value
