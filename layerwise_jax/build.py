@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from layerwise_jax import processes
 from layerwise_jax._arguments import checked_int
 from layerwise_jax._jax import no_context_mesh
 from layerwise_jax.batch.analysis import BatchOptions, analyze_batching
@@ -19,9 +22,11 @@ from layerwise_jax.pipeline import Pipeline
 from layerwise_jax.plan import Plan, Sizes, make_plan
 from layerwise_jax.run.contexts import automatic
 from layerwise_jax.schedule.registry import make_schedule
+from layerwise_jax.schedule.table import Schedule
 from layerwise_jax.stage.align import align_stages
 from layerwise_jax.stage.checks import check_stageable, find_frozen
 from layerwise_jax.stage.cut import cut_stages
+from layerwise_jax.stage.hosts import HostTraffic, host_traffic
 from layerwise_jax.stage.inputs import input_axes
 from layerwise_jax.stage.slots import assign_slots
 from layerwise_jax.stage.staged_program import StagedProgram
@@ -93,6 +98,8 @@ def build_pipeline(
     sizes = sizes or measured_by_shape(layers)
     chosen = choose_executor(options, loop, schedule, mesh, _stage_flops(boundaries, sizes))
     plan = _plan(partition, loop, sizes)
+    if (owners := processes.owners(mesh)) is not None:
+        plan = replace(plan, notes=(*plan.notes, str(_traffic(owners, plan, schedule))))
     options = _with_defaults(options, mesh).updated(executor=chosen)
     return Pipeline(layers, mesh, loop, batching, plan, schedule, options)
 
@@ -155,6 +162,17 @@ def _staged_program(
         renewed=state.renewed,
         frozen=frozen | renewed,
         bubble_fill=options.bubble_fill,
+    )
+
+
+def _traffic(owners: np.ndarray, plan: Plan, schedule: Schedule) -> HostTraffic:
+    """Bytes that cross between processes, given int[data, stage] processes of the devices."""
+    return host_traffic(
+        owners,
+        [schedule.device_of_stage[stage] for stage in range(len(plan.stages))],
+        [stage.send_bytes for stage in plan.stages],
+        [stage.weight_bytes for stage in plan.stages],
+        schedule.num_microbatches,
     )
 
 

@@ -48,6 +48,18 @@ def are_of_several(devices: Sequence[Any]) -> bool:
     return len({device.process_index for device in devices}) > 1
 
 
+def owners(mesh: Mesh) -> np.ndarray | None:
+    """int[replicas, stage devices], the process of every device; None if all have one process.
+
+    Axes other than `stage` count as replicas.
+    """
+    if not are_of_several(list(mesh.devices.flat)):
+        return None
+    indices = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    stage = mesh.axis_names.index("stage")
+    return np.moveaxis(indices, stage, -1).reshape(-1, mesh.devices.shape[stage])
+
+
 def are_local(devices: Sequence[Any]) -> bool:
     """True if all of the devices are there and belong to this process."""
     return set(devices) <= set(jax.local_devices())

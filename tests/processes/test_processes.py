@@ -53,6 +53,7 @@ def check(results: list[dict[str, Any]], num_devices: int) -> None:
             assert result[name] < TOLERANCE, name
         assert max(result["training_and_checkpoints"].values()) < 10 * TOLERANCE
         assert result["gather_to_shardings_that_are_asked_for"] == [True, False]
+        assert result["plan_prints_what_crosses_processes"]
         assert result["devices_without_a_mesh"] == num_devices
         held, whole = result[own]
         assert held * len(results) == whole

@@ -256,6 +256,13 @@ def plans_and_programs(case: Case) -> list[str]:
 
 
 @check
+def plan_prints_what_crosses_processes(case: Case) -> bool:
+    """Four microbatches of float32[4, WIDTH] over the one boundary between two processes."""
+    crossing = 4 * 4 * WIDTH * 4 * (jax.process_count() - 1) // 1024
+    return f"cross {crossing} KiB of activations" in " ".join(str(case.pipeline.plan).split())
+
+
+@check
 def devices_without_a_mesh(case: Case) -> int:
     pipeline = staged(case, None)
     return pipeline.mesh.devices.size
