@@ -16,11 +16,10 @@ from layerwise_jax._jax import no_context_mesh
 from layerwise_jax.batch.analysis import BatchOptions, analyze_batching
 from layerwise_jax.host.choice import choose_executor
 from layerwise_jax.measure.layers import measured_by_shape
-from layerwise_jax.mesh import STAGE, check_mesh
+from layerwise_jax.mesh import STAGE, automatic, check_mesh
 from layerwise_jax.options import PipelineOptions
 from layerwise_jax.pipeline import Pipeline
 from layerwise_jax.plan import Plan, Sizes, make_plan
-from layerwise_jax.run.contexts import automatic
 from layerwise_jax.schedule.registry import make_schedule
 from layerwise_jax.schedule.table import Schedule
 from layerwise_jax.stage.align import align_stages

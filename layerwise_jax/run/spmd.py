@@ -13,8 +13,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from layerwise_jax.mesh import DATA, STAGE
-from layerwise_jax.run.contexts import in_context, on_own_mesh
+from layerwise_jax.mesh import DATA, STAGE, in_context, on_own_mesh
 from layerwise_jax.run.outputs import Outputs
 from layerwise_jax.run.tick import Backward
 from layerwise_jax.run.ticks import TickLoop

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from layerwise_jax._jax import no_context_mesh
-from layerwise_jax.run.contexts import in_context, moved_to
+from layerwise_jax.mesh import in_context, moved_to
 from layerwise_jax.stage.placement import Placement, Staged
 from layerwise_jax.train.optimizer import StagedOptimizer, StagedState, stage_optimizer
 
