@@ -8,6 +8,7 @@ item of checksums, since orbax does not notice changed bits in large arrays.
 from __future__ import annotations
 
 import operator
+import shutil
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,8 @@ except ImportError as error:
 BARE = "array"
 """Name on disk of a tree that is a single array."""
 CHECKSUMS = "checksums"
+DOOMED = "0.orbax-checkpoint-tmp-deleted"
+"""Directory of steps to delete; orbax cleans up directories named so, and reads none of them."""
 Types = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
@@ -95,6 +98,7 @@ def open_to_write(
         create=True,
         cleanup_tmp_directories=True,
         max_to_keep=keep and operator.index(keep),
+        todelete_subdir=DOOMED,
         enable_async_checkpointing=in_background,
     )
 
@@ -107,10 +111,21 @@ def start_step(orbax: ocp.CheckpointManager, step: int, trees: Mapping[str, Any]
     """
     items = {item: _savable(item, tree) for item, tree in trees.items() if jax.tree.leaves(tree)}
     sums = {item: checksums(_by_name(tree)) for item, tree in items.items()}
-    saves = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
+    saves: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
     saves[CHECKSUMS] = ocp.args.JsonSave(sums)
     saved = orbax.save(operator.index(step), args=ocp.args.Composite(**saves))
     assert saved, "orbax skipped the latest step"
+    _delete_doomed(directory=Path(orbax.directory))
+
+
+def _delete_doomed(directory: Path) -> None:
+    """Delete the steps that orbax has moved out of sight because newer ones are kept.
+
+    By itself orbax deletes file by file under the step's own name, so that a killed process would
+    leave half of a step behind.
+    """
+    if processes.is_main():
+        shutil.rmtree(directory / DOOMED, ignore_errors=True)
 
 
 def find_step(directory: Path, step: int | None) -> int:

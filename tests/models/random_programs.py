@@ -251,3 +251,24 @@ def _with_names(layers: Sequence[Layer], dense: list[str], path: str = "") -> li
         inner = tuple(_with_names(layer.inner, dense, f"{name}."))
         named.append(Layer(kind, name if owns else "", layer.choice, inner))
     return named
+
+
+def random_program(
+    rng: np.random.Generator, max_layers: int, without: Sequence[str] = ()
+) -> RandomProgram:
+    """Program of 2 to `max_layers` layers from a generator of numpy, without some kinds."""
+    kinds = [x for x in (*WEIGHTS, *UNWEIGHTED, *REUSING) if x not in without]
+
+    def plain() -> Layer:
+        return Layer(str(rng.choice(kinds)), choice=int(rng.integers(21)))
+
+    def any_layer() -> Layer:
+        if rng.random() < 0.75:
+            return plain()
+        inner = tuple(plain() for _ in range(rng.integers(1, 3)))
+        return Layer(str(rng.choice(GROUPING)), inner=inner)
+
+    first = Layer(str(rng.choice(["dense", "bottleneck", "scan"])))
+    rest = [any_layer() for _ in range(rng.integers(1, max_layers))]
+    outputs = tuple(int(x) for x in rng.integers(0, 21, rng.integers(0, 3)))
+    return RandomProgram(tuple(_with_names([first, *rest], [])), outputs)
