@@ -2,6 +2,7 @@
 # make check   lint, format, types and a sample of the tests, in about four minutes
 # make test    lint, format, types and tests, as CI runs them
 # make slow    the tests that are marked slow
+# make soak    10,000 random pipelines, 10,000 mutated files, 200 kills while saving, 1,000 runs; resumable, hours
 # make oldest  the tests alone, on the oldest JAX that pyproject.toml allows
 # make lock    pins the newest versions that pyproject.toml allows
 #
@@ -25,7 +26,7 @@ IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 12))
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: demo check test slow oldest lint types format lock clean
+.PHONY: demo check test slow soak oldest lint types format lock clean
 
 demo: $(DEMO_INSTALLED)
 	$(BIN)/python -m experiments.quickstart
@@ -38,6 +39,11 @@ test: lint types
 
 slow: $(TEST_INSTALLED)
 	$(PYTEST) -m slow
+
+# Resumes from SOAK_PROGRESS; SOAK_ARGS may set --seed and the counts (python -m tests.soak --help).
+SOAK_PROGRESS ?= .soak.json
+soak: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.soak --progress $(SOAK_PROGRESS) $(SOAK_ARGS)
 
 oldest: VENV := .venv-oldest
 oldest:
