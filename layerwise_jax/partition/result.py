@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
-from layerwise_jax._tables import plural
+from layerwise_jax._tables import plural, wrapped
 
 _STAGES_PRINTED = 64
 
@@ -147,7 +147,8 @@ class Partition:
             head += f", {self.objective} {self.objective_value:.6g}"
         if self.fewest_stages is not None:
             head += f", fewest stages that fit {self.fewest_stages}"
-        return "\n".join([head, *self._rows(), self.limits, f"Lower bound: {self.proof}"])
+        tail = [self.limits, f"Lower bound: {self.proof}"]
+        return "\n".join([*wrapped([head]), *self._rows(), *wrapped(tail)])
 
     def _rows(self) -> list[str]:
         rows = [f"{'stage':>5} {'layers':>13} {'load':>12} {'bytes':>16} {'of capacity':>11}"]

@@ -202,7 +202,9 @@ def test_a_repr_is_one_line():
 
 
 def test_a_partition_prints_its_figures():
-    text = str(solve([1, 2, 3, 4], [10, 10, 10, 10], max_stages=2, capacity=30))
+    lines = str(solve([1, 2, 3, 4], [10, 10, 10, 10], max_stages=2, capacity=30)).splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
     assert (
         "4 layers over 2 stages by dp: bottleneck 6, lower bound 6, gap 0.00%, fewest stages that "
         "fit 2" in text
