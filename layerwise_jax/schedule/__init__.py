@@ -18,6 +18,7 @@ from layerwise_jax.schedule.registry import (
     ScheduleName,
     make_schedule,
 )
+from layerwise_jax.schedule.sizes import SizeChoice, SizeSearch, SizeTimes, choose_sizes
 from layerwise_jax.schedule.table import Action, Schedule, ScheduleError, round_robin
 from layerwise_jax.schedule.timing import ScheduleSimulation, simulate_schedule
 from layerwise_jax.schedule.v_shaped import dualpipe_v, zb_v
@@ -42,6 +43,10 @@ __all__ = [
     "ScheduleName",
     "make_schedule",
     "defer",
+    "SizeChoice",
+    "SizeSearch",
+    "SizeTimes",
+    "choose_sizes",
     "check",
     "ScheduleSimulation",
     "simulate_schedule",

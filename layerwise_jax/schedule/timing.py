@@ -6,13 +6,14 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from layerwise_jax.schedule.table import Action, ActionKind, Schedule
 from layerwise_jax.schedule.validation import check
 
-# Seconds: one number for all stages (or boundaries), or an array of one for each.
+# Seconds: one number for all stages (or boundaries), one for each, or [stages, microbatches].
 Seconds = ArrayLike
+Floats = NDArray[np.float64]
 
 
 class Span(NamedTuple):
@@ -95,7 +96,8 @@ def simulate_schedule(
 
     Args:
       schedule: any schedule that `check` accepts.
-      forward_seconds: seconds of a forward of one microbatch, one number or one for each stage.
+      forward_seconds: seconds of a forward of one microbatch: one number, one for each stage, or
+        [stages, microbatches] where microbatches differ in size.
       backward_seconds: seconds of input and weight gradient together, in the same form.
       weight_gradient_seconds: seconds of W if the backward is split; None for half of
         `backward_seconds`.
@@ -109,7 +111,7 @@ def simulate_schedule(
     """
     check(schedule)
     costs = _kind_seconds(schedule, forward_seconds, backward_seconds, weight_gradient_seconds)
-    links = _per_item("link_seconds", link_seconds, schedule.num_stages - 1, "boundary")
+    links = _per_boundary("link_seconds", link_seconds, schedule.num_stages - 1)
     spans = (
         _run_in_step(schedule, costs, links) if lockstep else _run_freely(schedule, costs, links)
     )
@@ -117,7 +119,7 @@ def simulate_schedule(
 
 
 def _run_freely(
-    schedule: Schedule, costs: Mapping[ActionKind, Sequence[float]], links: Sequence[float]
+    schedule: Schedule, costs: Mapping[ActionKind, Floats], links: Sequence[float]
 ) -> list[Span]:
     """Spans of devices that wait only for operands.
 
@@ -132,14 +134,14 @@ def _run_freely(
             for need in action.needs(schedule.num_stages)
         )
         start = max(free_at[device], *arrivals, 0.0)
-        free_at[device] = start + costs[action.kind][action.stage]
+        free_at[device] = start + float(costs[action.kind][action.stage, action.microbatch])
         spans.append(Span(action, device, start, free_at[device]))
         done_at.update(dict.fromkeys(action.effects, free_at[device]))
     return spans
 
 
 def _run_in_step(
-    schedule: Schedule, costs: Mapping[ActionKind, Sequence[float]], links: Sequence[float]
+    schedule: Schedule, costs: Mapping[ActionKind, Floats], links: Sequence[float]
 ) -> list[Span]:
     """Spans of devices that all start a tick together."""
     spans: list[Span] = []
@@ -151,7 +153,7 @@ def _run_in_step(
             now = tick_start
             for action in cell:
                 start = now
-                now = now + costs[action.kind][action.stage]
+                now += float(costs[action.kind][action.stage, action.microbatch])
                 spans.append(Span(action, device, start, now))
                 slowest_link = max(slowest_link, _sending_seconds(schedule, action, links))
             tick_end = max(tick_end, now)
@@ -179,33 +181,48 @@ def _kind_seconds(
     forward_seconds: Seconds,
     backward_seconds: Seconds,
     weight_gradient_seconds: Seconds | None,
-) -> dict[ActionKind, list[float]]:
-    forward = _per_item("forward_seconds", forward_seconds, schedule.num_stages, "stage")
-    backward = _per_item("backward_seconds", backward_seconds, schedule.num_stages, "stage")
+) -> dict[ActionKind, Floats]:
+    """Kind -> [stages, microbatches], seconds of each action."""
+    forward = _per_action("forward_seconds", forward_seconds, schedule)
+    backward = _per_action("backward_seconds", backward_seconds, schedule)
     if weight_gradient_seconds is None:
-        weight_gradient_seconds = [seconds / 2 for seconds in backward]
-    weight_gradient = _per_item(
-        "weight_gradient_seconds", weight_gradient_seconds, schedule.num_stages, "stage"
-    )
-    input_gradient = [whole - part for whole, part in zip(backward, weight_gradient, strict=True)]
-    for stage, seconds in enumerate(input_gradient):
-        if seconds < 0:
-            raise ValueError(
-                f"weight_gradient_seconds of stage {stage} must be at most its backward_seconds, "
-                f"{backward[stage]}, which include it, got {weight_gradient[stage]}."
-            )
-    return {"F": forward, "B": backward, "I": input_gradient, "W": weight_gradient}
-
-
-def _per_item(name: str, seconds: Seconds, count: int, item: str) -> list[float]:
-    values = np.asarray(seconds, dtype=float)
-    if values.ndim == 0:
-        values = np.full(count, values)
-    if values.shape != (count,):
+        weight_gradient_seconds = backward / 2
+    weight_gradient = _per_action("weight_gradient_seconds", weight_gradient_seconds, schedule)
+    too_long = np.argwhere(weight_gradient > backward)
+    if len(too_long):
+        stage, microbatch = too_long[0]
         raise ValueError(
-            f"{name} must have shape () or ({count},), one number for each {item}, got "
+            f"weight_gradient_seconds of stage {stage} must be at most its backward_seconds, "
+            f"{backward[stage, microbatch]}, which include it, got "
+            f"{weight_gradient[stage, microbatch]}."
+        )
+    return {"F": forward, "B": backward, "I": backward - weight_gradient, "W": weight_gradient}
+
+
+def _per_action(name: str, seconds: Seconds, schedule: Schedule) -> Floats:
+    """[stages, microbatches] of at least 0, from one number, one for each stage, or all."""
+    values = np.asarray(seconds, dtype=float)
+    shape = (schedule.num_stages, schedule.num_microbatches)
+    if values.shape not in ((), shape[:1], shape):
+        raise ValueError(
+            f"{name} must have shape (), ({shape[0]},), one number for each stage, or {shape}, got "
             f"{values.shape}."
         )
+    _check_not_negative(name, values)
+    return np.broadcast_to(values[:, None] if values.ndim == 1 else values, shape)
+
+
+def _per_boundary(name: str, seconds: Seconds, count: int) -> list[float]:
+    values = np.asarray(seconds, dtype=float)
+    if values.shape not in ((), (count,)):
+        raise ValueError(
+            f"{name} must have shape () or ({count},), one number for each boundary, got "
+            f"{values.shape}."
+        )
+    _check_not_negative(name, values)
+    return np.broadcast_to(values, (count,)).tolist()
+
+
+def _check_not_negative(name: str, values: Floats) -> None:
     if not np.all(values >= 0):
         raise ValueError(f"{name} must be at least 0, got {values}.")
-    return values.tolist()

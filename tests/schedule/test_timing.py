@@ -25,6 +25,19 @@ def test_a_link_delays_only_what_crosses_devices():
     )
 
 
+def test_microbatches_may_differ_in_size():
+    # Sizes 1, 3, 2 on two stages, 1 second an example forward, 2 backward.
+    sizes = [1.0, 3.0, 2.0]
+    forward = [sizes, sizes]
+    backward = [[2 * size for size in sizes]] * 2
+    simulation = simulate_schedule(gpipe(2, 3), forward, backward)
+    # Stage 1: forwards to 9, backwards of 2, 6 and 4 seconds to 11, 17 and 21. Stage 0: backwards
+    # from 11, from 17 to 23, and from 23 to 27.
+    assert simulation.makespan == 27
+    assert simulation.busy_seconds == (18, 18)
+    assert simulate_schedule(gpipe(2, 3), 2, [1, 2]).busy_seconds == (9, 12)
+
+
 def test_uneven_stages_wait_for_the_slowest():
     simulation = simulate_schedule(forward_only(3, 4), [1, 3, 2], 0)
     assert simulation.makespan == 1 + 4 * 3 + 2
@@ -61,7 +74,7 @@ def test_a_simulation_prints_its_figures():
 @pytest.mark.parametrize(
     ("costs", "message"),
     [
-        ({"forward_seconds": [1, 2, 3]}, r"forward_seconds must .*\(2,\), .* got \(3,\)"),
+        ({"forward_seconds": [1, 2, 3]}, r"forward_seconds must .*\(2,\), .* \(2, 2\), got \(3,\)"),
         ({"backward_seconds": -1}, "backward_seconds must be at least 0"),
         ({"link_seconds": [1, 1]}, r"link_seconds must .*\(1,\), one number for each boundary"),
         (
