@@ -1,10 +1,11 @@
-"""The same training by NVIDIA's JaxPP, in a process and an environment of its own.
+"""JaxPP's programs for a subject, run in a separate process and environment.
 
     PYTHON_OF_JAXPP -m experiments.training.jaxpp_rival SUBJECT STAGES MICROBATCHES
 
-Answers on standard output, a line of JSON each: first what compiling took, of every program; then,
-for every line that comes in, one repetition of every program. The unstaged steps are among them,
-since this JAX is another one. Needs neither layerwise_jax nor the Python version that it asks for.
+Writes lines of JSON to standard output: first the compile time of every program; then, for every
+line read from standard input, one repetition of every program. The unstaged steps are among them,
+since this JAX is another one. The environment needs JaxPP and Flax; of layerwise_jax only the
+example models are imported, so an older Python is sufficient.
 """
 
 import json

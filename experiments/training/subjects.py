@@ -1,7 +1,6 @@
 """Training subjects: loss, parameters, batch and possible cuts.
 
-Used by the staged runs and by the rival alike, which has another JAX: nothing here knows about
-either of them.
+Imported by the staged runs and by the rival, which has another JAX, so it imports neither.
 """
 
 from collections.abc import Callable, Sequence
