@@ -55,11 +55,13 @@ PRESETS = {
 }
 RIVALS = ("one", "replicas", "tensor", "fsdp")
 LAYER_WISE = ("stored", "recomputed")
-# Executor `host` by what backward goes by: all residuals, products and attention, or nothing.
-HOST: dict[str, Literal["cheap", "stage"] | None] = {
-    "host": None,
-    "host_cheap": "cheap",
-    "host_recomputed": "stage",
+# Executor `host`: (what forward keeps, weight gradients that each later stage defers).
+HOST: dict[str, tuple[Literal["cheap", "stage"] | None, int]] = {
+    "host": (None, 0),
+    "host_cheap": ("cheap", 0),
+    "host_recomputed": ("stage", 0),
+    "host_deferred": (None, 4),
+    "host_cheap_deferred": ("cheap", 4),
 }
 # The share of the time after which nothing more is compiled, so that what is compiled can still
 # run.
@@ -225,9 +227,10 @@ def builders(
             if kind in STRATEGIES.value:
                 make = partial(layer_wise, *sizes, remat, options)
                 staged[f"{kind}, M = {count}"] = partial(_compile, make, shape)
-        for kind, kept in HOST.items():
+        for kind, (kept, deferred) in HOST.items():
             if kind in STRATEGIES.value:
-                staged[f"{kind}, M = {count}"] = partial(host_driven, *sizes, kept, options)
+                make_host = partial(host_driven, *sizes, kept, options, deferred)
+                staged[f"{kind}, M = {count}"] = make_host
     # What all losses are compared with comes first, then one layer-wise run, then its rivals, then
     # its variants.
     order = sorted(

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.sharding import Sharding as ArraySharding
 
+import layerwise_jax as lw
 from experiments.training.gpu_measure import Compiled
 from experiments.training.gpu_model import Model
 from experiments.training.gpu_staged import stage_model
@@ -63,21 +64,35 @@ def host_driven(
     microbatches: int,
     remat: Remat | None,
     options: dict[str, Any],
+    deferred: int = 0,
 ) -> Compiled:
-    """The strategy, compiled: all programs of its stages; the optimizer's with the first step."""
+    """The strategy, compiled: all programs of its stages; the optimizer's with the first step.
+
+    `deferred` weight gradients of every stage but the first wait for the end of the step, where
+    those stages are idle while the first one finishes.
+    """
+    stages = len(devices)
+    schedule = lw.schedule.one_f_one_b(stages, microbatches, paired=True)
+    if deferred:
+        schedule = lw.schedule.defer(
+            schedule, [min(deferred * s, microbatches) for s in range(stages)]
+        )
     staged = stage_model(
         model,
         devices,
         examples,
         microbatches,
         remat=remat,
+        schedule=schedule,
         executor="host",
         xla_options=options,
     )
     everywhere = NamedSharding(staged.pipeline.mesh, PartitionSpec())
     how = f"{staged.how}, programs per stage driven by host threads, {KEPT[remat]}"
+    how += f", {deferred} weight gradients deferred a stage" if deferred else ""
+    suffix = f", {deferred} deferred" if deferred else ""
     strategy = HostStrategy(
-        name=f"layer-wise (host), M = {microbatches}, {remat or 'all'}",
+        name=f"layer-wise (host), M = {microbatches}, {remat or 'all'}{suffix}",
         how=how,
         devices=len(devices),
         tokens=everywhere,

@@ -53,11 +53,10 @@ def stage_model(
         mesh,
         microbatches,
         reduce="mean",
-        schedule="1f1b",
         # The analysis of microbatching cannot look into cuDNN's kernel, which treats each example
         # alone.
         batch_statistics="per_microbatch" if model.attention == "cudnn" else None,
-        **choices,
+        **{"schedule": "1f1b", **choices},
     )
     bubble = (len(devices) - 1) / (microbatches + len(devices) - 1)
     figures = {

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 
 from layerwise_jax.host.compiled import StageCalls
-from layerwise_jax.host.mailbox import Key, Mailboxes, StoppedError
 from layerwise_jax.host.stage_program import StageProgram
+from layerwise_jax.host.workers import Key, Mailboxes, StoppedError
 from layerwise_jax.schedule.columns import Step
 from layerwise_jax.trace.program import Value, Weight
 
@@ -81,7 +81,7 @@ class ColumnRun:
     listed: dict[int, list[Any]] = field(default_factory=dict)
     failed: Step | None = None
     _held: dict[tuple[int, int], Held] = field(default_factory=dict)
-    _cotangents: dict[tuple[int, int], Arrays] = field(default_factory=dict)
+    _operands: dict[tuple[int, int], Arrays] = field(default_factory=dict)
 
     def run(self, step: Step) -> None:
         """Do one step.
@@ -121,7 +121,7 @@ class ColumnRun:
             self.sums,
             self.listed,
             self._held,
-            self._cotangents,
+            self._operands,
         ):
             arrays.clear()
 
@@ -162,35 +162,43 @@ class ColumnRun:
 
     def _backward(self, step: Step, calls: StageCalls) -> None:
         stage = calls.functions.stage
-        read = self._read_by_backward(step, stage, last=True)
+        read = self._read_by_backward(step, stage)
         accumulators, cotangents = self._call(step.stage, "B", self._accumulators(stage), *read)
         self._send_back(stage, cotangents, step.microbatch)
         self.accumulators.update(zip(stage.trained, accumulators, strict=True))
 
     def _input_gradients(self, step: Step, calls: StageCalls) -> None:
-        stage = calls.functions.stage
-        read = self._read_by_backward(step, stage, last=not stage.trained)
-        cotangents = self._call(step.stage, "I", *read)
+        """Backward, but for gradients that are products, whose operands are kept."""
+        functions = calls.functions
+        stage = functions.stage
+        rest = [x for j, x in enumerate(stage.trained) if j not in functions.products]
+        read = self._read_by_backward(step, stage)
+        given = tuple(self.accumulators[x] for x in rest)
+        accumulators, cotangents, computed = self._call(step.stage, "I", given, *read)
         self._send_back(stage, cotangents, step.microbatch)
+        self.accumulators.update(zip(rest, accumulators, strict=True))
+        _, live_in, _, _, stash, came, _ = read
+        groups = {"computed": computed, "live_in": live_in, "stash": stash, "cotangents": came}
+        operands = tuple(groups[group][place] for group, place in functions.operand_sources)
+        if operands:
+            self._operands[step.stage, step.microbatch] = operands
 
     def _weight_gradients(self, step: Step, calls: StageCalls) -> None:
-        stage = calls.functions.stage
-        read = self._read_by_backward(step, stage, last=True)
-        accumulators = self._call(step.stage, "W", self._accumulators(stage), *read)
-        self.accumulators.update(zip(stage.trained, accumulators, strict=True))
+        functions = calls.functions
+        products = [functions.stage.trained[j] for j in functions.products]
+        operands = self._operands.pop((step.stage, step.microbatch))
+        given = tuple(self.accumulators[x] for x in products)
+        accumulators = self._call(step.stage, "W", given, operands)
+        self.accumulators.update(zip(products, accumulators, strict=True))
 
-    def _read_by_backward(self, step: Step, stage: StageProgram, *, last: bool) -> tuple[Any, ...]:
-        """What the backward of a microbatch reads; dropped here if this is the last time."""
-        key = step.stage, step.microbatch
-        if key not in self._cotangents:
-            self._cotangents[key] = tuple(
-                self.mail.get(Key("cotangent", x, consumer, step.microbatch), wait=self.waits)
-                for x, consumers in stage.pulled.items()
-                for consumer in consumers
-            )
-        held, cotangents = self._held[key], self._cotangents[key]
-        if last:
-            del self._held[key], self._cotangents[key]
+    def _read_by_backward(self, step: Step, stage: StageProgram) -> tuple[Any, ...]:
+        """What the backward of a microbatch reads, which the column no longer holds then."""
+        cotangents = tuple(
+            self.mail.get(Key("cotangent", x, consumer, step.microbatch), wait=self.waits)
+            for x, consumers in stage.pulled.items()
+            for consumer in consumers
+        )
+        held = self._held.pop((step.stage, step.microbatch))
         inputs, index = self._inputs(stage), self.indices[step.microbatch]
         return (
             self._prepared(stage),

@@ -105,16 +105,35 @@ class StageCalls:
         index: Any,
     ) -> tuple[Arrays, Arrays]:
         """(accumulators, cotangents of live_in)."""
-        gradients, of_live = self._pull(prepared, live_in, inputs, state, stash, cotangents, index)
+        arguments = self._arguments(prepared, live_in, inputs, state, index)
+        gradients, of_live = self.functions.backward(arguments, _local(stash), _local(cotangents))
         return _added(accumulators, gradients), tuple(map(_held, of_live))
 
-    def input_gradients(self, *arguments: Any) -> Arrays:
-        """Cotangents of live_in alone."""
-        return tuple(map(_held, self._pull(*arguments)[1]))
+    def input_gradients(
+        self,
+        accumulators: Arrays,
+        prepared: Arrays,
+        live_in: Arrays,
+        inputs: Arrays,
+        state: Arrays,
+        stash: Arrays,
+        cotangents: Arrays,
+        index: Any,
+    ) -> tuple[Arrays, ...]:
+        """(accumulators of what is no product, cotangents of live_in, operands of products)."""
+        arguments = self._arguments(prepared, live_in, inputs, state, index)
+        gradients, of_live, operands = self.functions.input_gradients(
+            arguments, _local(stash), _local(cotangents)
+        )
+        return (
+            _added(accumulators, gradients),
+            tuple(map(_held, of_live)),
+            tuple(map(_held, operands)),
+        )
 
-    def weight_gradients(self, accumulators: Arrays, *arguments: Any) -> Arrays:
-        """Accumulators alone."""
-        return _added(accumulators, self._pull(*arguments)[0])
+    def weight_gradients(self, accumulators: Arrays, operands: Arrays) -> Arrays:
+        """Accumulators of what is a product."""
+        return _added(accumulators, self.functions.weight_gradients(_local(operands)))
 
     def both(
         self,
@@ -131,20 +150,6 @@ class StageCalls:
         results, gradients, of_live = self.functions.both(arguments)
         sums, _, listed, new_state = self._split(sums, results)
         return _added(accumulators, gradients), sums, tuple(map(_held, of_live)), listed, new_state
-
-    def _pull(
-        self,
-        prepared: Arrays,
-        live_in: Arrays,
-        inputs: Arrays,
-        state: Arrays,
-        stash: Arrays,
-        cotangents: Arrays,
-        index: Any,
-    ) -> tuple[Sequence[Any], Sequence[Any]]:
-        """(gradients of trained prepared values, cotangents of live_in) of one microbatch."""
-        arguments = self._arguments(prepared, live_in, inputs, state, index)
-        return self.functions.backward(arguments, _local(stash), _local(cotangents))
 
     def _arguments(
         self, prepared: Arrays, live_in: Arrays, inputs: Arrays, state: Arrays, index: Any
@@ -216,10 +221,14 @@ class StageSignature:
         match kind:
             case "F" | "E":
                 return sums, *read, index
-            case "B" | "W":
+            case "B":
                 return accumulators, *read, stash, cotangents, index
             case "I":
-                return *read, stash, cotangents, index
+                rest = tuple(x for j, x in enumerate(accumulators) if j not in functions.products)
+                return rest, *read, stash, cotangents, index
+            case "W":
+                products = tuple(accumulators[j] for j in functions.products)
+                return products, tuple(map(self.per_replica, functions.operand_avals))
             case "FB":
                 return accumulators, sums, *read, index
         raise AssertionError(kind)
@@ -227,7 +236,7 @@ class StageSignature:
     def specs(self, kind: str) -> tuple[tuple[Any, ...], Any]:
         """(in_specs, out_specs) of a program under `shard_map`."""
         arguments = jax.tree.map(lambda x: x.sharding.spec, self.of(kind))
-        count = {"F": 5, "E": 5, "B": 2, "FB": 5}.get(kind)
+        count = {"F": 5, "E": 5, "B": 2, "I": 3, "FB": 5}.get(kind)
         return arguments, self.replica_spec if count is None else (self.replica_spec,) * count
 
     @property
@@ -275,7 +284,7 @@ def jit_stage(calls: StageCalls, kind: str, name: str) -> Any:
         return run(*arguments)
 
     program.__name__ = program.__qualname__ = name
-    donated = {"F": (0,), "E": (0,), "B": (0,), "W": (0,), "FB": (0, 1), "I": ()}[kind]
+    donated = {"F": (0,), "E": (0,), "B": (0,), "W": (0,), "I": (0,), "FB": (0, 1)}[kind]
     return jax.jit(program, donate_argnums=donated)
 
 

@@ -13,16 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
-from layerwise_jax import _jax
 from layerwise_jax.host.stage_program import StageProgram
 from layerwise_jax.options import Remat
+from layerwise_jax.trace.derivative import type_of
+from layerwise_jax.trace.products import FlatBackward, flatten_backward
 from layerwise_jax.trace.program import BatchSlice, Program, evaluate
+from layerwise_jax.trace.vjp import Linearization, classify_leaves, run_part
 
 Arrays = tuple[Any, ...]
 
@@ -32,6 +34,10 @@ EXPENSIVE = frozenset(
     "dot_general conv_general_dilated ragged_dot ragged_dot_general scan while cond sort top_k fft "
     "cholesky lu qr eigh svd triangular_solve custom_partitioning pallas_call ffi_call".split()
 )
+
+
+# Arguments of backward that the column still holds when deferred products are made.
+KEPT = ("live_in", "stash", "cotangents")
 
 
 class StageArguments(NamedTuple):
@@ -46,38 +52,6 @@ class StageArguments(NamedTuple):
     number: Any
 
 
-class Leaf(NamedTuple):
-    """Where backward finds a leaf of the vjp: kind "argument", "remade" or "stashed", and the place
-    there.
-    """
-
-    kind: Literal["argument", "remade", "stashed"]
-    place: int
-
-
-@dataclass(frozen=True, eq=False)
-class Linearization:
-    """A stage's forward and vjp as one jaxpr.
-
-    Attributes:
-      jaxpr: (stage arguments, flat) to (results, then leaves of the vjp, flat).
-      num_results: how many of the jaxpr's results are the stage's.
-      tree: the structure of the vjp.
-      leaves: where backward finds each leaf of the vjp.
-      stashed: the jaxpr's results that are stashed, by position.
-      remade: the jaxpr's results that backward makes again.
-      avals: the types of what is stashed.
-    """
-
-    jaxpr: Any
-    num_results: int
-    tree: Any
-    leaves: tuple[Leaf, ...]
-    stashed: tuple[int, ...]
-    remade: tuple[int, ...]
-    avals: tuple[Any, ...]
-
-
 @dataclass(frozen=True, eq=False)
 class StageFunctions:
     """Forward and backward of a stage for one microbatch.
@@ -88,6 +62,7 @@ class StageFunctions:
       inputs_avals: the types of all input leaves of a microbatch.
       seed: the cotangent of the loss of one microbatch.
       remat: None stashes what the vjp keeps, "cheap" only products and the like, "stage" nothing.
+      widens: whether weight gradients that are products are made in float32.
     """
 
     program: Program
@@ -95,6 +70,7 @@ class StageFunctions:
     inputs_avals: Sequence[Any]
     seed: float
     remat: Remat | None
+    widens: bool = False
 
     def run(self, arguments: StageArguments) -> list[Any]:
         """The stage's results."""
@@ -118,21 +94,131 @@ class StageFunctions:
           stash: what forward returned.
           cotangents: for every value of `stage.pulled`, one from each of its consumers.
         """
+        flat = [*jax.tree.leaves(arguments), *stash, *cotangents]
+        if self.flat_backward is None:
+            return self._plain_backward(arguments, stash, cotangents)
+        made = self.flat_backward.run(flat, widens=self.widens)
+        count = len(self.stage.trained)
+        return made[:count], made[count:]
+
+    def both(self, arguments: StageArguments) -> tuple[list[Any], list[Any], list[Any]]:
+        """Results, gradients and cotangents at once, for a stage that sends nothing."""
+        if self._flat_both is None:
+            return self._plain_both(arguments)
+        made = iter(self._flat_both.run(jax.tree.leaves(arguments), widens=self.widens))
+        gradients = [next(made) for _ in self.stage.trained]
+        of_live = [next(made) for _ in self.stage.differentiated]
+        return list(made), gradients, of_live
+
+    def input_gradients(
+        self, arguments: StageArguments, stash: Sequence[Any], cotangents: Sequence[Any]
+    ) -> tuple[list[Any], list[Any], list[Any]]:
+        """Gradients that are no products, cotangents of live values, and operands of products."""
+        if self.flat_backward is None:
+            return *self._plain_backward(arguments, stash, cotangents), []
+        flat = [*jax.tree.leaves(arguments), *stash, *cotangents]
+        made, operands = self.flat_backward.without_products(flat)
+        count = len(made) - len(self.stage.differentiated)
+        return made[:count], made[count:], [operands[x] for x in self.flat_backward.computed]
+
+    def weight_gradients(self, operands: Sequence[Any]) -> list[Any]:
+        """Gradients that are products, given the operands in the order of `operand_sources`."""
+        assert self.flat_backward is not None
+        known = dict(zip(self.flat_backward.operands, operands, strict=True))
+        return list(self.flat_backward.make(known, widens=self.widens).values())
+
+    @property
+    def products(self) -> tuple[int, ...]:
+        """The trained values whose gradients are products, by place in `stage.trained`."""
+        return () if self.flat_backward is None else tuple(self.flat_backward.products)
+
+    @cached_property
+    def operand_sources(self) -> tuple[tuple[str, int], ...]:
+        """Where each operand of a product is found once the input gradient is made.
+
+        (group, place): "computed" by `input_gradients`, or a "live_in", "stash" or "cotangents".
+        """
+        if self.flat_backward is None:
+            return ()
+        computed = {x: ("computed", j) for j, x in enumerate(self.flat_backward.computed)}
+        given = dict(zip(self.flat_backward.program.inputs, self._argument_places, strict=True))
+        return tuple(
+            computed[x] if x in computed else given[x] for x in self.flat_backward.operands
+        )
+
+    @cached_property
+    def operand_avals(self) -> tuple[Any, ...]:
+        """The types of the products' operands."""
+        if self.flat_backward is None:
+            return ()
+        avals = self.flat_backward.program.avals
+        return tuple(avals[x] for x in self.flat_backward.operands)
+
+    @cached_property
+    def _argument_places(self) -> list[tuple[str, int]]:
+        """(group, place) of every flat argument of backward."""
+        groups = self.argument_avals._asdict() | {
+            "stash": self.stash_avals,
+            "cotangents": self._cotangent_avals,
+        }
+        return [
+            (name, j)
+            for name, group in groups.items()
+            for j in range(len(group) if isinstance(group, tuple) else 1)
+        ]
+
+    @cached_property
+    def _cotangent_avals(self) -> tuple[Any, ...]:
+        avals = self.program.avals
+        readers = self.stage.pulled.items()
+        return tuple(type_of(avals[x]) for x, consumers in readers for _ in consumers)
+
+    @cached_property
+    def flat_backward(self) -> FlatBackward | None:
+        """Backward, with the gradients that are products found; None if it must stay as traced."""
+        flat, tree = jax.tree.flatten(
+            (self.argument_avals, tuple(map(type_of, self.stash_avals)), self._cotangent_avals)
+        )
+
+        def trace(*flat: Any) -> list[Any]:
+            gradients, of_live = self._plain_backward(*jax.tree.unflatten(tree, flat))
+            return [*gradients, *of_live]
+
+        places = self._argument_places
+        kept = [j for j, (group, _) in enumerate(places) if group in KEPT]
+        num_fixed = len(self.argument_avals.prepared)
+        jaxpr = jax.make_jaxpr(trace)(*flat)
+        return flatten_backward(jaxpr, len(self.stage.trained), num_fixed, kept)
+
+    @cached_property
+    def _flat_both(self) -> FlatBackward | None:
+        flat, tree = jax.tree.flatten(self.argument_avals)
+
+        def trace(*flat: Any) -> list[Any]:
+            results, gradients, of_live = self._plain_both(jax.tree.unflatten(tree, flat))
+            return [*gradients, *of_live, *results]
+
+        num_fixed = len(self.argument_avals.prepared)
+        return flatten_backward(jax.make_jaxpr(trace)(*flat), len(self.stage.trained), num_fixed)
+
+    def _plain_both(self, arguments: StageArguments) -> tuple[list[Any], list[Any], list[Any]]:
+        results, vjp_fn = self._linearize(arguments)
+        return results, *self._pull(vjp_fn, [])
+
+    def _plain_backward(
+        self, arguments: StageArguments, stash: Sequence[Any], cotangents: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """Gradients and cotangents as JAX's vjp makes them."""
         if self.remat == "stage":
             return self._pull(self._linearize(arguments)[1], cotangents)
         found, flat = self.linearization, jax.tree.leaves(arguments)
         num_fixed = len(arguments.prepared)
-        remade = _run_part(found.jaxpr, found.remade, flat[:num_fixed])
+        remade = run_part(found.jaxpr, found.remade, flat[:num_fixed])
         where = {"argument": flat, "remade": remade, "stashed": stash}
         vjp_fn = jax.tree.unflatten(
             found.tree, [where[leaf.kind][leaf.place] for leaf in found.leaves]
         )
         return self._pull(vjp_fn, cotangents)
-
-    def both(self, arguments: StageArguments) -> tuple[list[Any], list[Any], list[Any]]:
-        """Results, gradients and cotangents at once, for a stage that sends nothing."""
-        results, vjp_fn = self._linearize(arguments)
-        return results, *self._pull(vjp_fn, [])
 
     @property
     def stash_avals(self) -> tuple[Any, ...]:
@@ -155,7 +241,9 @@ class StageFunctions:
         arguments = self.argument_avals
         flat, tree = jax.tree.flatten(arguments)
         jaxpr = jax.make_jaxpr(trace)(*flat)
-        return _classify(jaxpr, shapes["num_results"], shapes["tree"], len(arguments.prepared))
+        return classify_leaves(
+            jaxpr, shapes["num_results"], shapes["tree"], len(arguments.prepared)
+        )
 
     @property
     def argument_avals(self) -> StageArguments:
@@ -237,57 +325,3 @@ def _replaced(
 def _is_expensive(primitive: Any, *_: Any, **params: Any) -> bool:
     del params
     return primitive.name in EXPENSIVE or "dot_product_attention" in primitive.name
-
-
-def _classify(closed: Any, num_results: int, tree: Any, num_fixed: int) -> Linearization:
-    """Sort the leaves of a vjp; the first `num_fixed` arguments are the same for every
-    microbatch.
-    """
-    jaxpr = closed.jaxpr
-    arguments = {x: j for j, x in enumerate(jaxpr.invars)}
-    moving = set(jaxpr.invars[num_fixed:])
-    for eqn in jaxpr.eqns:
-        if any(not isinstance(x, _jax.Literal) and x in moving for x in eqn.invars):
-            moving.update(eqn.outvars)
-    stashed: dict[Any, int] = {}  # variable to its place in the stash
-    positions: list[int] = []
-    remade: list[int] = []
-    leaves = []
-    for position, x in enumerate(jaxpr.outvars[num_results:], start=num_results):
-        if not isinstance(x, _jax.Literal) and x in arguments:
-            leaves.append(Leaf("argument", arguments[x]))
-        elif isinstance(x, _jax.Literal) or x not in moving:
-            leaves.append(Leaf("remade", len(remade)))
-            remade.append(position)
-        else:
-            if x not in stashed:
-                stashed[x] = len(stashed)
-                positions.append(position)
-            leaves.append(Leaf("stashed", stashed[x]))
-    avals = tuple(x.aval for x in stashed)
-    return Linearization(
-        closed, num_results, tree, tuple(leaves), tuple(positions), tuple(remade), avals
-    )
-
-
-def _run_part(closed: Any, wanted: Sequence[int], arguments: Sequence[Any]) -> list[Any]:
-    """Some results of a jaxpr, which depend on its first arguments alone, by just the equations
-    that make them.
-    """
-    jaxpr = closed.jaxpr
-    outvars = [jaxpr.outvars[position] for position in wanted]
-    needed = {x for x in outvars if not isinstance(x, _jax.Literal)}
-    eqns = []
-    for eqn in reversed(jaxpr.eqns):
-        if not needed.isdisjoint(eqn.outvars):
-            eqns.append(eqn)
-            needed.update(x for x in eqn.invars if not isinstance(x, _jax.Literal))
-    known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-    known |= dict(zip(jaxpr.invars[: len(arguments)], arguments, strict=True))
-
-    def read(x: Any) -> Any:
-        return x.val if isinstance(x, _jax.Literal) else known[x]
-
-    for eqn in reversed(eqns):
-        known.update(zip(eqn.outvars, _jax.bind(eqn, [read(x) for x in eqn.invars]), strict=True))
-    return [read(x) for x in outvars]

@@ -15,12 +15,11 @@ from jax.sharding import NamedSharding
 from layerwise_jax._jax import no_context_mesh
 from layerwise_jax.host.column_run import ColumnRun
 from layerwise_jax.host.library import Library, Progress
-from layerwise_jax.host.mailbox import Mailboxes, StoppedError
 from layerwise_jax.host.memory import ColumnMemory, column_memory
 from layerwise_jax.host.placement import HostPlacement, HostStaged
 from layerwise_jax.host.program import HostProgram
 from layerwise_jax.host.timeline import StepClock, Timeline
-from layerwise_jax.host.workers import Workers
+from layerwise_jax.host.workers import Mailboxes, StoppedError, Workers
 from layerwise_jax.schedule.columns import Column, in_one_thread
 from layerwise_jax.stage.placement import Staged
 from layerwise_jax.trace.derivative import is_inexact

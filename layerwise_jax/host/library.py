@@ -117,7 +117,8 @@ class Library:
                 tuple(map(self._role(calls), stage.outputs)),
                 len(stage.new_state),
             ),
-            (stage.makes_loss, functions.seed, functions.remat, calls.num_microbatches),
+            (stage.makes_loss, functions.seed, functions.remat, functions.widens),
+            calls.num_microbatches,
             calls.mesh if calls.replicas > 1 else None,
         )
 

@@ -27,14 +27,15 @@ class StageBytes:
     Attributes:
       arrived: values from other stages, held from their arrival until backward.
       stash: state that was read, and residuals, held from forward until backward.
-      cotangents: what comes back from consumers, held from the input gradient until the weight
-        gradient.
+      cotangents: what comes back from consumers.
+      operands: of deferred products, held from the input gradient until the weight gradient.
       workspace: temporaries and results of one call, by kind of step.
     """
 
     arrived: int
     stash: int
     cotangents: int
+    operands: int
     workspace: Mapping[str, int]
 
 
@@ -83,18 +84,16 @@ def walk_column(column: Column, stages: Mapping[int, StageBytes]) -> tuple[int, 
         stage = stages[step.stage]
         if step.kind == "F":
             held += stage.arrived + stage.stash if trains else 0
-        if step.kind == "I":
-            held += stage.cotangents
         now = stage.workspace.get(step.kind, 0)
         if step.kind in ("FB", "F"):
             now += stage.arrived if step.kind == "FB" or not trains else 0
-        if step.kind == "B":
+        if step.kind in ("B", "I"):
             now += stage.cotangents
         peak = max(peak, (held, now), key=sum)
-        if step.kind in ("B", "W"):
+        if step.kind in ("B", "I"):
             held -= stage.arrived + stage.stash
-        if step.kind == "W":
-            held -= stage.cotangents
+        if step.kind in ("I", "W"):
+            held += stage.operands if step.kind == "I" else -stage.operands
     return peak
 
 
@@ -105,7 +104,7 @@ def most_in_flight(column: Column, stage: int) -> int:
         if step.stage == stage and step.kind == "F":
             live += 1
             most = max(most, live)
-        if step.stage == stage and step.kind in ("B", "W"):
+        if step.stage == stage and step.kind in ("B", "I"):
             live -= 1
     return most
 
@@ -176,10 +175,12 @@ def _column(
 def _stage_bytes(program: HostProgram, library: Library, stage: StageProgram) -> StageBytes:
     avals = program.staged.program.avals
     functions = program.calls[stage.stage].functions
+    splits = (stage.stage, "W") in library.programs
     return StageBytes(
         arrived=sum(nbytes(avals[x]) for x in stage.live_in),
         stash=sum(map(nbytes, functions.stash_avals)) if stage.has_backward else 0,
         cotangents=sum(nbytes(avals[x]) * len(readers) for x, readers in stage.pulled.items()),
+        operands=sum(map(nbytes, functions.operand_avals)) if splits else 0,
         workspace={
             kind: _workspace(compiled, functions.stash_avals if kind == "F" else ())
             for (s, kind), compiled in library.programs.items()

@@ -16,13 +16,13 @@ from layerwise_jax.host.column_programs import column_programs
 from layerwise_jax.host.column_run import Routes
 from layerwise_jax.host.compiled import StageCalls
 from layerwise_jax.host.differentiate import StageFunctions
-from layerwise_jax.host.mailbox import Key
 from layerwise_jax.host.placement import HostPlacement, place_columns
 from layerwise_jax.host.stage_program import StageProgram, prelude_ops, split_stages
+from layerwise_jax.host.workers import Key
 from layerwise_jax.mesh import DATA, STAGE
 from layerwise_jax.options import Remat
 from layerwise_jax.run.outputs import Outputs
-from layerwise_jax.schedule.columns import Column, forward_columns, lay_out_columns
+from layerwise_jax.schedule.columns import Column, StageTraits, forward_columns, lay_out_columns
 from layerwise_jax.schedule.table import Schedule
 from layerwise_jax.stage.staged_program import StagedProgram
 from layerwise_jax.trace.derivative import is_inexact
@@ -42,6 +42,8 @@ class HostProgram:
       seed: the cotangent of the loss of one microbatch.
       remat: what forward keeps for backward: see `StageFunctions`.
       options: XLA options of all programs.
+      widens: whether weight gradients that are products are made in float32. None: on accelerators,
+        which multiply bfloat16 into float32; a CPU would convert the operands.
     """
 
     staged: StagedProgram
@@ -51,6 +53,7 @@ class HostProgram:
     seed: float
     remat: Remat | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    widens: bool | None = None
 
     @property
     def mesh(self) -> Mesh:
@@ -89,14 +92,33 @@ class HostProgram:
     @cached_property
     def columns(self) -> tuple[Column, ...]:
         """What every column does in a training step, in order."""
-        return lay_out_columns(self.schedule, [stage.traits for stage in self.stages])
+        # Products are looked for where the schedule splits backwards: that traces them.
+        splits = any(action.kind == "W" for _, _, action in self.schedule.actions())
+        traits = [
+            StageTraits(
+                sends=bool(calls.functions.stage.live_out),
+                has_state=bool(calls.functions.stage.state),
+                has_backward=calls.functions.stage.has_backward,
+                has_products=splits and bool(calls.functions.products),
+            )
+            for calls in self.calls
+        ]
+        return lay_out_columns(self.schedule, traits)
 
     @cached_property
     def calls(self) -> tuple[StageCalls, ...]:
         staged = self.staged
+        on_accelerator = self.mesh.devices.flat[0].platform != "cpu"
         return tuple(
             StageCalls(
-                StageFunctions(staged.program, stage, staged.inputs_avals, self.seed, self.remat),
+                StageFunctions(
+                    staged.program,
+                    stage,
+                    self.signature.inputs_avals,
+                    self.seed,
+                    self.remat,
+                    on_accelerator if self.widens is None else self.widens,
+                ),
                 self.placement.meshes[stage.device],
                 staged.in_axes,
                 staged.num_microbatches,

@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from layerwise_jax._jax import Literal
-from layerwise_jax.schedule.columns import StageTraits
 from layerwise_jax.stage.cut import Stage
 from layerwise_jax.trace.derivative import is_inexact
 from layerwise_jax.trace.program import Op, Operand, Program, Value, Weight, nbytes
@@ -59,15 +58,6 @@ class StageProgram:
     differentiated: tuple[Value, ...]
     pulled: Mapping[Value, tuple[int, ...]]
     makes_loss: bool
-
-    @property
-    def traits(self) -> StageTraits:
-        return StageTraits(
-            sends=bool(self.live_out),
-            has_state=bool(self.state),
-            weight_gradients=bool(self.trained),
-            input_gradients=bool(self.differentiated),
-        )
 
     @property
     def has_backward(self) -> bool:

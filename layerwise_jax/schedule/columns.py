@@ -48,24 +48,20 @@ class StageTraits:
     Attributes:
       sends: whether another stage reads one of its values.
       has_state: whether a microbatch reads what the one before it wrote.
-      weight_gradients: whether backward adds to accumulators.
-      input_gradients: whether backward returns cotangents to other stages.
+      has_backward: whether backward has any result.
+      has_products: whether any weight gradient can be made apart from backward.
     """
 
     sends: bool
     has_state: bool
-    weight_gradients: bool
-    input_gradients: bool
+    has_backward: bool
+    has_products: bool
 
     def does(self, kind: str) -> bool:
         """Whether an action of this kind has any result."""
-        results = {
-            "F": True,
-            "I": self.input_gradients,
-            "W": self.weight_gradients,
-            "B": self.input_gradients or self.weight_gradients,
-        }
-        return results[kind]
+        if kind == "F":
+            return True
+        return self.has_backward and (kind != "W" or self.has_products)
 
 
 def lay_out_columns(schedule: Schedule, stages: Sequence[StageTraits]) -> tuple[Column, ...]:

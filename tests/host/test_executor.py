@@ -6,10 +6,12 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -242,17 +244,17 @@ def test_a_failure_names_the_step_and_leaves_parameters(
 
 
 def test_threads_end_with_their_executor(stage_mesh: Callable[..., Mesh]) -> None:
-    before = {t.name for t in threading.enumerate()}
+    before = set(threading.enumerate())
     pipeline = build(stage_mesh(3))
     staged = pipeline.place(PARAMS)
     for _ in range(2):
         pipeline.value_and_grad(staged, *BATCH)
-    threads = [t for t in threading.enumerate() if t.name.startswith("lw-column-")]
-    assert {t.name for t in threads} >= {"lw-column-0", "lw-column-1", "lw-column-2"} - before
+    columns = {t for t in set(threading.enumerate()) - before if t.name.startswith("lw-column-")}
+    assert {t.name for t in columns} == {"lw-column-0", "lw-column-1", "lw-column-2"}
     pipeline.host_executor._workers.close()
-    for thread in threads:
+    for thread in columns:
         thread.join(timeout=30)
-    assert not any(t.is_alive() for t in threads)
+    assert not any(t.is_alive() for t in columns)
 
 
 def test_any_pace_of_the_threads_gives_the_same_bits(
@@ -292,6 +294,31 @@ def test_float64_is_exact_to_its_own_rounding(stage_mesh: Callable[..., Mesh]) -
             np.testing.assert_allclose(value, want, rtol=1e-12)
             for name in ("table", "first", "second", "third", "scale"):
                 np.testing.assert_allclose(grads[name], want_grads[name], rtol=1e-12, atol=1e-14)
+
+
+def test_weight_gradients_add_up_in_float32(stage_mesh: Callable[..., Mesh]) -> None:
+    """A float32 weight that is cast to bfloat16 has a gradient that was never rounded to it."""
+    random = np.random.default_rng(0)
+    params = {"w": jnp.asarray(random.standard_normal((16, 16)), jnp.float32)}
+    x = jnp.asarray(random.standard_normal((8, 16)), jnp.bfloat16)
+
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.mean((x @ params["w"].astype(jnp.bfloat16)).astype(jnp.float32))
+
+    layers = lw.trace_layers(loss, params, x[:2])
+    pipeline = lw.build_pipeline(
+        layers, [0, len(layers)], stage_mesh(1), 4, reduce="mean", executor="host", remat=None
+    )
+    exact = jax.grad(lambda w: jnp.mean(x.astype(jnp.float32) @ w))(params["w"])
+    errors = {}
+    for widens in (False, True):
+        program = replace(pipeline.host_executor.program, widens=widens)
+        executor = HostExecutor(program)
+        _, grads, _ = executor.value_and_grad(executor.placement.place(params), [x])
+        grad = executor.placement.gather(grads)["w"]
+        assert grad.dtype == jnp.float32
+        errors[widens] = float(jnp.abs(grad - exact).max() / jnp.abs(exact).max())
+    assert errors[True] < 1e-6 < errors[False]
 
 
 def test_without_threads(stage_mesh: Callable[..., Mesh]) -> None:
