@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from layerwise_jax import processes
 from layerwise_jax._arguments import checked_int, checked_ints
 from layerwise_jax._jax import is_key
-from layerwise_jax.decode.cache import find_cache_layers
 from layerwise_jax.decode.independence import check_independence
+from layerwise_jax.decode.lockstep import find_cache_form
 from layerwise_jax.decode.loop import RingLoop
 from layerwise_jax.decode.prefill import Prefill, check_prefill
 from layerwise_jax.decode.ring import DecodeRing
@@ -70,8 +70,9 @@ def decode_ring(
       params: its parameters, arrays or `jax.ShapeDtypeStruct`.
       cache: the cache of one group before its first token, arrays or types; types stand for zeros.
         A leaf that the step changes belongs to one layer, or is stacked over layers as by a scan.
-        Its sequences are the first axis, or the second of a stacked leaf. A leaf without them (a
-        counter) is shared by the group, which then starts and ends together.
+        Its sequences are the first axis, or the second of a stacked leaf. A group shares a leaf
+        without them (a counter), or one that is equal for all sequences and read of one (Flax's
+        `end_index`); it then starts and ends together.
       group_size: sequences of a group.
       num_groups: groups in flight; None for one a stage, which keeps all stages busy.
       mesh: a mesh with an axis `stage`; None for one of the first local devices.
@@ -113,7 +114,7 @@ def decode_ring(
     stop_tokens = checked_ints("stop_tokens", stop_tokens)
     check_prefill(prefill_fn, prefill_length)
     sharding = InnerSharding.of(mesh, (params, cache), (param_specs, cache_specs))
-    rows = find_cache_layers(step_fn, *sharding.shards, group_size, sharding.axes)
+    rows = find_cache_form(step_fn, *sharding.shards, group_size, sharding.axes, cache)
     step_fn, cache_specs, cache = rows.step(step_fn), rows.specs(cache_specs), rows.split(cache)
     sharding = InnerSharding.of(mesh, (params, cache), (param_specs, cache_specs))
     layers, state = trace_step(

@@ -14,8 +14,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from layerwise_jax import processes
 from layerwise_jax._arguments import checked_int32
-from layerwise_jax.decode.cache import CacheLayers
 from layerwise_jax.decode.generation import Generation, generate
+from layerwise_jax.decode.lockstep import CacheForm
 from layerwise_jax.decode.loop import RingLoop
 from layerwise_jax.decode.prefill import Prefill
 from layerwise_jax.decode.sampling import data_of_keys
@@ -49,8 +49,8 @@ class DecodeRing:
       plan: its stages; a microbatch of the plan is a group.
       sharding: sharding of parameters and cache inside a stage.
       group_size: sequences of a group.
-      cache: the cache of a group before its first token, leaves stacked over layers split by layer.
-      rows: the stacked leaves of the user's cache.
+      cache: the cache of a group before its first token, in the ring's form.
+      rows: the ring's form of the user's cache: split by layer, lockstep leaves once a group.
       draws: whether the sampler draws tokens, which takes a random key a sequence.
       reader: the prefill program; None if prompts are read one token a step.
     """
@@ -62,7 +62,7 @@ class DecodeRing:
     sharding: InnerSharding
     group_size: int
     cache: Any
-    rows: CacheLayers
+    rows: CacheForm
     draws: bool = False
     reader: Prefill | None = None
     _compiled: dict[Any, Any] = field(default_factory=dict, repr=False)
