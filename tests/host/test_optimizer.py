@@ -48,6 +48,33 @@ def unstaged_step(
     return {**params, **moved}, state, value
 
 
+def test_replicas_share_out_state(stage_mesh: Any) -> None:
+    """ZeRO-1: two stages of two replicas; each replica holds half of the moments."""
+    optimizer, params = OPTIMIZERS["clipped adamw"](), models.init()
+    layers = lw.trace_layers(models.loss, params, *(x[:2] for x in models.batch()))
+    pipeline = lw.build_pipeline(
+        layers,
+        [0, 3, len(layers)],
+        stage_mesh(2, data=2),
+        2,
+        reduce="mean",
+        executor="host",
+        xla_options=LIGHT,
+    )
+    step = pipeline.train_step(optimizer, shard_over_data=True)
+    staged = pipeline.place(params)
+    state = step.init(staged)
+    want, want_state = params, optimizer.init({n: x for n, x in params.items() if n != "shift"})
+    for i in range(2):
+        staged, state, _ = step(staged, state, *models.batch(i))
+        want, want_state, _ = unstaged_step(optimizer, want, want_state, models.batch(i))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), pipeline.gather(staged), want
+    )
+    (moment, _) = state.placed["first @0" if "first @0" in state.placed else "first @1"]
+    assert moment.addressable_shards[0].data.size == moment.size // 2
+
+
 @pytest.mark.parametrize("name", cases())
 def test_steps_are_those_of_the_unstaged_function(name: str, stage_mesh: Any) -> None:
     optimizer, params = OPTIMIZERS[name](), models.init()
