@@ -10,8 +10,8 @@ STRATEGIES: tuple[str, ...] = (
     "layer-wise + tensor",
 )
 ALL = "all"  # all of MEASURABLE
-SCALING, TRANSPORT, ROUNDS = "scaling", "transport", "rounds"
+SCALING, TRANSPORT, ROUNDS, SELF = "scaling", "transport", "rounds", "self"
 # Measurements that write files of their own.
-JOBS = (SCALING, TRANSPORT, ROUNDS)
+JOBS = (SCALING, TRANSPORT, ROUNDS, SELF)
 # Parts that a GPU can measure, the most important first.
 MEASURABLE = ("l2", "decode", "stage", "residency", "counters", "sizes")

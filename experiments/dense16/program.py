@@ -19,12 +19,13 @@ from experiments.dense16.errors import with_predictions
 from experiments.dense16.measure import Settings, run
 from experiments.dense16.measured import emulated_grid, strategies_grid
 from experiments.dense16.model import PRESETS, Dense
-from experiments.dense16.names import ALL, JOBS, ROUNDS, SCALING, TRANSPORT
+from experiments.dense16.names import ALL, JOBS, ROUNDS, SCALING, SELF, TRANSPORT
 from experiments.dense16.paper import DEVICES
 from experiments.dense16.predictions import Setup, bounds_grid, predictions_grid, verdict_text
 from experiments.dense16.report import COMPILED, compiled_sizes, report
 from experiments.dense16.runs import Run, circumstances, write_json
 from experiments.dense16.scaling import Scaling, measure_scaling
+from experiments.dense16.self_message import measure_self_message
 from experiments.dense16.sixteen import compile_absent, emulate, shapes
 from experiments.dense16.strategies import MAKERS
 from experiments.dense16.transport import measure_rounds, measure_transport
@@ -143,6 +144,8 @@ def jobs(
         found[""] = lambda path: run(settings, path, done)
     if ROUNDS in options.MEASURE.value:
         found["_rounds"] = lambda path: measure_rounds(settings, path, done)
+    if SELF in options.MEASURE.value:
+        found["_self"] = lambda path: measure_self_message(settings, path, done)
     if TRANSPORT in options.MEASURE.value:
         found["_transport"] = lambda path: measure_transport(settings, path, done)
     if SCALING in options.MEASURE.value:

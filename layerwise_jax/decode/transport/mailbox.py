@@ -76,7 +76,8 @@ class Mailboxes:
         self._report_addresses = np.uint64(reports) + at
         self._reports = (ctypes.c_uint32 * ordinals.size).from_address(reports)
         for own, peer in zip(ordinals.flat, np.roll(ordinals, -1, axis=0).flat, strict=True):
-            driver.enable_peer_access(int(own), int(peer))
+            if own != peer:
+                driver.enable_peer_access(int(own), int(peer))
 
     def table(self) -> np.ndarray:
         """uint32[stages, replicas, 10]: every device's addresses, low words first."""
