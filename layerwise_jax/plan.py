@@ -1,4 +1,4 @@
-"""Plan: what a pipeline will do, in plain numbers, and its table for `print(pipeline.plan)`."""
+"""Plan: what a pipeline will do, in plain numbers; `plan_text` prints and draws it."""
 
 from __future__ import annotations
 
@@ -7,92 +7,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from layerwise_jax import _json
-from layerwise_jax._tables import (
-    bytes_text,
-    plural,
-    render,
-    run_lengths,
-    seconds_text,
-    wrapped,
-)
+from layerwise_jax._tables import bytes_text, plural
 from layerwise_jax.cost.layer_cost import LayerCost
+from layerwise_jax.plan_text import plan_bars, plan_html, plan_report, plan_table
+from layerwise_jax.render.bars import Bars
+from layerwise_jax.render.plots import plot_bars
 
-BAR_WIDTH = 6
 # A plan is called uneven if the heaviest stage takes this much more than the mean.
 UNEVEN = 0.05
-
-
-def plan_table(plan: Plan) -> str:
-    """A plan as text of at most 80 columns: what is not resident, a row a stage, bounds, notes."""
-    largest = plan.capacity or max(stage.size for stage in plan.stages) or 1
-    columns = ["weights", "activ.", "work", "total", "compiled"]
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("stage", justify="right")
-    table.add_column("layers", overflow="fold")
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("of capacity" if plan.capacity else "of largest", no_wrap=True)
-    table.add_column("sends", justify="right", no_wrap=True)
-    for s, stage in enumerate(plan.stages):
-        table.add_row(str(s), run_lengths(stage.layers), *_cells(stage, largest))
-    return (
-        "\n".join([*wrapped(_header(plan)), render(table).rstrip(), *wrapped(_footer(plan))]) + "\n"
-    )
-
-
-def _cells(stage: StagePlan, largest: int) -> list[str]:
-    sizes = (stage.weight_bytes, stage.activation_bytes, stage.buffer_bytes, stage.size)
-    compiled = "-" if stage.compiled_bytes is None else bytes_text(stage.compiled_bytes, short=True)
-    share = stage.size / largest
-    filled = min(BAR_WIDTH, round(share * BAR_WIDTH))
-    bar = "█" * filled + "░" * (BAR_WIDTH - filled)
-    return [
-        *(bytes_text(count, short=True) for count in sizes),
-        compiled,
-        f"{bar} {share:.0%}",
-        bytes_text(stage.send_bytes, short=True),
-    ]
-
-
-def _header(plan: Plan) -> list[str]:
-    capacity = f", {bytes_text(plan.capacity)} of capacity each" if plan.capacity else ""
-    devices = "" if plan.num_devices == plan.num_stages else f" on {plan.num_devices} devices"
-    title = (
-        f"{plan.num_stages} {plural(plan.num_stages, 'stage')}{devices}{capacity}, "
-        f"{plan.num_microbatches} {plural(plan.num_microbatches, 'microbatch')}, for "
-        f"{plan.device}. Sizes in bytes (K, M, G, T: KiB, MiB, GiB, TiB) from {plan.measured_on}."
-    )
-    return [plan.residency, title] if plan.residency else [title]
-
-
-def _footer(plan: Plan) -> list[str]:
-    branch = "the rest under one branch" if plan.has_branch else "no branch"
-    load = _load_text(plan.bottleneck, plan.load_unit)
-    bound = _load_text(plan.lower_bound, plan.load_unit)
-    proof = "" if plan.gap is None else f", lower bound {bound}, gap {plan.gap:.2%}"
-    fewest = f", fewest stages {plan.fewest_stages}" if plan.fewest_stages else ""
-    last = ", the last one for the tail of the last stage" if plan.has_last_tick else ""
-    ticks = f"{plan.num_ticks} {plural(plan.num_ticks, 'tick')}{last}"
-    return [
-        f"{ticks}; bubble {plan.bubble_share:.1%}; padding {bytes_text(plan.padding_bytes)}",
-        f"layers of each stage in the common body of the loop: {plan.common_layers} ({branch})",
-        f"bottleneck {load}{proof}{fewest}",
-        *(f"note: {note}" for note in plan.notes),
-    ]
-
-
-def _load_text(load: float, unit: str) -> str:
-    """A load with its unit; relative loads, such as FLOPs, have none."""
-    if unit == "s":
-        return seconds_text(load)
-    return bytes_text(load) if unit == "B" else f"{load:.4g}"
-
-
 PLAN_VERSION = 3
 
 
@@ -220,6 +147,32 @@ class Plan:
             f"{plural(self.num_microbatches, 'microbatch')}, largest stage "
             f"{bytes_text(largest)}{capacity}, bubble {self.bubble_share:.1%})"
         )
+
+    def _repr_html_(self) -> str:
+        return plan_html(self)
+
+    def plot(self) -> Any:
+        """A matplotlib figure: bytes of each stage by kind, and the capacity."""
+        return plot_bars(self.bars, repr(self))
+
+    @property
+    def bars(self) -> Bars:
+        """Bytes of each stage by kind, against the capacity."""
+        return plan_bars(self)
+
+    def save_html(
+        self, path: str | PathLike[str], schedule: Any = None, comparison: Any = None
+    ) -> None:
+        """Writes a self-contained report: stages, memory, timeline, strategies.
+
+        Args:
+          path: file to write.
+          schedule: a `Schedule` or `ScheduleSimulation` for the timeline; None leaves it out.
+          comparison: a `Comparison` of strategies; None leaves it out.
+        """
+        others = (("Timeline", schedule), ("Strategies", comparison))
+        html = plan_report(self, [(name, each) for name, each in others if each is not None])
+        Path(path).write_text(html, encoding="utf-8")
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back."""

@@ -17,10 +17,20 @@ ROOT = Path(__file__).parents[1]
 # Each imports only from those after it.
 ORDER = """
     examples __init__ entry comparison build checkpoint pipeline host options decode train run
-    measure simulate batch stage xla plan trace partition cost schedule mesh processes _tables _json
-    _arguments _jax
+    measure simulate batch stage xla plan plan_text trace partition cost schedule render mesh
+    processes _tables _json _arguments _jax
 """.split()
-WITHOUT_JAX = {"partition", "schedule", "simulate", "cost", "plan", "_tables", "_json"}
+WITHOUT_JAX = {
+    "partition",
+    "render",
+    "schedule",
+    "simulate",
+    "cost",
+    "plan",
+    "plan_text",
+    "_tables",
+    "_json",
+}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 MAX_TOP_MODULES = 14

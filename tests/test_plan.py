@@ -16,7 +16,8 @@ from layerwise_jax.build import build_pipeline
 from layerwise_jax.cost.layer_cost import LayerCost
 from layerwise_jax.measure.layers import measure_costs
 from layerwise_jax.partition.solver import partition_layers
-from layerwise_jax.plan import BAR_WIDTH, Plan, Sizes, StagePlan, make_plan
+from layerwise_jax.plan import Plan, Sizes, StagePlan, make_plan
+from layerwise_jax.plan_text import BAR_WIDTH
 from layerwise_jax.trace.layers import trace_layers
 
 KIB = 1024

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
 from layerwise_jax._tables import plural, wrapped
+from layerwise_jax.render.bars import Bar, Bars, Segment
+from layerwise_jax.render.html import bars_html, text_html
+from layerwise_jax.render.plots import plot_bars
 
 _STAGES_PRINTED = 64
 
@@ -136,6 +139,29 @@ class Partition:
             f"{self.num_stages} {plural(self.num_stages, 'stage')} by {self.method}, bottleneck "
             f"{self.bottleneck:.6g}, gap {self.gap:.2%})"
         )
+
+    def _repr_html_(self) -> str:
+        return text_html([repr(self)]) + bars_html(self.bars) + text_html([self.limits, self.proof])
+
+    def plot(self) -> Any:
+        """A matplotlib figure: the load of each stage, and the lower bound on the bottleneck."""
+        return plot_bars(self.bars, repr(self))
+
+    @property
+    def bars(self) -> Bars:
+        """The load of each stage, with the lower bound as a line if the bottleneck is minimized."""
+        bars = [
+            Bar(
+                f"stage {s}",
+                (Segment("load", load),),
+                f"layers {start}..{stop - 1}; {size:,.0f} bytes",
+            )
+            for s, (load, size, (start, stop)) in enumerate(
+                zip(self.stage_loads, self.stage_bytes, self.stages, strict=True)
+            )
+        ]
+        bound = self.lower_bound if self.objective == "bottleneck" else None
+        return Bars(bars, "{:.4g}".format, bound, "lower bound")
 
     def __str__(self) -> str:
         head = (

@@ -8,21 +8,13 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerwise_jax.schedule.colours import COLOURS, NAMES
 from layerwise_jax.schedule.table import ACTION_KINDS, ActionKind
 from layerwise_jax.schedule.timing import ScheduleSimulation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
-# Forward is cool, backward warm, the weight gradient green; their greys differ too.
-COLOURS: dict[ActionKind, str] = {"F": "#9ecae1", "B": "#fc8d59", "I": "#fdbb84", "W": "#a1d99b"}
-NAMES: dict[ActionKind, str] = {
-    "F": "forward",
-    "B": "backward",
-    "I": "input gradient",
-    "W": "weight gradient",
-}
 
 # Width of an action's text.
 LABEL_INCHES = 0.2

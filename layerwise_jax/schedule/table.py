@@ -23,9 +23,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from layerwise_jax._tables import plural
+from layerwise_jax.render.html import timeline_html
+from layerwise_jax.render.plots import plot_timeline
+from layerwise_jax.render.timeline import Span, Timeline
+from layerwise_jax.schedule.colours import COLOURS, NAMES
 
 ActionKind = Literal["F", "B", "I", "W"]
 ACTION_KINDS: tuple[ActionKind, ...] = get_args(ActionKind)
@@ -126,6 +130,25 @@ class Schedule:
             f"{self.num_ticks} {plural(self.num_ticks, 'tick')}",
         )
         return f"Schedule({', '.join(counts)})"
+
+    def _repr_html_(self) -> str:
+        return timeline_html(self.timeline)
+
+    def plot(self) -> Any:
+        """A matplotlib figure of the table: one row a device, one column a tick."""
+        return plot_timeline(self.timeline)
+
+    @property
+    def timeline(self) -> Timeline:
+        """The table as a picture; the actions of a pair take half a tick each."""
+        spans = [
+            Span(device, str(action), action.kind, tick + start, tick + start + 1 / len(cell))
+            for tick, row in enumerate(self.ticks)
+            for device, cell in enumerate(row)
+            for start, action in zip((0, 1 / 2), cell, strict=False)
+        ]
+        rows = [f"device {device}" for device in range(self.num_devices)]
+        return Timeline(rows, spans, COLOURS, NAMES, repr(self), "tick {:g}".format, "ticks")
 
     @property
     def num_ticks(self) -> int:

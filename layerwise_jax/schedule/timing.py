@@ -3,11 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from layerwise_jax._tables import seconds_text
+from layerwise_jax.render import timeline
+from layerwise_jax.render.html import timeline_html
+from layerwise_jax.render.plots import plot_timeline
+from layerwise_jax.render.timeline import Timeline
+from layerwise_jax.schedule.colours import COLOURS, NAMES
 from layerwise_jax.schedule.table import Action, ActionKind, Schedule
 from layerwise_jax.schedule.validation import check
 
@@ -65,6 +71,27 @@ class ScheduleSimulation:
     def peak_live_microbatches(self) -> tuple[int, ...]:
         """For each device, the most (stage, microbatch) pairs whose residuals are alive at once."""
         return self.schedule.peak_live_microbatches()
+
+    def _repr_html_(self) -> str:
+        return timeline_html(self.timeline)
+
+    def plot(self) -> Any:
+        """A matplotlib figure of the spans: one row a device, times in seconds."""
+        return plot_timeline(self.timeline)
+
+    @property
+    def timeline(self) -> Timeline:
+        """The spans as a picture."""
+        return Timeline(
+            [f"device {device}" for device in range(self.schedule.num_devices)],
+            [
+                timeline.Span(span.device, str(span.action), span.action.kind, span.start, span.end)
+                for span in self.spans
+            ],
+            COLOURS,
+            NAMES,
+            f"makespan {seconds_text(self.makespan)}, bubble {self.bubble_share:.1%}",
+        )
 
     def __str__(self) -> str:
         lines = [

@@ -16,6 +16,9 @@ from layerwise_jax._tables import plural, render, seconds_text, wrapped
 from layerwise_jax.cost.capacity import CapacityBound, capacity_bound
 from layerwise_jax.cost.device import DeviceSpec
 from layerwise_jax.cost.layer_cost import LayerCost
+from layerwise_jax.render.bars import Bar, Bars, Segment
+from layerwise_jax.render.html import bars_html, text_html
+from layerwise_jax.render.plots import plot_bars
 from layerwise_jax.simulate.advice import advise, rate_unit, shape_text
 from layerwise_jax.simulate.calibration import STOCK, Calibration
 from layerwise_jax.simulate.predictor import (
@@ -155,6 +158,19 @@ class Comparison:
         }
         return json.dumps(document, indent=1)
 
+    def _repr_html_(self) -> str:
+        return text_html(_header(self)) + bars_html(self.bars) + text_html([self.advice])
+
+    def plot(self) -> Any:
+        """A matplotlib figure: seconds of a step by bottleneck, one bar a strategy."""
+        return plot_bars(self.bars, _header(self)[0])
+
+    @property
+    def bars(self) -> Bars:
+        """Seconds of a step by bottleneck, one bar a strategy that fits memory."""
+        rows = [row for row in self.rows if row.fits_memory] or list(self.rows)
+        return Bars([_bar(row) for row in rows], seconds_text)
+
     def __str__(self) -> str:
         rows = render(_table(self)).rstrip()
         return "\n".join([*wrapped(_header(self)), rows, *wrapped(_footer(self))]) + "\n"
@@ -190,6 +206,13 @@ def compare_dense(
 ) -> Comparison:
     """`compare_work` for token generation by a dense network; `model` is as in `dense_decode`."""
     return compare_work(dense_decode(**model), device, num_devices, calibration)
+
+
+def _bar(row: Prediction) -> Bar:
+    parts = dataclasses.asdict(row.seconds_by_part)
+    segments = tuple(Segment(name, seconds) for name, seconds in parts.items())
+    rate = f"{row.tokens_per_second:,.0f} {rate_unit(row.work)}"
+    return Bar(shape_text(row), segments, f"{rate}; {row.bytes_per_device / 1e9:.3g} GB a device")
 
 
 def _rank(row: Prediction) -> tuple[bool, float, int]:
