@@ -21,9 +21,8 @@ from experiments.dense16.cases import toy_model
 from experiments.dense16.measure import Session, Settings
 from experiments.dense16.message import message_records
 from experiments.dense16.transport import LONG_ROUNDS, Trial, models
-from layerwise_jax.decode import PeerStore, Permute, TransportError
-from layerwise_jax.decode.transport.mailbox import Mailboxes
-from layerwise_jax.xla.cuda_driver import CudaDriver
+from layerwise_jax.decode import Mailboxes, PeerStore, Permute, TransportError
+from layerwise_jax.xla import CudaDriver
 
 Record = dict[str, Any]
 

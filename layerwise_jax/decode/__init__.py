@@ -5,13 +5,14 @@ from layerwise_jax.decode.generation import Generation
 from layerwise_jax.decode.ring import DecodeRing
 from layerwise_jax.decode.sampling import Sampler
 from layerwise_jax.decode.state import rotated
-from layerwise_jax.decode.transport import PeerStore, Permute, TransportError
+from layerwise_jax.decode.transport import Mailboxes, PeerStore, Permute, TransportError
 from layerwise_jax.decode.values import RingState
 
 __all__ = [
     "decode_ring",
     "DecodeRing",
     "Generation",
+    "Mailboxes",
     "PeerStore",
     "Permute",
     "RingState",

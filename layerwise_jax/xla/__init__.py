@@ -9,6 +9,7 @@ from layerwise_jax.xla.aot import (
     compile_for,
 )
 from layerwise_jax.xla.buffers import BufferAssignment, decode_buffer_assignment
+from layerwise_jax.xla.cuda_driver import CudaDriver
 from layerwise_jax.xla.option_trials import CompiledPipeline
 from layerwise_jax.xla.options import OptionError, OptionsReport, check_options, choose_options
 from layerwise_jax.xla.persisting import persisting_l2
@@ -23,6 +24,7 @@ __all__ = [
     "BufferAssignment",
     "decode_buffer_assignment",
     "CompiledPipeline",
+    "CudaDriver",
     "OptionError",
     "OptionsReport",
     "check_options",
