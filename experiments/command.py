@@ -104,8 +104,12 @@ def refuse_arguments(argv: Sequence[str]) -> None:
 
 
 def make_console() -> Console:
-    """Console as wide as the terminal, or of 80 columns where the output is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else NARROW, soft_wrap=False)
+    """Console as wide as the terminal, or of 80 columns if the output is no terminal.
+
+    Brackets are text, not markup: messages name extras such as layerwise-jax[aot].
+    """
+    width = None if sys.stdout.isatty() else NARROW
+    return Console(width=width, soft_wrap=False, markup=False)
 
 
 def use_emulated(console: Console, count: int) -> None:

@@ -63,7 +63,7 @@ class Demonstration:
 
 def run(options: Demonstration) -> int:
     """Train twice, report and draw; returns 0 (equal), 1 (different) or 2 (cannot run)."""
-    console = Console(soft_wrap=True)
+    console = make_console()
     model = options.model
     loss_fn = next_token_loss(model)
     try:
@@ -74,14 +74,19 @@ def run(options: Demonstration) -> int:
         params = jax.jit(model.init)(jax.random.key(0), batches[0, :, :-1])
         pipeline = build(options, loss_fn, params, batches[0])
     except (ValueError, RuntimeError) as error:
-        console.print(f"Cannot run: {error}", style="red", markup=False)
+        console.print(f"Cannot run: {error}", style="red")
         return CANNOT_RUN
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     console.print(f"{len(text):,} bytes of text; {size:,} parameters; {options.stages} stages")
-    console.print(str(pipeline.plan), markup=False, highlight=False)
+    console.print(str(pipeline.plan), highlight=False)
     losses, difference = train(pipeline, loss_fn, params, batches, console)
     draw_picture(pipeline, losses, options.picture, console)
     return report(losses, difference, console)
+
+
+def make_console() -> Console:
+    """Console that prints brackets as text: messages name extras such as layerwise-jax[plot]."""
+    return Console(soft_wrap=True, markup=False)
 
 
 def build(

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from absl import app, flags
 from absl.testing import flagsaver
 
 import layerwise_jax as lw
-from layerwise_jax.examples import GPT, next_token_loss, quickstart
+from layerwise_jax.examples import GPT, demonstration, next_token_loss, quickstart
 from layerwise_jax.examples.pictures import draw
 from layerwise_jax.examples.side_by_side import (
     Losses,
@@ -80,6 +81,15 @@ def test_staged_and_unstaged_training_stay_together(tmp_path):
     assert compare(losses, pipeline, staged, unstaged).largest < 1e-4
     assert compare([Losses(1.0, 2.0)], pipeline, staged, unstaged).loss == 0.5
     assert draw(pipeline, losses, tmp_path / "new" / "plan.png").stat().st_size > 10_000
+
+
+def test_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demonstration.importlib.util, "find_spec", lambda name: None)
+    console = demonstration.make_console()
+    demonstration.draw_picture(None, [], tmp_path / "none.png", console)
+    assert "'layerwise-jax[plot]'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

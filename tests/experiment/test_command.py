@@ -131,6 +131,11 @@ def test_update_results_selects_the_committed_ones(parsed: None) -> None:
         command.output("dense16")
 
 
+def test_brackets_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    command.make_console().print("pip install 'layerwise-jax[aot]'")
+    assert "'layerwise-jax[aot]'" in capsys.readouterr().out
+
+
 def test_arguments_are_refused() -> None:
     with pytest.raises(app.UsageError, match=r"must be flags .* got \['8'\]"):
         command.refuse_arguments(["program", "8"])
