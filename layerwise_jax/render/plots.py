@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 from layerwise_jax.render.bars import Bars
@@ -12,6 +13,8 @@ from layerwise_jax.render.timeline import Timeline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+TITLE_WIDTH = 80  # characters
 
 
 def plot_bars(chart: Bars, title: str = "") -> Figure:
@@ -38,8 +41,8 @@ def plot_bars(chart: Bars, title: str = "") -> Figure:
     axes.set_yticks(rows, [bar.label for bar in chart.bars])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.xaxis.set_major_formatter(lambda value, _: chart.text(value))
-    axes.set_title(title)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4, frameon=False)
+    _add_title(figure, title)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
@@ -68,11 +71,14 @@ def plot_timeline(timeline: Timeline) -> Figure:
     axes.set_ylim(len(timeline.rows) - 0.5, -0.5)
     axes.set_xlim(0, timeline.end)
     axes.set_xlabel(timeline.axis)
-    axes.set_title(timeline.title)
+    _add_title(figure, timeline.title)
     handles = [
         Patch(color=timeline.colours[kind], label=timeline.names[kind]) for kind in timeline.kinds
     ]
-    axes.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4, frameon=False
-    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def _add_title(figure: Figure, title: str) -> None:
+    """A title over the figure, wrapped to its width."""
+    figure.suptitle("\n".join(textwrap.wrap(title, TITLE_WIDTH)), fontsize=9)

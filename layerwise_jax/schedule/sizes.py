@@ -29,7 +29,7 @@ class SizeTimes:
 
     Attributes:
       forward: seconds of a forward, one number for each stage.
-      backward: seconds of input and weight gradient together, likewise by stage.
+      backward: seconds of input and weight gradient together, by stage.
       weight_gradient: seconds of the weight gradient if it is split from its backward; None for
         half of `backward`.
       link: seconds of a message over each boundary, one for all or one for each.

@@ -4,7 +4,7 @@ Of p devices, device r has the stages r and 2p - 1 - r. The first and the last s
 and the middle stages p - 1 and p share device p - 1.
 
 An order is written as steps: "F0" is the next forward of the device's first stage, "F1" of its
-second one; "B", "I" and "W" likewise. "W" without a number is the oldest weight gradient that is
+second one, as for "B", "I" and "W". "W" without a number is the oldest weight gradient that is
 still due. A pair of steps shares a tick.
 """
 

@@ -32,7 +32,7 @@ def test_schedules_and_simulations_are_drawn():
 def test_a_comparison_is_drawn_by_bottleneck():
     found = compare_dense(H100, 4)
     (axes,) = found.plot().axes
-    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    names = [text.get_text() for text in axes.figure.legends[0].get_texts()]
     assert names == ["memory", "cache", "arithmetic", "links", "latency"]
 
 
