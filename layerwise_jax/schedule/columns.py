@@ -12,8 +12,9 @@ StepKind = Literal["F", "B", "I", "W", "FB"]
 
 
 class Step(NamedTuple):
-    """One call of a stage program: F, B, I and W as in a schedule, FB forward and backward in one
-    program.
+    """One call of a stage program.
+
+    Kinds are those of a schedule, and FB for forward and backward in one program.
     """
 
     tick: int
@@ -43,13 +44,13 @@ Column = tuple[Step, ...]
 
 @dataclass(frozen=True)
 class StageTraits:
-    """What a stage has to do, as far as the order of steps depends on it.
+    """Properties of a stage that decide on its steps and their order.
 
     Attributes:
-      sends: whether another stage reads one of its values.
-      has_state: whether a microbatch reads what the one before it wrote.
-      has_backward: whether backward has any result.
-      has_products: whether any weight gradient can be made apart from backward.
+      sends: True if another stage reads one of its values.
+      has_state: True if a microbatch reads what the one before it wrote.
+      has_backward: True if its backward has a result.
+      has_products: True if some weight gradient can be computed after the backward.
     """
 
     sends: bool
@@ -58,18 +59,17 @@ class StageTraits:
     has_products: bool
 
     def does(self, kind: str) -> bool:
-        """Whether an action of this kind has any result."""
+        """True if an action of this kind has a result."""
         if kind == "F":
             return True
         return self.has_backward and (kind != "W" or self.has_products)
 
 
 def lay_out_columns(schedule: Schedule, stages: Sequence[StageTraits]) -> tuple[Column, ...]:
-    """The steps of every device of a schedule, in order.
+    """The steps of each device of a schedule, in order.
 
-    Backwards without a result are dropped (a stage of metrics, a frozen stage). A forward that its
-    own backward follows
-    at once, on a stage that sends nothing, becomes one step.
+    Backwards without a result are dropped (a stage of metrics, a frozen stage). A forward directly
+    before its own backward becomes one step with it, on a stage that sends nothing.
 
     Raises:
       ScheduleError: a stage with state runs its forwards in another order than that of the
@@ -100,11 +100,10 @@ def forward_columns(schedule: Schedule) -> tuple[Column, ...]:
 
 
 def in_one_thread(columns: Sequence[Column]) -> list[tuple[int, Step]]:
-    """All (device, step) in an order in which one thread can run them: that of the ticks."""
+    """All (device, step) in the order of the ticks, in which one thread can run them."""
     steps = [(device, step) for device, column in enumerate(columns) for step in column]
-    return sorted(
-        steps, key=lambda item: (item[1].tick, item[0])
-    )  # stable: a cell's forward stays first
+    # The sort is stable: a cell's forward stays first.
+    return sorted(steps, key=lambda item: (item[1].tick, item[0]))
 
 
 def _check_state_order(schedule: Schedule, stages: Sequence[StageTraits]) -> None:
