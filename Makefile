@@ -11,7 +11,7 @@
 VENV ?= .venv
 WORKERS ?= 2
 # `make check` runs every SAMPLE-th test of each file.
-SAMPLE ?= 6
+SAMPLE ?= 8
 OLDEST_JAX := 0.11.2
 
 # Programs that tests compile are kept here between runs, except in continuous integration. JAX's
