@@ -89,7 +89,7 @@ def layerwise(
       batch_statistics: "per_microbatch" accepts operations that mix the examples of a microbatch.
       schedule: order of forwards and backwards in training: a name, or a `Schedule`.
       remat: "stage" recomputes a stage's forward in its backward, "cheap" keeps products and
-        attention (executor "host"), None stashes residuals.
+        attention, None stashes residuals.
       trainable: the parameters that `value_and_grad` differentiates: a tree of booleans, or a
         function from the types of the parameters to one.
       executor: "loop" runs all stages in one program, which jit, grad and vmap accept; "host" runs

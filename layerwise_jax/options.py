@@ -40,8 +40,8 @@ class PipelineOptions:
       batch_statistics: "per_microbatch" accepts operations that mix the examples of a batch; each
         microbatch is then a batch for them. None refuses such operations.
       schedule: order of forwards and backwards in training: a name, or a `Schedule`.
-      remat: "stage" recomputes a stage's forward in its backward; "cheap" (executor "host") keeps
-        products, convolutions and attention and recomputes the rest; None stashes residuals, as the
+      remat: "stage" recomputes a stage's forward in its backward; "cheap" keeps products,
+        convolutions and attention and recomputes the rest; None stashes residuals, as the
         function's own `jax.checkpoint` policies leave them.
       trainable: parameters that `value_and_grad` differentiates: a tree of booleans with the
         parameters' structure or a prefix of it, or a function from their types to one. None trains

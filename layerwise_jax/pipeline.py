@@ -87,7 +87,7 @@ class Pipeline:
         options = self.options
         backward = Backward(
             self._seed,
-            recomputes=options.remat == "stage",
+            remat=options.remat,
             skips_bubbles=bool(options.skip_bubbles),
         )
         return LoopExecutor(self.loop, self._outputs, self.schedule, backward)
@@ -228,11 +228,6 @@ class Pipeline:
         self._check_loss()
         leaves = self._checked(staged, self._positional(inputs, named))
         executor = self._executor_of(staged)
-        if executor is self.loop_executor and self.options.remat == "cheap":
-            raise ValueError(
-                "remat='cheap' must run on executor 'host', got parameters placed for the loop. "
-                "Place them with executor='host', or choose remat='stage' or None."
-            )
         results, grads, staged = executor.value_and_grad(staged, leaves)
         return self._value(results, staged), grads
 

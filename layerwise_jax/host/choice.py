@@ -30,9 +30,9 @@ def choose_executor(
 ) -> Executor:
     """The executor that was asked for, or for "auto" the one that suits the pipeline.
 
-    Host for what the loop does not run (remat="cheap", stages that are not assigned round-robin),
-    and for a loss whose predicted tick on an accelerator is long; else the loop, which composes
-    with JAX's transformations.
+    Host for what the loop does not run (stages that are not assigned round-robin), and for a loss
+    whose predicted tick on an accelerator is long; else the loop, which composes with JAX's
+    transformations.
 
     Args:
       options: what was asked for.
@@ -44,7 +44,7 @@ def choose_executor(
     if options.executor != "auto":
         return options.executor
     homes = tuple(schedule.device_of_stage[s] for s in range(schedule.num_stages))
-    if options.remat == "cheap" or homes != round_robin(len(homes), schedule.num_devices):
+    if homes != round_robin(len(homes), schedule.num_devices):
         return "host"
     seconds = tick_seconds(loop, mesh, stage_flops)
     return "host" if _is_loss(loop) and seconds >= SHORTEST_TICK_SECONDS else "loop"

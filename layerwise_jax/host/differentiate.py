@@ -21,19 +21,13 @@ from jax.extend.core import jaxpr_as_fun
 
 from layerwise_jax.host.stage_program import StageProgram
 from layerwise_jax.options import Remat
+from layerwise_jax.run.remat import recomputing_cheap
 from layerwise_jax.trace.derivative import type_of
 from layerwise_jax.trace.products import FlatBackward, flatten_backward
 from layerwise_jax.trace.program import BatchSlice, Program, evaluate
 from layerwise_jax.trace.vjp import Linearization, classify_leaves, run_part
 
 Arrays = tuple[Any, ...]
-
-# Kept by remat="cheap": what costs much more to compute again than to read. Kernels hide behind the
-# last three.
-EXPENSIVE = frozenset(
-    "dot_general conv_general_dilated ragged_dot ragged_dot_general scan while cond sort top_k fft "
-    "cholesky lu qr eigh svd triangular_solve custom_partitioning pallas_call ffi_call".split()
-)
 
 
 # Arguments of backward that the column still holds when deferred products are made.
@@ -292,7 +286,7 @@ class StageFunctions:
             return [results[j] for j in seeded], results
 
         if self.remat == "cheap":
-            run = jax.checkpoint(run, policy=_is_expensive, prevent_cse=False)
+            run = recomputing_cheap(run)
         trained = [arguments.prepared[stage.prepared.index(x)] for x in stage.trained]
         differentiated = [arguments.live_in[stage.live_in.index(x)] for x in stage.differentiated]
         _, vjp_fn, results = jax.vjp(run, trained, differentiated, has_aux=True)
@@ -320,8 +314,3 @@ def _replaced(
     """The arrays of `values`, with those of `moving` replaced."""
     new = dict(zip(moving, moved, strict=True))
     return [new.get(x, array) for x, array in zip(values, arrays, strict=True)]
-
-
-def _is_expensive(primitive: Any, *_: Any, **params: Any) -> bool:
-    del params
-    return primitive.name in EXPENSIVE or "dot_product_attention" in primitive.name

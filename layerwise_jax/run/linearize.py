@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from layerwise_jax.run.microbatch import MicrobatchContext
+from layerwise_jax.run.remat import recomputing_cheap
 from layerwise_jax.run.residuals import Residuals, StashLayout, find_residuals, share_buffers
 from layerwise_jax.run.segment import StageSegment, segment_before_body
 from layerwise_jax.run.stage import LocalStage
@@ -49,7 +50,7 @@ def linearize_body(
         given = [x for _, x in sorted({**arguments, **fixed}.items())]
         return device.run_body(context, given[:first_read], given[first_read:])
 
-    return jax.vjp(run, arguments)
+    return jax.vjp(recomputing_cheap(run) if device.recomputes_cheap else run, arguments)
 
 
 def linearize_segment(
@@ -81,7 +82,10 @@ def linearize_segment(
     def run(arguments: dict[Value, Any]) -> list[Any]:
         return evaluate(segment.ops, {**known, **arguments}, segment.wanted, context.rows)
 
-    return jax.vjp(run, arguments)
+    # `after` has forward and backward in one tick: nothing of it is stashed, so nothing is saved
+    is_stashed = segment.ops is not device.loop.alignment.parts[-1].after
+    cheap = device.recomputes_cheap and is_stashed
+    return jax.vjp(recomputing_cheap(run) if cheap else run, arguments)
 
 
 def lay_out_stash(device: LocalStage, slots: Sequence[Any]) -> StashLayout:

@@ -32,16 +32,20 @@ class Residuals:
     Attributes:
       sources: for every residual, its index among the stashed ones, or None if it is recomputed.
       avals: the types of the stashed ones.
+      leaf_types: shape and dtype of every residual.
     """
 
     sources: tuple[int | None, ...]
     avals: tuple[Any, ...]
+    leaf_types: tuple[tuple[Any, Any], ...]
 
     def of(self, vjp_fn: Callable) -> list[Any]:
         """The stashed residuals of a VJP function, in wire format."""
         found: dict[int, Any] = {}
         # a VJP function is a pytree whose leaves are its residuals
-        for source, leaf in zip(self.sources, jax.tree.leaves(vjp_fn), strict=True):
+        leaves = jax.tree.leaves(vjp_fn)
+        self._check(leaves)
+        for source, leaf in zip(self.sources, leaves, strict=True):
             if source is not None:
                 found.setdefault(source, to_wire(leaf))
         return [found[j] for j in range(len(self.avals))]
@@ -49,9 +53,15 @@ class Residuals:
     def put_back(self, vjp_fn: Callable, stashed: Sequence[Any]) -> Callable:
         """The VJP function with stashed residuals in place of its own."""
         leaves, tree = jax.tree.flatten(vjp_fn)
+        self._check(leaves)
         values = [from_wire(x, aval) for x, aval in zip(stashed, self.avals, strict=True)]
         sources = zip(self.sources, leaves, strict=True)
         return jax.tree.unflatten(tree, [leaf if j is None else values[j] for j, leaf in sources])
+
+    def _check(self, leaves: Sequence[Any]) -> None:
+        """Two traces of one function must keep the same residuals in the same order."""
+        types = tuple((x.shape, x.dtype) for x in leaves)
+        assert types == self.leaf_types, f"residuals {types} of a VJP, expected {self.leaf_types}"
 
 
 def find_residuals(linearized: Linearized, weights: Any, microbatch: Any) -> Residuals:
@@ -81,7 +91,8 @@ def find_residuals(linearized: Linearized, weights: Any, microbatch: Any) -> Res
         None if isinstance(x, Literal) or x not in varying else places.setdefault(x, len(places))
         for x in jaxpr.outvars
     ]
-    return Residuals(tuple(sources), tuple(x.aval for x in places))
+    leaf_types = tuple((x.aval.shape, x.aval.dtype) for x in jaxpr.outvars)
+    return Residuals(tuple(sources), tuple(x.aval for x in places), leaf_types)
 
 
 @dataclass(frozen=True)

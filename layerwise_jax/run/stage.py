@@ -70,18 +70,27 @@ class LocalStage:
       replica: int32 scalar, this device's index on the data axis.
       gates: True if JAX differentiates the loop, so that gradients must be kept out of bubbles.
       chunk: which of the device's stages this is.
+      recomputes_cheap: VJPs keep only results of expensive ops: see `remat`.
       index: int32 scalar, this device's index on the stage axis.
       stage: int32 scalar, this device's stage of that chunk.
     """
 
     def __init__(
-        self, loop: StagedProgram, inputs: list[Any], replica: Any, *, gates: bool, chunk: int = 0
+        self,
+        loop: StagedProgram,
+        inputs: list[Any],
+        replica: Any,
+        *,
+        gates: bool,
+        chunk: int = 0,
+        recomputes_cheap: bool = False,
     ):
         self.loop = loop
         self.inputs = inputs
         self.replica = replica
         self.gates = gates
         self.chunk = chunk
+        self.recomputes_cheap = recomputes_cheap
         self.program = loop.program
         self.wiring = loop.wiring
         self.index = lax.axis_index(STAGE)
@@ -89,7 +98,14 @@ class LocalStage:
 
     def of_chunk(self, chunk: int) -> LocalStage:
         """Another stage of the same device."""
-        return LocalStage(self.loop, self.inputs, self.replica, gates=self.gates, chunk=chunk)
+        return LocalStage(
+            self.loop,
+            self.inputs,
+            self.replica,
+            gates=self.gates,
+            chunk=chunk,
+            recomputes_cheap=self.recomputes_cheap,
+        )
 
     @property
     def stages(self) -> range:

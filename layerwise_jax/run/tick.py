@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,13 +77,13 @@ class Backward:
 
     Attributes:
       seed: the cotangent of the loss of one microbatch.
-      recomputes: backward runs the stage again from the values that arrived; else it stashes
-        residuals.
+      remat: "stage" runs the stage again from the values that arrived; "cheap" stashes results of
+        expensive ops and recomputes the rest; None stashes all residuals.
       skips_bubbles: an idle device branches around the work, which pays on emulated devices.
     """
 
     seed: float
-    recomputes: bool = True
+    remat: Literal["stage", "cheap"] | None = "stage"
     skips_bubbles: bool = False
 
 

@@ -81,10 +81,17 @@ class TickLoop:
           forward loop. Slots afterwards.
         """
         casts = self._casts
-        device = LocalStage(casts.program, list(inputs), replica, gates=self.backward is None)
-        stores = self.backward is not None and not self.backward.recomputes
+        remat = None if self.backward is None else self.backward.remat
+        device = LocalStage(
+            casts.program,
+            list(inputs),
+            replica,
+            gates=self.backward is None,
+            recomputes_cheap=remat == "cheap",
+        )
+        stashes = self.backward is not None and remat != "stage"
         held = casts.cast(weights)
-        layout = lay_out_stash(device, held) if stores else None
+        layout = lay_out_stash(device, held) if stashes else None
         options = TickOptions(self.roles, self.backward, self.lags, layout)
         state = self._start(held, list(weights), layout)
         for rows in self._phases():

@@ -52,10 +52,9 @@ def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
                 yield from equations(closed)
 
 
-def tick_bodies(pipeline: Any) -> list[Jaxpr]:
+def tick_bodies(pipeline: Any, params: Any, x: jax.Array) -> list[Jaxpr]:
     """The bodies of the loops over ticks of the training program."""
-    staged = pipeline.place(PARAMS)
-    jaxpr = jax.make_jaxpr(pipeline.value_and_grad)(staged, X).jaxpr
+    jaxpr = jax.make_jaxpr(pipeline.value_and_grad)(pipeline.place(params), x).jaxpr
     return [eqn.params["jaxpr"].jaxpr for eqn in equations(jaxpr) if eqn.primitive.name == "scan"]
 
 
@@ -77,24 +76,24 @@ def test_weights_are_cast_before_the_loop(
     pipeline = stage(stage_mesh(NUM_STAGES), remat=remat)
     staged = pipeline.place(PARAMS)
     once = jax.jit(pipeline.value_and_grad)(staged, X)
-    bodies = tick_bodies(pipeline)
+    bodies = tick_bodies(pipeline, PARAMS, X)
     assert bodies
     layers = [casts_of_weights(body) for body in bodies]
     monkeypatch.setattr(ticks, "take_casts_out", lambda program: CastProgram(program, {}))
     other = stage(stage_mesh(NUM_STAGES), remat=remat)
-    assert sum(map(casts_of_weights, tick_bodies(other))) > 3 * sum(layers)
+    assert sum(map(casts_of_weights, tick_bodies(other, PARAMS, X))) > 3 * sum(layers)
     again = jax.jit(other.value_and_grad)(staged, X)
     jax.tree.map(np.testing.assert_array_equal, once, again)
 
 
 def test_a_message_is_stored_in_the_tick_that_sends_it(stage_mesh: Callable) -> None:
     """No result of a permute is carried as it is to the next tick: it would overlap nothing."""
-    for body in tick_bodies(stage(stage_mesh(NUM_STAGES))):
+    for body in tick_bodies(stage(stage_mesh(NUM_STAGES)), PARAMS, X):
         sent = {eqn.outvars[0] for eqn in equations(body) if eqn.primitive.name == "ppermute"}
         assert not sent.intersection(body.outvars)
     permutes = [
         eqn
-        for body in tick_bodies(stage(stage_mesh(NUM_STAGES)))
+        for body in tick_bodies(stage(stage_mesh(NUM_STAGES)), PARAMS, X)
         for eqn in body.eqns
         if eqn.primitive.name == "ppermute"
     ]
