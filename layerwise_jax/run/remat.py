@@ -14,7 +14,7 @@ from layerwise_jax.trace.primitives import CUSTOM_RULES, EXPENSIVE
 KEPT = EXPENSIVE - CUSTOM_RULES
 
 
-def recomputing_cheap(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def recomputing_cheap(run: Callable[..., Any]) -> Callable[..., Any]:
     """`run`, whose VJP keeps only results of expensive ops, and its arguments.
 
     `jax.checkpoint` policies inside of `run` hold on: they keep no more than they would alone.

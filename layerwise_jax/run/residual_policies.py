@@ -65,8 +65,10 @@ class Storing(StageVjp):
         slots: list[Any],
         seed: float,
         layout: StashLayout,
+        *,
+        masks: bool,
     ):
-        super().__init__(device, context, slots, seed)
+        super().__init__(device, context, slots, seed, masks=masks)
         self.layout = layout
 
     def forward(self, arrived: list[Any]) -> tuple[StageResults, list[Any]]:

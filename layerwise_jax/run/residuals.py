@@ -91,7 +91,8 @@ def find_residuals(linearized: Linearized, weights: Any, microbatch: Any) -> Res
         None if isinstance(x, Literal) or x not in varying else places.setdefault(x, len(places))
         for x in jaxpr.outvars
     ]
-    leaf_types = tuple((x.aval.shape, x.aval.dtype) for x in jaxpr.outvars)
+    leaf_avals: list[Any] = [x.aval for x in jaxpr.outvars]
+    leaf_types = tuple((aval.shape, aval.dtype) for aval in leaf_avals)
     return Residuals(tuple(sources), tuple(x.aval for x in places), leaf_types)
 
 

@@ -7,7 +7,7 @@ computes on the fill value and masks, since on accelerators the others wait for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -112,6 +112,7 @@ class Tick:
       options: the same for all phases.
       chunks: the chunks of which a device has a forward in this phase.
       backwards: the (chunk, kind) of which a device has a backward in this phase.
+      runs_bubbles: a device that has no backward in a tick runs one anyway, on the fill value.
     """
 
     def __init__(self, device: LocalStage, options: TickOptions, rows: TickRows):
@@ -119,8 +120,10 @@ class Tick:
         self.options = options
         self.program = device.loop
         self.lanes = device.wiring.lanes
-        self.chunks = [chunk for (chunk,) in _occurring(rows["forward_chunk"])]
-        self.backwards = _occurring(rows["backward_chunk"], rows["backward_kind"])
+        self.chunks = [chunk for (chunk,) in occurring(rows["forward_chunk"])]
+        self.backwards = occurring(rows["backward_chunk"], rows["backward_kind"])
+        has_bubble = bool((rows["backward_microbatch"] < 0).any())
+        self.runs_bubbles = has_bubble and not self._is_conditional(self.backwards)
 
     def __call__(self, state: TickState, rows: dict[str, Any]) -> tuple[TickState, None]:
         now = {name: row[self.device.index] for name, row in rows.items()}  # int32 scalars
@@ -280,9 +283,16 @@ class Tick:
         backward = self.options.backward
         assert backward is not None
         device = self.device.of_chunk(chunk)
-        if self.options.layout is None:
-            return Recomputing(device, context, slots, backward.seed)
-        return Storing(device, context, slots, backward.seed, self.options.layout)
+        layout = self.options.layout
+        masks = self.runs_bubbles
+        if layout is None:
+            return Recomputing(device, context, slots, backward.seed, masks=masks)
+        return Storing(device, context, slots, backward.seed, layout, masks=masks)
+
+    def _is_conditional(self, alternatives: Sized) -> bool:
+        """True if a device that has nothing to do runs none of the alternatives."""
+        backward = self.options.backward
+        return len(alternatives) > 1 or (backward is not None and backward.skips_bubbles)
 
     def _run[T](
         self,
@@ -295,14 +305,14 @@ class Tick:
         backward = self.options.backward
         if backward is None:  # differentiable
             return run_selected(runs, jnp.clip(code, 0), idle, "switch", range(len(runs)))
-        if len(runs) == 1 and not backward.skips_bubbles:
+        if not self._is_conditional(runs):
             (run,) = runs.values()
             return run(idle)
         active = jnp.where(context.is_active, code, -1)  # -1 matches no alternative
         return run_selected(runs, active, idle, "at_most_once", range(-1, max(runs) + 1))
 
 
-def _occurring(*tables: np.ndarray) -> list[tuple[int, ...]]:
+def occurring(*tables: np.ndarray) -> list[tuple[int, ...]]:
     """The combinations of entries that occur where a device is not idle."""
     columns = np.stack([table.ravel() for table in tables], axis=1)  # [ticks * devices, tables]
     return [tuple(map(int, row)) for row in np.unique(columns[columns[:, 0] >= 0], axis=0)]

@@ -33,14 +33,14 @@ from layerwise_jax.run.linearize import lay_out_stash
 from layerwise_jax.run.outputs import start_output
 from layerwise_jax.run.residuals import StashLayout
 from layerwise_jax.run.stage import LocalStage
-from layerwise_jax.run.tick import Backward, Tick, TickOptions, TickRows, TickState
+from layerwise_jax.run.tick import Backward, Tick, TickOptions, TickRows, TickState, occurring
 from layerwise_jax.run.wire import fill, sum_dtype, wire_aval
 from layerwise_jax.schedule.arrays import ScheduleTables, lower_schedule
 from layerwise_jax.schedule.generators import forward_only
 from layerwise_jax.stage.staged_program import StagedProgram
 
 # Ticks of one kind (only forward, both, only backward) are a loop each, up to this many loops.
-MOST_PHASES = 4
+MOST_PHASES = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +161,7 @@ class TickLoop:
         )
 
     def _phases(self) -> list[TickRows]:
-        """The tables in runs of ticks in which any device goes forward, backward, or both."""
+        """The tables in phases: consecutive ticks in which devices do the same kinds of work."""
         tables = {
             name: table
             for name, table in vars(self.tables).items()
@@ -176,20 +176,31 @@ class TickLoop:
         for name in ("activation_arrival", "gradient_arrival"):  # of the next tick
             no_more = np.full_like(tables[name][:1], -1)
             tables[name] = np.concatenate([tables[name][1:], no_more])
-        # A loop a phase: in ticks without backward, its code is not even compiled.
-        forward, backward = tables["forward_microbatch"], tables["backward_microbatch"]
-        kinds = [
-            (bool((f >= 0).any()), bool((b >= 0).any()))
-            for f, b in zip(forward, backward, strict=True)
-        ]
-        counts = [len(list(ticks)) for _, ticks in groupby(kinds)]  # 1F1B: F, F and B, B
-        if self.backward is None or len(counts) > MOST_PHASES:
-            counts = [len(kinds)]
+        counts = self._phase_lengths(tables)
         stops = np.cumsum(counts)
         return [
             {name: table[stop - count : stop] for name, table in tables.items()}
             for count, stop in zip(counts, stops, strict=True)
         ]
+
+    def _phase_lengths(self, tables: TickRows) -> list[int]:
+        """Ticks of each phase, a loop each: in ticks without backward its code is not compiled."""
+        forward, backward = tables["forward_microbatch"], tables["backward_microbatch"]
+        kinds = list(zip((forward >= 0).any(axis=1), (backward >= 0).any(axis=1), strict=True))
+        if self.backward is None:
+            return [len(kinds)]
+        splits = [_run_lengths(kinds)]  # 1F1B: F, F and B, B
+        alternatives = occurring(tables["backward_chunk"], tables["backward_kind"])
+        if len(alternatives) == 1 and not self.backward.skips_bubbles:
+            # Idle devices compute and mask: ticks in which all go backward need no mask.
+            is_full = (backward >= 0).all(axis=1)
+            splits.insert(0, _run_lengths(list(zip(kinds, is_full, strict=True))))
+        return next((x for x in splits if len(x) <= MOST_PHASES), [len(kinds)])
+
+
+def _run_lengths(kinds: Sequence[Any]) -> list[int]:
+    """Lengths of the runs of equal entries."""
+    return [len(list(run)) for _, run in groupby(kinds)]
 
 
 def _accumulator(weight: Any) -> Any:

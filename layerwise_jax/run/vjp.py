@@ -26,6 +26,7 @@ from layerwise_jax.run.segment import (
     segment_before_body,
 )
 from layerwise_jax.run.stage import LocalStage, StageResults
+from layerwise_jax.run.wide import gradients_of
 from layerwise_jax.run.wire import from_wire, to_wire, zeros_of
 from layerwise_jax.schedule.table import ActionKind
 from layerwise_jax.stage.wiring import FromBody, FromBranch, FromLane, Source
@@ -57,15 +58,23 @@ class StageVjp:
       context: the microbatch.
       slots: this device's shard of every slot.
       seed: the cotangent of the loss of one microbatch.
+      masks: backward may run in a bubble, whose gradients must not be accumulated.
     """
 
     def __init__(
-        self, device: LocalStage, context: MicrobatchContext, slots: list[Any], seed: float
+        self,
+        device: LocalStage,
+        context: MicrobatchContext,
+        slots: list[Any],
+        seed: float,
+        *,
+        masks: bool,
     ):
         self.device = device
         self.context = context
         self.slots = slots
         self.seed = seed
+        self.masks = masks
         self.loop = device.loop
         self.wiring = device.loop.wiring
         self.arrived: list[Any] = []
@@ -163,25 +172,31 @@ class StageVjp:
     def _accumulated(
         self, accumulators: dict[int, Any], gradients: dict[int, Any]
     ) -> dict[int, Any]:
-        """Some accumulators with gradients added, both by slot; unchanged in bubbles."""
+        """Some accumulators with gradients added, both by slot; unchanged in a bubble."""
         added = dict(accumulators)
         if self.kind != "I":
             for j, gradient in gradients.items():
                 so_far = accumulators[j]
-                # A bubble's gradient may be NaN: it is masked after the sum, not multiplied by 0.
-                total = so_far + gradient.astype(so_far.dtype)
-                added[j] = jnp.where(self.context.is_active, total, so_far)
+                added[j] = so_far + gradient.astype(so_far.dtype)
+                if self.masks:  # a bubble's gradient may be NaN: no product with 0 would do
+                    added[j] = jnp.where(self.context.is_active, added[j], so_far)
         return added
+
+    def _gradients(
+        self, vjp_fn: Callable, cotangents: Any, weights: Mapping[Any, Any]
+    ) -> dict[Any, Any]:
+        """Gradients by key; those of weights in float32 where they are accumulated."""
+        return gradients_of(vjp_fn, cotangents, {} if self.kind == "I" else weights)
 
     def _backward_body(self, vjp_fn: Callable) -> None:
         """Propagate the cotangents of the body's results to its weights and reads."""
         made = self.loop.alignment.parts[0].shape.made
         avals = {j: self.loop.program.avals[made[j]] for j in self.wiring.body_results}
         # Results of the body that this stage does not use have a cotangent of zeros.
-        (gradients,) = vjp_fn(
-            {j: cotangent(aval, self.body_cotangents.get(j)) for j, aval in avals.items()}
-        )
+        cotangents = {j: cotangent(aval, self.body_cotangents.get(j)) for j, aval in avals.items()}
         slots = self.device.body_slots
+        weights = {j: self.slots[slot] for j, slot in enumerate(slots)}
+        gradients = self._gradients(vjp_fn, cotangents, weights)
         # positions: weights of the body first, then its reads
         of_weights = {slots[j]: gradient for j, gradient in gradients.items() if j < len(slots)}
         self._put_accumulators(self._accumulated(self._accumulators_of(of_weights), of_weights))
@@ -303,9 +318,9 @@ class StageVjp:
         accumulators: dict[int, Any],
     ) -> tuple[dict[Any, Any], dict[int, Any]]:
         """Gradients by value, and the accumulators with the gradients of the weights added."""
-        (gradients,) = vjp_fn(
-            [cotangent(jax.typeof(x), seed) for x, seed in zip(made, seeds, strict=True)]
-        )
+        cotangents = [cotangent(jax.typeof(x), seed) for x, seed in zip(made, seeds, strict=True)]
+        weights = {x: self.slots[j] for x, j in segment.trained.items()}
+        gradients = self._gradients(vjp_fn, cotangents, weights)
         by_slot: dict[int, Any] = {}
         for x, j in segment.trained.items():
             # two values may be one weight
