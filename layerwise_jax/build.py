@@ -19,7 +19,7 @@ from layerwise_jax.measure.layers import measured_by_shape
 from layerwise_jax.mesh import STAGE, automatic, check_mesh
 from layerwise_jax.options import PipelineOptions
 from layerwise_jax.pipeline import Pipeline
-from layerwise_jax.plan import Plan, Sizes, make_plan
+from layerwise_jax.plan import LoopFigures, Plan, Sizes, make_plan
 from layerwise_jax.schedule.registry import make_schedule
 from layerwise_jax.schedule.table import Schedule
 from layerwise_jax.stage.align import align_stages
@@ -180,11 +180,13 @@ def _plan(partition: Any, loop: StagedProgram, sizes: Sizes) -> Plan:
     return make_plan(
         partition,
         sizes,
-        send_bytes=sends,
-        num_devices=loop.num_devices,
-        num_microbatches=loop.num_microbatches,
-        num_ticks=loop.num_ticks,
-        padding_bytes=loop.placement.padding_bytes,
-        common_layers=loop.alignment.num_layers,
-        has_branch=loop.wiring.needs_branch,
+        LoopFigures(
+            send_bytes=sends,
+            num_devices=loop.num_devices,
+            num_microbatches=loop.num_microbatches,
+            num_ticks=loop.num_ticks,
+            padding_bytes=loop.placement.padding_bytes,
+            common_layers=loop.alignment.num_layers,
+            has_branch=loop.wiring.needs_branch,
+        ),
     )

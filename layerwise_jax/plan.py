@@ -193,23 +193,11 @@ def _upgraded(entries: dict[str, Any], version: int) -> dict[str, Any]:
     return {"load_unit": "", "residency": "", **entries}
 
 
-def make_plan(
-    partition: Any,
-    sizes: Sizes,
-    *,
-    send_bytes: Sequence[int],
-    num_devices: int,
-    num_microbatches: int,
-    num_ticks: int,
-    padding_bytes: int,
-    common_layers: int,
-    has_branch: bool,
-) -> Plan:
-    """Makes the plan of a partition.
+@dataclass(frozen=True, kw_only=True)
+class LoopFigures:
+    """Figures of the compiled loop that a plan shows.
 
-    Args:
-      partition: a `Partition`, or its boundaries only, which prove nothing.
-      sizes: measured sizes of the layers.
+    Attributes:
       send_bytes: bytes of one microbatch that each stage sends.
       num_devices: pipeline devices of each replica.
       num_microbatches: microbatches of each replica; of a ring, its groups of sequences.
@@ -218,18 +206,36 @@ def make_plan(
       common_layers: layers of each stage in the common body of the loop.
       has_branch: True if the loop has a branch.
     """
+
+    send_bytes: Sequence[int]
+    num_devices: int
+    num_microbatches: int
+    num_ticks: int
+    padding_bytes: int
+    common_layers: int
+    has_branch: bool
+
+
+def make_plan(partition: Any, sizes: Sizes, loop: LoopFigures) -> Plan:
+    """Makes the plan of a partition.
+
+    Args:
+      partition: a `Partition`, or its boundaries only, which prove nothing.
+      sizes: measured sizes of the layers.
+      loop: figures of the loop.
+    """
     groups = [sizes.costs[a:b] for a, b in pairwise(getattr(partition, "boundaries", partition))]
     compiled = sizes.stage_bytes or (None,) * len(groups)
-    stages = tuple(map(_stage_plan, groups, compiled, send_bytes))
+    stages = tuple(map(_stage_plan, groups, compiled, loop.send_bytes))
     return Plan(
         stages=stages,
         capacity=sizes.capacity,
-        num_devices=num_devices,
-        num_microbatches=num_microbatches,
-        num_ticks=num_ticks,
-        padding_bytes=padding_bytes,
-        common_layers=common_layers,
-        has_branch=has_branch,
+        num_devices=loop.num_devices,
+        num_microbatches=loop.num_microbatches,
+        num_ticks=loop.num_ticks,
+        padding_bytes=loop.padding_bytes,
+        common_layers=loop.common_layers,
+        has_branch=loop.has_branch,
         device=sizes.device,
         measured_on=sizes.measured_on,
         bottleneck=float(getattr(partition, "bottleneck", max(stage.size for stage in stages))),

@@ -16,7 +16,7 @@ from layerwise_jax.build import build_pipeline
 from layerwise_jax.cost.layer_cost import LayerCost
 from layerwise_jax.measure.layers import measure_costs
 from layerwise_jax.partition.solver import partition_layers
-from layerwise_jax.plan import Plan, Sizes, StagePlan, make_plan
+from layerwise_jax.plan import LoopFigures, Plan, Sizes, StagePlan, make_plan
 from layerwise_jax.plan_text import BAR_WIDTH
 from layerwise_jax.trace.layers import trace_layers
 
@@ -37,7 +37,9 @@ def plan_of(partition: Any = (0, 2, 6), capacity: int | None = 20 * KIB, **field
         "has_branch": True,
     }
     sizes = Sizes(COSTS, "a device", "its compiler", capacity, **fields)
-    return make_plan(partition, sizes, send_bytes=[768, 0], padding_bytes=2 * KIB, **loop)
+    return make_plan(
+        partition, sizes, LoopFigures(send_bytes=[768, 0], padding_bytes=2 * KIB, **loop)
+    )
 
 
 def text_of(plan: Plan) -> str:
@@ -115,10 +117,7 @@ def test_an_uneven_plan_says_why() -> None:
     plan = make_plan(
         partition_layers(costs, 2),
         sizes,
-        send_bytes=[1, 0],
-        padding_bytes=0,
-        has_branch=True,
-        **loop,
+        LoopFigures(send_bytes=[1, 0], padding_bytes=0, has_branch=True, **loop),
     )
     assert (
         "uneven: the heaviest stage takes 80% more than the mean. Stage 0 (layer 0 'one') is the "

@@ -32,7 +32,7 @@ from layerwise_jax.decode.transport import Transport, choose_transport
 from layerwise_jax.measure.layers import measured_by_shape
 from layerwise_jax.mesh import DATA, STAGE, check_mesh, stage_mesh
 from layerwise_jax.partition.solver import partition_layers
-from layerwise_jax.plan import Plan, make_plan
+from layerwise_jax.plan import LoopFigures, Plan, make_plan
 from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.trace.program import nbytes
 
@@ -207,13 +207,15 @@ def _plan(layers: LayerSequence, cut: Any, ring: RingLoop) -> Plan:
     return make_plan(
         cut,
         measured_by_shape(layers),
-        send_bytes=[
-            sum(nbytes(loop.program.avals[x]) for x in stage.sends) for stage in loop.stages
-        ],
-        num_devices=loop.num_devices,
-        num_microbatches=ring.num_groups,
-        num_ticks=ring.length,
-        padding_bytes=loop.placement.padding_bytes,
-        common_layers=loop.alignment.num_layers,
-        has_branch=loop.wiring.needs_branch and not ring.selects,
+        LoopFigures(
+            send_bytes=[
+                sum(nbytes(loop.program.avals[x]) for x in stage.sends) for stage in loop.stages
+            ],
+            num_devices=loop.num_devices,
+            num_microbatches=ring.num_groups,
+            num_ticks=ring.length,
+            padding_bytes=loop.placement.padding_bytes,
+            common_layers=loop.alignment.num_layers,
+            has_branch=loop.wiring.needs_branch and not ring.selects,
+        ),
     )

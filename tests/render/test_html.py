@@ -10,7 +10,7 @@ import pytest
 from layerwise_jax.cost.devices import H100
 from layerwise_jax.cost.layer_cost import LayerCost
 from layerwise_jax.partition.solver import partition_layers
-from layerwise_jax.plan import Plan, Sizes, make_plan
+from layerwise_jax.plan import LoopFigures, Plan, Sizes, make_plan
 from layerwise_jax.render.bars import Bar, Bars, Segment
 from layerwise_jax.render.html import CHART_WIDTH, LABEL_WIDTH, bars_html, page, table_html
 from layerwise_jax.schedule.generators import one_f_one_b
@@ -59,10 +59,7 @@ def plan(capacity=20_480) -> Plan:
     return make_plan(
         partition_layers(costs, 2),
         sizes,
-        send_bytes=[768, 0],
-        padding_bytes=0,
-        has_branch=False,
-        **loop,
+        LoopFigures(send_bytes=[768, 0], padding_bytes=0, has_branch=False, **loop),
     )
 
 

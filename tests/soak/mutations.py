@@ -24,7 +24,7 @@ from layerwise_jax.checkpoint.files import CheckpointError, read_step, write_ste
 from layerwise_jax.cost.device import DeviceSpec
 from layerwise_jax.cost.devices import H100
 from layerwise_jax.cost.layer_cost import LayerCost
-from layerwise_jax.plan import Plan, Sizes, make_plan
+from layerwise_jax.plan import LoopFigures, Plan, Sizes, make_plan
 from layerwise_jax.xla.aot import compile_for
 from layerwise_jax.xla.buffers import AssignmentError, decode_buffer_assignment
 
@@ -189,13 +189,15 @@ def _plan_text() -> str:
     return make_plan(
         (0, 2, 4),
         sizes,
-        send_bytes=[1024, 0],
-        num_devices=2,
-        num_microbatches=6,
-        num_ticks=8,
-        padding_bytes=0,
-        common_layers=1,
-        has_branch=True,
+        LoopFigures(
+            send_bytes=[1024, 0],
+            num_devices=2,
+            num_microbatches=6,
+            num_ticks=8,
+            padding_bytes=0,
+            common_layers=1,
+            has_branch=True,
+        ),
     ).to_json()
 
 
