@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from layerwise_jax import processes
 from layerwise_jax.cost.devices import device_named
 from layerwise_jax.options import Executor, PipelineOptions
 from layerwise_jax.schedule.table import Schedule, round_robin
@@ -43,6 +44,8 @@ def choose_executor(
     """
     if options.executor != "auto":
         return options.executor
+    if processes.are_of_several(list(mesh.devices.flat)):
+        return "loop"
     homes = tuple(schedule.device_of_stage[s] for s in range(schedule.num_stages))
     if homes != round_robin(len(homes), schedule.num_devices):
         return "host"

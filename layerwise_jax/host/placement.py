@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from layerwise_jax import processes
 from layerwise_jax._jax import Tracer
 from layerwise_jax.mesh import STAGE
 from layerwise_jax.stage.cut import Stage
@@ -85,6 +86,19 @@ class HostPlacement(Placement):
         return [j for j, on in enumerate(self.column_of) if on == column]
 
 
+def check_one_process(mesh: Mesh) -> None:
+    """Refuse a mesh over several processes: a column's thread reaches devices of its own only.
+
+    Raises:
+      ValueError: the mesh has devices of several processes.
+    """
+    if processes.are_of_several(list(mesh.devices.flat)):
+        raise ValueError(
+            "executor must be 'loop' on a mesh over several processes, got 'host'. Leave "
+            "executor='auto'."
+        )
+
+
 def column_meshes(mesh: Mesh) -> tuple[Mesh, ...]:
     """The sub-mesh of every column: the devices of one index on the axis `stage`, which is kept
     with size 1.
@@ -114,6 +128,7 @@ def place_columns(
       mesh: the mesh; its axis `stage` has as many devices as there are columns.
       state: for outputs that are new values of weights, which weight.
     """
+    check_one_process(mesh)
     meshes = column_meshes(mesh)
     avals = {weight: program.avals[x] for x, weight in program.weights.items()}
     held: list[dict[Weight, None]] = [{} for _ in meshes]

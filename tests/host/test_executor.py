@@ -178,6 +178,16 @@ def test_auto_takes_the_loop_unless_it_cannot(stage_mesh: Callable[..., Mesh]) -
         assert pipeline.options.executor == executor, options
 
 
+def test_several_processes_run_the_loop(
+    stage_mesh: Callable[..., Mesh], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layerwise_jax.processes.are_of_several", lambda devices: True)
+    with pytest.raises(ValueError, match="executor must be 'loop' on a mesh over several"):
+        build(stage_mesh(2), num_stages=2).place(PARAMS)
+    chosen = build(stage_mesh(2), num_stages=2, remat="cheap", executor="auto")
+    assert chosen.options.executor == "loop"
+
+
 def test_tracing_is_refused(stage_mesh: Callable[..., Mesh]) -> None:
     pipeline = build(stage_mesh(3))
     staged = pipeline.place(PARAMS)
