@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise_jax import _json
+from layerwise_jax._arguments import checked_int
 from layerwise_jax._tables import bytes_text, plural
 from layerwise_jax.cost.layer_cost import LayerCost
 from layerwise_jax.plan_text import plan_bars, plan_html, plan_report, plan_table
@@ -66,6 +67,12 @@ class StagePlan:
     compiled_bytes: int | None
     send_bytes: int
 
+    def __post_init__(self) -> None:
+        for name in ("weight_bytes", "activation_bytes", "buffer_bytes", "send_bytes"):
+            checked_int(name, getattr(self, name), least=0)
+        if self.compiled_bytes is not None:
+            checked_int("compiled_bytes", self.compiled_bytes, least=0)
+
     @property
     def size(self) -> int:
         """Bytes of the stage: the sum of the sizes of its layers, S(P) in the paper."""
@@ -114,6 +121,25 @@ class Plan:
     load_unit: str = ""
     residency: str = ""
 
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages must have at least one stage, got none.")
+        for name in ("num_devices", "num_microbatches", "num_ticks"):
+            checked_int(name, getattr(self, name))
+        for name in ("padding_bytes", "common_layers"):
+            checked_int(name, getattr(self, name), least=0)
+        if self.num_devices > self.num_stages:
+            raise ValueError(
+                f"num_devices must be at most the number of stages, {self.num_stages}, got "
+                f"{self.num_devices}."
+            )
+        if self.capacity is not None:
+            checked_int("capacity", self.capacity)
+        for name in ("bottleneck", "lower_bound", "gap"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}.")
+
     @property
     def num_stages(self) -> int:
         return len(self.stages)
@@ -125,15 +151,16 @@ class Plan:
         (d - 1) / (v M + d - 1) in a pipeline of d devices with v stages each and M microbatches; in
         a ring, the share of its stages beyond its groups.
         """
-        busy = self.num_microbatches * self.num_stages / self.num_devices
-        idle = self.num_ticks - busy - self.has_last_tick
-        return idle / (busy + idle)
+        # Counts of (device, tick) pairs, without the last tick for the tail.
+        all_pairs = (self.num_ticks - self.has_last_tick) * self.num_devices
+        busy = self.num_microbatches * self.num_stages
+        return (all_pairs - busy) / all_pairs
 
     @property
     def has_last_tick(self) -> bool:
         """True if the loop has one more tick, for the last stage's layers after the common body."""
-        busy = self.num_microbatches * self.num_stages / self.num_devices
-        return self.num_ticks - busy > max(self.num_devices - 1, 0)
+        idle = self.num_ticks * self.num_devices - self.num_microbatches * self.num_stages
+        return idle > (self.num_devices - 1) * self.num_devices
 
     def __str__(self) -> str:
         return plan_table(self)

@@ -252,6 +252,18 @@ def damaged(change: Callable[[dict[str, Any]], Any]) -> str:
         (damaged(lambda fields: fields.update(gap="small")), "Plan.gap must be of type"),
         (damaged(lambda fields: fields.update(notes=None)), "Plan.notes must be of type"),
         (damaged(lambda fields: fields.update(notes=[1])), "Plan.notes must be of type str, got 1"),
+        (damaged(lambda fields: fields.update(stages=[])), "stages must have at least one stage"),
+        (
+            damaged(lambda fields: fields.update(num_ticks=0)),
+            "num_ticks must be an int",
+        ),
+        (damaged(lambda fields: fields.update(num_devices=3)), "num_devices must be at most"),
+        (damaged(lambda fields: fields.update(gap=-0.5)), "gap must be at least 0, got -0.5"),
+        (damaged(lambda fields: fields.update(bottleneck=float("nan"))), "bottleneck must be"),
+        (
+            damaged(lambda fields: fields["stages"][0].update(weight_bytes=-1)),
+            "weight_bytes must be an int of at least 0, got -1",
+        ),
         (damaged(lambda fields: fields.update(stages=7)), "Plan.stages must be of type"),
         (
             damaged(lambda fields: fields.update(stages=[7])),
