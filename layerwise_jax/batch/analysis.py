@@ -1,10 +1,10 @@
 """Analysis of whether running a function on parts of the batch is exact.
 
 A pipeline runs a function on parts of the batch (microbatches, times replicas) and puts the results
-together. That is exact only where the function treats each example alone, or ends in a sum, mean,
-maximum or minimum over them. The function is traced on a part and on the full batch, an abstract
-interpreter runs over both traces, and every value gets a role (`batch.lattice`). What no parts
-combine to is refused by name, never returned changed.
+together. That is exact only where the function treats each example by itself, or ends in a sum,
+mean, maximum or minimum over them. The function is traced on a part and on the full batch, an
+abstract interpreter runs over both traces, and every value gets a role (`batch.lattice`). Values
+that no parts combine to are refused by name, never returned changed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax
 from layerwise_jax import _jax
 from layerwise_jax.batch.interpreter import BatchInterpreter
 from layerwise_jax.batch.lattice import NotSeparable, Parts, Replicated, Role, Split
+from layerwise_jax.batch.linearity import ORDERED
 from layerwise_jax.batch.numbering import mixed_numberings
 from layerwise_jax.batch.outputs import (
     OutputAnalysis,
@@ -29,7 +30,6 @@ from layerwise_jax.batch.outputs import (
 from layerwise_jax.batch.pairs import BatchError, ProgramPair, pair_programs
 from layerwise_jax.batch.precompute import Candidates, Precomputed, precomputed_inputs
 from layerwise_jax.batch.rules.draws import Draws
-from layerwise_jax.batch.rules.permutations import ORDERED
 from layerwise_jax.trace.flatten import flatten
 from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.trace.program import Operand, Program, Value

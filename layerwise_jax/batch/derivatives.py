@@ -45,7 +45,7 @@ from layerwise_jax.batch.pairs import ProgramPair, pair_bodies
 # Rules that need not be linear in the cotangent; JAX transposes those of `custom_jvp`, which are.
 BACKWARD_RULES = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 
-NOT_ALONE = "has a derivative rule that does not treat each example alone"
+NOT_ALONE = "has a derivative rule that does not treat each example by itself"
 NOT_LINEAR = (
     "has a derivative rule that is not linear in its cotangent, of which each part has a share only"
 )
@@ -169,7 +169,7 @@ def _exact(factor: Ratio) -> float:
 
 
 def _is_linear_rule(backward: Jaxpr, step: OpContext) -> bool:
-    """Whether gradients scale with the cotangents, which come after the operands."""
+    """True if gradients scale with the cotangents, which come after the operands."""
     num_operands = len(step.micro.invars)
     return is_linear(backward, range(num_operands, len(backward.invars)))
 

@@ -1,4 +1,4 @@
-"""The walk over a pair of programs that gives every value its role."""
+"""Abstract interpreter over a pair of programs: gives every value its role for the batch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from layerwise_jax.batch.lattice import (
     same,
     scaling_axes,
 )
-from layerwise_jax.batch.linearity import STATISTICS, nonlinear
+from layerwise_jax.batch.linearity import ORDERED, STATISTICS, nonlinear
 from layerwise_jax.batch.pairs import PairedOp, ProgramPair, constants_of, differing_parameter
 from layerwise_jax.batch.precompute import Candidates
 from layerwise_jax.batch.rules import (
@@ -68,19 +68,19 @@ RULES = {
 
 @dataclass
 class BatchInterpreter:
-    """The roles of values, in the program proper or in the body of a loop or branch.
+    """Interprets a pair of programs, or of bodies of a loop, branch or call.
 
     Attributes:
-      parts: parts that the batch is split into.
-      per_microbatch: whether a sum or mean over examples that is used on is accepted as a statistic
+      parts: full batch over one part.
+      per_microbatch: whether a sum or mean over examples, used further, is accepted as a statistic
         of the part.
+      draws: drawing operations that were found.
       corrected: by position in the program, custom derivative calls to run in place of the traced.
-      draws: what was found out about drawing operations.
       roles: of every value of the full program, once it was run.
       statistics: positions of operations that took a sum over a part's examples for a statistic.
       candidates: values that may be computed beforehand; None in the body of a loop or branch.
-      checks_derivatives: whether derivative rules are looked into (not in derivatives, which may
-        name themselves).
+      checks_derivatives: whether derivative rules are checked; not inside of derivative rules,
+        which may call their own function.
     """
 
     parts: Parts
@@ -132,7 +132,7 @@ class BatchInterpreter:
 
     def _as_rows(self, role: Role) -> Role:
         if isinstance(role, Permutation | Permuted):
-            return NotSeparable("statistics", f"{permutations.ORDERED}, and returns them so")
+            return NotSeparable("statistics", f"{ORDERED}, and returns them so")
         try:
             return self.draws.as_rows(role)
         except NotSeparableError as mixes:
@@ -154,31 +154,27 @@ class BatchInterpreter:
         return results
 
     def _repeated(self, role: Role, op: PairedOp) -> Role:
-        """What the full batch's trace repeats for its examples."""
-        return (
-            role
-            if isinstance(role, Replicated | NotSeparable)
-            else NotSeparable("statistics", STATISTICS, op.full.eqn)
-        )
+        """Role of a value that the full batch's trace repeats for its examples."""
+        if isinstance(role, Replicated | NotSeparable):
+            return role
+        return NotSeparable("statistics", STATISTICS, op.full.eqn)
 
     def results(self, step: OpContext, position: int | None) -> Sequence[Role]:
-        """The roles of an operation's results."""
+        """Roles of an operation's results."""
         try:
             return self._checked(step, self._apply(step, position))
         except NotSeparableError as mixes:
-            if self.per_microbatch and any(
-                isinstance(role, PartialSum | PartialExtreme) for role in step.roles
-            ):
+            reads_totals = any(isinstance(x, PartialSum | PartialExtreme) for x in step.roles)
+            if self.per_microbatch and reads_totals:
                 self.statistics |= set() if position is None else {position}
-                return self.results(
-                    step.with_roles([self._as_statistic(role) for role in step.roles]), position
-                )
+                roles = [self._as_statistic(role) for role in step.roles]
+                return self.results(step.with_roles(roles), position)
             return [NotSeparable(mixes.cause, str(mixes), step.micro)] * len(step.micro.outvars)
 
     def _as_statistic(self, role: Role) -> Role:
-        """A sum or mean over the examples of a part, taken for what it is of the full batch."""
+        """Role of a sum or mean over the examples of a part, taken for that of the full batch."""
         if isinstance(role, PartialSum):
-            return Replicated(role.ratio * self.parts)
+            return Replicated(role.ratio * self.parts)  # a mean has ratio 1 / parts
         return Replicated() if isinstance(role, PartialExtreme) else role
 
     def _checked(self, step: OpContext, roles: Sequence[Role]) -> list[Role]:
@@ -188,6 +184,7 @@ class BatchInterpreter:
         ]
 
     def _apply(self, step: OpContext, position: int | None) -> Sequence[Role]:
+        # 1. Calls, loops and branches: their bodies are interpreted.
         if step.name in bodies.RULES:
             self._check_order(step)
             step = step.with_roles([self.draws.as_rows(role) for role in step.roles])
@@ -195,13 +192,15 @@ class BatchInterpreter:
             if step.name in CUSTOM_RULES and self.checks_derivatives:
                 self._check_derivative(step, results, position)
             return results
+        # 2. A choice that is known reads one operand only, whatever the others are.
         if step.name == "select_n" and (chosen := elementwise.chosen_case(step)):
             return [chosen]
         if indexing.is_by_length(step):
             raise NotSeparableError(indexing.BY_INDEX)
         if mixed := [role for role in step.roles if isinstance(role, NotSeparable)]:
-            # What may be asked for ("statistics") must not hide what may not.
+            # 3. A cause that statistics excuse must not hide one that they do not.
             return [min(mixed, key=lambda role: role.is_excusable)] * len(step.micro.outvars)
+        # 4. Everything else: draws by shape, then the rule of the primitive.
         if (parameter := differing_parameter(step.micro, step.full)) is not None:
             raise NotSeparableError(f"has {parameter}", "size")
         if step.name in drawing.PRIMITIVES:
@@ -211,7 +210,7 @@ class BatchInterpreter:
     def _check_order(self, step: OpContext) -> None:
         """Refuse loops and branches over rows in an order of the examples; calls are followed."""
         if step.name not in CALL_LIKE and permutations.concerns(step):
-            raise NotSeparableError(permutations.ORDERED)
+            raise NotSeparableError(ORDERED)
 
     def _check_derivative(
         self, step: OpContext, results: Sequence[Role], position: int | None
@@ -243,7 +242,7 @@ class BatchInterpreter:
         return result if isinstance(result, list) else [result]
 
     def _settle_numbers(self, step: OpContext) -> OpContext:
-        """Numbers of rows stay so as an index; anywhere else they are data of the examples."""
+        """The operation with numberings as data, but for its index, which they are to index."""
         index = indexing.INDEX_OPERAND.get(step.name)
         if index is not None:
             self.draws.index_by(step.roles[index])
@@ -259,7 +258,7 @@ class BatchInterpreter:
     def _use_of_reference(
         self, step: OpContext, op: PairedOp, env: dict[Value, Role]
     ) -> Sequence[Role]:
-        """A mutable array: only what is the same for every part is followed through it."""
+        """Roles of a use of a mutable array, followed only where all parts use it alike."""
         shapes = [(step.shape(i), step.full_shape(i)) for i in range(len(step.roles))]
         alike = all(isinstance(role, Replicated) and same(role.ratio, 1.0) for role in step.roles)
         is_plain = step.name not in bodies.RULES  # what a body does to it is not followed
@@ -275,7 +274,7 @@ class BatchInterpreter:
 
 
 def _located(role: Role, pair: ProgramPair, position: int) -> Role:
-    """A role that is new with the operation at `position`, with a line of the user's near it."""
+    """A role that begins at an operation, with a line of the user's code near it."""
     op = pair.ops[position].micro
     if (
         not isinstance(role, NotSeparable)
@@ -296,7 +295,7 @@ def _references(op: Op) -> list[Value]:
 
 
 def _unknown(step: OpContext) -> list[Role]:
-    """Of an operation without a rule: the same for every part if all that it reads and makes is."""
+    """Roles of an operation without a rule, which may read and make replicated values only."""
     results = len(step.micro.outvars)
     shapes = [step.result_shapes(i) for i in range(results)]
     shapes += [(step.shape(i), step.full_shape(i)) for i in range(len(step.roles))]
@@ -305,7 +304,7 @@ def _unknown(step: OpContext) -> list[Role]:
         micro != full for micro, full in shapes
     ):
         raise NotSeparableError(
-            "is an operation of which it is not known whether it treats each example alone",
+            "has no batch rule: it is not known whether it treats each example by itself",
             "unknown",
         )
     return [Replicated()] * results
@@ -319,14 +318,15 @@ def _read(micro: Operand, full: Operand, env: dict[Value, Role]) -> Role:
 
 
 def constant_role(micro: Any, full: Any) -> Role:
-    """The role of a number or array that is part of the function."""
-    if micro is full:
+    """Role of a number or array that is part of the function."""
+    if micro is full:  # one array for both traces
         return Replicated()
     micro, full = (
         np.asarray(jax.random.key_data(x) if is_key(jax.typeof(x)) else x) for x in (micro, full)
     )
     if micro.shape == full.shape == ():
         return known(micro[()], full[()])
+    # Arrays that are built for the length of the batch are replicated if constant along it.
     axes = scaling_axes(micro.shape, full.shape) if micro.ndim == full.ndim else ()
     rows = full[tuple(slice(1) if i in axes else slice(None) for i in range(full.ndim))]
     if all(_same_bits(np.broadcast_to(rows, x.shape), x) for x in (micro, full)):

@@ -179,7 +179,7 @@ class NotSeparable:
 
     @property
     def is_excusable(self) -> bool:
-        """Whether per-microbatch statistics accept it."""
+        """True if per-microbatch statistics accept it."""
         return self.cause in ("statistics", "unknown")
 
     def __str__(self) -> str:
@@ -295,7 +295,7 @@ def one_scaling_axis(micro: Sequence[int], full: Sequence[int]) -> int | None:
 
 
 def same(a: Ratio, b: Ratio) -> bool:
-    """Whether two ratios are equal up to the rounding of literals; NaN equals nothing."""
+    """True if two ratios are equal up to the rounding of literals; NaN equals nothing."""
     return isclose(a, b, rel_tol=RATIO_TOLERANCE)
 
 

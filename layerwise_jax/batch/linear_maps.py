@@ -51,7 +51,7 @@ MOST_ITERATIONS = 100
 
 
 def is_linear(jaxpr: Jaxpr, inputs: Collection[int]) -> bool:
-    """Whether every output is linear in the inputs at these positions, or zero."""
+    """True if every output is linear in the inputs at these positions, or zero."""
     given = [Degree.LINEAR if i in inputs else Degree.CONSTANT for i in range(len(jaxpr.invars))]
     return all(degree <= Degree.LINEAR for degree in _run(jaxpr, given))
 

@@ -16,6 +16,8 @@ from layerwise_jax.batch.lattice import (
     OpContext,
     PartialExtreme,
     PartialSum,
+    Permutation,
+    Permuted,
     Ratio,
     Replicated,
     Role,
@@ -28,12 +30,14 @@ STATISTICS = (
     "normalisation in training does)"
 )
 EXTREME = "uses one result over all examples (a maximum or minimum) in a further computation"
+ORDERED = "uses the examples in an order that depends on all of them"
 ONE = Fraction(1)
 
 
 def additive(step: OpContext, operands: Sequence[int] | None = None) -> tuple[Ratio, bool]:
     """Scaling of what is linear in these operands together: a sum, a choice, a new shape."""
     chosen = _chosen(step, operands)
+    # Zeros scale as anything does.
     roles = [role for role in chosen if not (isinstance(role, Replicated) and role.is_zero)]
     summed = _has_sums(roles)
     # A value that every part has in full counts `parts` times in the sum of the parts.
@@ -83,6 +87,7 @@ def product(
             "and the products of the parts do not add up to the product of the batch; return the "
             "factors as two outputs"
         )
+    # (a * x) * (b * y) = (a * b) * (x * y)
     ratios = [_ratio(role) for role in roles]
     if inverse:
         return ratios[0] / ratios[1], summed
@@ -99,6 +104,7 @@ def nonlinear(step: OpContext, operands: Sequence[int] | None = None) -> tuple[R
             "is not linear in a sum or mean over the examples, so that its results for the parts "
             "do not add up"
         )
+    # f(ratio * x) is no multiple of f(x).
     if not all(same(_ratio(role), ONE) for role in roles):
         raise NotSeparableError(SIZE, "size")
     return ONE, False
@@ -108,11 +114,13 @@ def _chosen(step: OpContext, operands: Sequence[int] | None) -> list[Role]:
     roles = list(step.roles) if operands is None else [step.roles[i] for i in operands]
     if any(isinstance(role, PartialExtreme) for role in roles):
         raise NotSeparableError(EXTREME)
+    if any(isinstance(role, Permutation | Permuted) for role in roles):
+        raise NotSeparableError(ORDERED)
     return roles
 
 
 def _has_sums(roles: Sequence[Role]) -> bool:
-    """Whether there are partial sums, which must not meet the examples that they sum."""
+    """True if there are partial sums, which must not meet the examples that they sum."""
     summed = any(isinstance(role, PartialSum) for role in roles)
     if summed and any(isinstance(role, Split) for role in roles):
         raise NotSeparableError(STATISTICS)

@@ -1,8 +1,8 @@
-"""Operations that JAX writes in another way for a batch of one example.
+"""Equivalent op sequences that JAX emits for a batch of one example.
 
 `jnp.matmul` drops an axis of length one before it multiplies, and `jnp.take_along_axis` reads along
-it instead of batching over it. Here such a spelling is recognised as the operation of the full
-batch, at the shapes of one example.
+it instead of batching over it. Such a sequence is matched against the operations of the full batch
+and replaced by them, at the shapes of one example.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from layerwise_jax._jax import JaxprEqn
 from layerwise_jax.trace.program import Op, Operand, Value
 
 LONGEST = 4
-"""Operations in the longest spelling."""
+"""Operations in the longest equivalent sequence."""
+
 Twin = Callable[[Operand], Operand | None]
-"""The value of the part's program that stands for one of the full batch's."""
+"""Value of the part's program for an operand of the full batch's."""
 
 
 @dataclass(frozen=True)
 class EquivalentOps:
-    """What a part's program does for operations of the full batch's.
+    """Operations of a part's program that are equivalent to some of the full batch's.
 
     Attributes:
       ops: the full batch's operations, as they would read for one example.
-      length: how many operations the part has for them.
+      length: number of operations that the part has for them.
       result: the part's value of the last one's result.
     """
 
@@ -39,9 +40,7 @@ class EquivalentOps:
 
 
 def equivalent_ops(micro: Sequence[Op], full: Sequence[Op], twin: Twin) -> EquivalentOps | None:
-    """The first operations of `micro` as the first of `full` in another spelling, if they are
-    that.
-    """
+    """Match the first operations of `micro` against the first of `full`; None if they differ."""
     if full[0].name == "dot_general":
         return _matmul(micro, full[0], twin)
     if [op.name for op in micro[:2]] == ["reshape", "gather"]:
@@ -50,9 +49,7 @@ def equivalent_ops(micro: Sequence[Op], full: Sequence[Op], twin: Twin) -> Equiv
 
 
 def _matmul(micro: Sequence[Op], full: Op, twin: Twin) -> EquivalentOps | None:
-    """squeeze, squeeze, dot_general, broadcast_in_dim for a dot_general with a batch axis of
-    one.
-    """
+    """Match squeeze, squeeze, dot_general, broadcast_in_dim against a batched dot_general."""
     if [op.name for op in micro[:4]] != ["squeeze", "squeeze", "dot_general", "broadcast_in_dim"]:
         return None
     left, right, dot, grown = micro[:4]
@@ -63,6 +60,7 @@ def _matmul(micro: Sequence[Op], full: Op, twin: Twin) -> EquivalentOps | None:
     dropped = [op.eqn.params["dimensions"] for op in (left, right)]
     if not _have_same_settings(dot, full):
         return None
+    # The dropped axis must be the same batch axis of both operands.
     contracting, batch = full.eqn.params["dimension_numbers"]
     places = [
         list(axes).index(d[0]) if d and d[0] in axes else -1
@@ -70,21 +68,22 @@ def _matmul(micro: Sequence[Op], full: Op, twin: Twin) -> EquivalentOps | None:
     ]
     if any(len(d) != 1 for d in dropped) or places[0] != places[1] or places[0] < 0:
         return None
-    wanted = tuple(
+    # The product of the part has the same axes, less the dropped one, renumbered.
+    expected = tuple(
         tuple(
             [_after(axis, d[0]) for axis in axes if axis != d[0]]
             for axes, d in zip(sides, dropped, strict=True)
         )
         for sides in (contracting, batch)
     )
-    came = tuple(
+    given = tuple(
         tuple(list(axes) for axes in sides) for sides in dot.eqn.params["dimension_numbers"]
     )
     eqn = _at(full, [_shape(left), _shape(right)])
     rank = len(_result_shape(eqn))
     kept = tuple(axis for axis in range(rank) if axis != places[0])
     if (
-        came != wanted
+        given != expected
         or tuple(grown.eqn.params["broadcast_dimensions"]) != kept
         or not _same_shapes(grown.eqn, eqn)
     ):
@@ -93,21 +92,22 @@ def _matmul(micro: Sequence[Op], full: Op, twin: Twin) -> EquivalentOps | None:
 
 
 def _take_along_axis(micro: Sequence[Op], full: Sequence[Op], twin: Twin) -> EquivalentOps | None:
-    """reshape, gather that reads along an axis of length one where the full batch's batches over
-    it.
+    """Match reshape, gather along an axis of length one against a gather that batches over it.
 
-    The full batch's gather may have a reshape of its indices before it, too.
+    The gather of the full batch may have a reshape of its indices before it, too.
     """
-    whole = list(full[: 2 if full[0].name == "reshape" else 1])
-    (reshape, gather), last = micro[:2], whole[-1]
+    whole = list(full[: 2 if full[0].name == "reshape" else 1])  # [reshape, gather] or [gather]
+    reshape, gather = micro[:2]
+    last = whole[-1]
     if last.name != "gather" or (whole[0] is not last and last.operands[1:] != whole[0].results):
         return None
     sources = last.operands[0], (last.operands[1] if whole[0] is last else whole[0].operands[0])
-    if (gather.operands[0], reshape.operands[0]) != tuple(map(twin, sources)) or gather.operands[
-        1:
-    ] != reshape.results:
+    if (gather.operands[0], reshape.operands[0]) != tuple(map(twin, sources)):
         return None
-    sizes = _shape(last, 1)
+    if gather.operands[1:] != reshape.results:
+        return None
+    sizes = _shape(last, 1)  # indices of the full batch: [..., index vector]
+    # The axis of the indices that the part's gather reads along, its length being one.
     axes = [
         axis
         for axis in range(len(sizes) - 1)
@@ -115,6 +115,7 @@ def _take_along_axis(micro: Sequence[Op], full: Sequence[Op], twin: Twin) -> Equ
     ]
     if len(axes) != 1 or not _have_same_settings(gather, last):
         return None
+    # Shape of the indices for one example.
     one = (*sizes[: axes[0]], 1, *sizes[axes[0] + 1 :])
     if prod(one) != prod(_shape(reshape)) or (whole[0] is last and one != _shape(reshape)):
         return None
@@ -126,14 +127,16 @@ def _take_along_axis(micro: Sequence[Op], full: Sequence[Op], twin: Twin) -> Equ
 
 
 def _read_along(gather: Op, index_axis: int) -> Any:
-    """The dimension numbers of a gather that no longer batches over an axis of its indices, of
-    length one.
+    """Dimension numbers of a gather that reads along an axis of its indices, of length one.
+
+    None if the gather does not batch over that axis.
     """
     numbers = gather.eqn.params["dimension_numbers"]
     if index_axis not in numbers.start_indices_batching_dims:
         return None
     place = list(numbers.start_indices_batching_dims).index(index_axis)
     rank = len(_result_shape(gather.eqn))
+    # The axis of the result that this axis of the indices becomes: a slice of one.
     along = [axis for axis in range(rank) if axis not in numbers.offset_dims][index_axis]
     others = [axis for i, axis in enumerate(numbers.start_indices_batching_dims) if i != place]
     return numbers._replace(
@@ -165,7 +168,7 @@ def _same_shapes(a: JaxprEqn, b: JaxprEqn) -> bool:
 
 
 def _have_same_settings(micro: Op, full: Op) -> bool:
-    """Whether two operations agree in all but which axes they mean."""
+    """True if two operations have the same parameters, dimension numbers left out."""
     params = full.eqn.params
     return all(
         repr(x) == repr(params[name])

@@ -41,7 +41,7 @@ COMBINE: dict[str, Combine] = {
 
 @dataclass(frozen=True)
 class OutputRole:
-    """How an output of the full batch follows from those of its parts.
+    """Combination of the outputs of parts into an output of the full batch.
 
     Attributes:
       kind: "rows", the leading axis is the batch and parts are concatenated; "reduced", parts are

@@ -137,7 +137,7 @@ def _is_same_operand(micro: Operand, full: Operand, micro_of: dict[Value, Operan
 
 
 def _is_needless(op: Op, micro: Program, micro_of: dict[Value, Operand]) -> bool:
-    """Whether an operation of the full batch's trace only repeats a value for its examples, of
+    """True if an operation of the full batch's trace only repeats a value for its examples, of
     which a part has one.
     """
     if (
@@ -152,11 +152,11 @@ def _is_needless(op: Op, micro: Program, micro_of: dict[Value, Operand]) -> bool
 
 def _difference(full: Op | None, micro: Op | None, before: Sequence[PairedOp]) -> BatchError:
     after = next(filter(None, (source_line(op.full.eqn) for op in reversed(before))), "")
-    came = described(full.eqn, after) if full else "nothing more"
+    given = described(full.eqn, after) if full else "nothing more"
     there = described(micro.eqn, after) if micro else "nothing more"
     return BatchError(
         "The function does other operations for a part of the batch than for the full batch: "
-        f"first {came} where a "
+        f"first {given} where a "
         f"part has {there}. Its structure must not depend on the length of the batch; write it for "
         "any length, or use larger parts (JAX writes some operations in another way for one "
         "example)."
@@ -209,4 +209,4 @@ def constants_of(pair: ProgramPair) -> Sequence[tuple[Value, Any, Any]]:
             f"The function closes over {len(micro)} arrays for a part of the batch and "
             f"{len(full)} for the full batch."
         )
-    return [(value, came, whole) for (_, came), (value, whole) in zip(micro, full, strict=True)]
+    return [(value, part, whole) for (_, part), (value, whole) in zip(micro, full, strict=True)]

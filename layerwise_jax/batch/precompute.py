@@ -85,11 +85,11 @@ class Candidates:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the run found no further value to compute beforehand."""
+        """True if the run found no further value to compute beforehand."""
         return not self._found
 
     def is_live(self, op: PairedOp) -> bool:
-        """Whether an operation is still needed for an output."""
+        """True if an operation is still needed for an output."""
         return id(op) in self._live
 
     def following(self) -> dict[Value, Role]:

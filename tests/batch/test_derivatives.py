@@ -82,8 +82,8 @@ def test_an_injected_loss_counts_once(inject: Any, auxiliary: Any, reduce: str, 
 @pytest.mark.parametrize(
     ("inject", "auxiliary", "words"),
     [
-        (SUM_OF_COTANGENT, jnp.mean, "does not treat each example alone"),
-        (SUM_OF_DATA, jnp.mean, "does not treat each example alone"),
+        (SUM_OF_COTANGENT, jnp.mean, "does not treat each example by itself"),
+        (SUM_OF_DATA, jnp.mean, "does not treat each example by itself"),
         (ONE, jnp.max, "injects a gradient into a value"),
         (ONE, lambda y: jnp.mean(y) * jnp.mean(y > 0), "injects a gradient into a value"),
     ],
@@ -147,7 +147,7 @@ def test_the_body_of_a_loop_is_refused() -> None:
 
         return jnp.mean(lax.scan(body, x, None, length=2)[0])
 
-    with pytest.raises(BatchError, match="does not treat each example alone"):
+    with pytest.raises(BatchError, match="does not treat each example by itself"):
         split(fn).analyse(reduce="mean")
 
 

@@ -134,7 +134,7 @@ def together(
 
 
 def is_refused(name: str, wrap: Callable[[Sampler], Any], key: Keys) -> bool:
-    """Whether a sampler is refused, by name of what it does; `poisson` needs threefry keys."""
+    """True if a sampler is refused, by name of what it does; `poisson` needs threefry keys."""
     try:
         split(wrap(SAMPLERS[name]), key).analyse()
     except NotImplementedError:

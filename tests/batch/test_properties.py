@@ -1,7 +1,7 @@
 """Random functions, some of which mix their examples: each is refused, or right.
 
 A function is a chain of steps on features float32[examples, TIME, WIDTH] and an end. Steps that
-treat each example alone are never refused.
+treat each example by itself are never refused.
 """
 
 import contextlib

@@ -3,7 +3,7 @@ calls.
 
 Examples lie along the first axis of all operands: query, key, value, bias, lengths of queries and
 of keys, then four arrays for packed sequences, empty where there are none; the gradient takes the
-softmax's statistics, the result and its cotangent besides.
+softmax's statistics, the result and its cotangent, too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _backward(step: OpContext) -> list[Role]:
 
 
 def _linear_in(step: OpContext, operand: int) -> tuple[int | None, Ratio, bool]:
-    """The axis of the examples in all results, and how they scale: with one operand alone."""
+    """Axis of the examples in all results, and their scaling, which is that of one operand."""
     given = [i for i in range(len(step.roles)) if prod(step.shape(i))]
     if len(step.roles) != NUM_OPERANDS[step.name]:
         raise NotSeparableError(

@@ -1,4 +1,4 @@
-"""Roles through loops, branches and calls: their bodies are walked, in both traces in lock-step."""
+"""Rules for loops, branches and calls: their bodies are interpreted, both traces in lock-step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from layerwise_jax.batch.pairs import ProgramPair, pair_bodies
 from layerwise_jax.trace.primitives import CALL_LIKE
 
 RunBody = Callable[[ProgramPair, Sequence[Role]], list[Role]]
-"""The roles of a body's outputs, given those of its inputs."""
+"""Roles of a body's outputs, given those of its inputs."""
 
 # A carry's role can only go from the same for all, over rows or sums, to mixed; each carry may wait
 # for another one.
@@ -57,7 +57,7 @@ def _while(run: RunBody, step: OpContext) -> list[Role]:
     )
     (goes_on,) = run(bodies["cond_jaxpr"], [*cond_consts, *carry])
     if isinstance(goes_on, Split):
-        # A condition for each example, as under vmap: the loop leaves those alone that are done.
+        # A condition [examples], as under vmap: the loop no longer changes examples that are done.
         return [_stopped(role, goes_on.axis) for role in carry]
     if not (isinstance(goes_on, Replicated) and goes_on.ratio == 1):
         return _undecided(step, goes_on, "runs until all examples are done")
@@ -102,6 +102,7 @@ def _custom_vmap(run: RunBody, step: OpContext) -> list[Role]:
 
 
 def _scan(run: RunBody, step: OpContext) -> list[Role]:
+    # Positions of the operands.
     consts, carry, scanned = _jax.scan_parts(step.micro, range(len(step.roles)))
     if any(isinstance(role := step.roles[i], Split) and role.axis == 0 for i in scanned):
         if carry:
@@ -109,6 +110,7 @@ def _scan(run: RunBody, step: OpContext) -> list[Role]:
         return _map(run, step, consts, scanned)
     if step.params["length"] != step.full.params["length"]:
         raise NotSeparableError("loops as often as the batch is long", "size")
+    # The body sees one step of what is scanned: the leading axis is gone.
     rows = [_row(step.roles[i]) for i in scanned]
     body = pair_bodies(_jax.inner_jaxpr(step.micro), _jax.inner_jaxpr(step.full))
     results: list[Role] = []
@@ -133,6 +135,7 @@ def _map(
     """
     if any(step.axis(i) != 0 or not isinstance(step.roles[i], Split | Replicated) for i in scanned):
         raise NotSeparableError("goes through the examples and something else together")
+    # In the body there is one example: its values are the same for the part and the batch.
     elements = [
         Replicated(role.ratio)
         for role in (step.roles[i] for i in scanned)
@@ -152,7 +155,7 @@ def _row(role: Role) -> Role:
 def _settled(
     parts: Parts, carry: Sequence[Role], iterate: Callable[[Sequence[Role]], list[Role]]
 ) -> list[Role]:
-    """The roles of a loop's carry that one more iteration leaves as they are."""
+    """Roles of a loop's carry at their fixed point: one more iteration leaves them as they are."""
     roles = list(carry)
     for _ in range(MOST_ITERATIONS):
         after = [joined(a, b, parts) for a, b in zip(roles, iterate(roles), strict=True)]

@@ -1,4 +1,4 @@
-"""Roles through contractions: matrix products and convolutions."""
+"""Rules for contractions: matrix products and convolutions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def _dot_general(step: OpContext) -> Role:
     places = [_place(step, side, contracting[side], batch[side]) for side in (0, 1)]
     ratio, summed = product(step)
     kinds = {kind for kind, _ in filter(None, places)}
-    if "contracted" in kinds:
+    if "contracted" in kinds:  # [k, examples] x [examples, n]: a sum over the examples
         if places[0] != places[1]:
             raise NotSeparableError(EVERY_PAIR)
         return build(None, ratio, True)
     if places[0] and places[1] and places[0] != places[1]:
         raise NotSeparableError(EVERY_PAIR)
-    if kinds == {"free"} and places[0] and places[1]:
+    if kinds == {"free"} and places[0] and places[1]:  # [examples, k] x [k, examples]
         raise NotSeparableError(EVERY_PAIR)
     axis = _result_axis(step, places[0], 0) if places[0] else _result_axis(step, places[1], 1)
     return build(axis, ratio, summed)
@@ -29,8 +29,9 @@ def _dot_general(step: OpContext) -> Role:
 def _place(
     step: OpContext, side: int, contracting: tuple[int, ...], batch: tuple[int, ...]
 ) -> tuple[str, int] | None:
-    """Where an operand's examples are: ("contracted" | "batch" | "free", position among those
-    axes).
+    """Place of an operand's examples: (kind of axis, position among the axes of that kind).
+
+    The kinds are "contracted", "batch" and "free".
     """
     axis = step.axis(side)
     if axis is None:
@@ -43,8 +44,9 @@ def _place(
 
 
 def _result_axis(step: OpContext, place: tuple[str, int] | None, side: int) -> int | None:
-    """Where a place is in the result, whose axes are the batch axes, the left operand's free ones,
-    the right's.
+    """Axis of the result for a place of an operand.
+
+    The result's axes are the batch axes, the left operand's free ones, the right operand's.
     """
     if place is None or place[0] == "batch":
         return place and place[1]
@@ -62,10 +64,12 @@ def _convolution(step: OpContext) -> Role:
     if scaled:
         return build(_grouped_by_example(step, scaled), ratio, summed)
     grouped = step.params["feature_group_count"] * step.params["batch_group_count"] != 1
+    # Images of each example under one kernel; kernels of each example over one image.
     if left == left_spec[0] and right is None and step.params["batch_group_count"] == 1:
         return build(out_spec[0], ratio, summed)
     if right == right_spec[0] and left is None and not grouped:
         return build(out_spec[1], ratio, summed)
+    # Examples as features, contracted: the gradient of a kernel.
     if left == left_spec[1] and right == right_spec[1] and not grouped:
         return build(None, ratio, True)
     if left is None and right is None:

@@ -187,7 +187,7 @@ _MOVES = {
 
 
 def _holds(step: OpContext, count: Parts) -> bool:
-    """Whether the result's dtype holds integers up to `count`."""
+    """True if the result's dtype holds integers up to `count`."""
     dtype = step.dtypes[1]
     return jnp.issubdtype(dtype, jnp.integer) and count <= jnp.iinfo(dtype).max
 

@@ -1,4 +1,4 @@
-"""Roles through operations that work entry by entry."""
+"""Rules for operations that work entry by entry."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from layerwise_jax.batch.linearity import STATISTICS, additive, nonlinear, produ
 
 Rule = Callable[[OpContext], Role | list[Role]]
 NONLINEAR = """
-abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt
+abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt
 ceil clamp clz complex conj cos cosh digamma eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt
 igamma igamma_grad_a igammac integer_pow is_finite le le_to lgamma log log1p log2 logistic lt
 lt_to max min mulhi ne nextafter not one_minus_square or polygamma polynomial population_count pow
@@ -80,11 +80,20 @@ def folded(step: OpContext) -> Role | None:
         return None
     dtype = step.dtypes[1]
     with np.errstate(all="ignore"):
+        # In both traces, rounded as the operation rounds.
         micro, full = (
             np.asarray(fold(*(fill[i] for fill in fills if fill))).astype(dtype)[()] for i in (0, 1)
         )
     integer_division = step.name == "div" and not jnp.issubdtype(dtype, jnp.inexact)
     return None if integer_division else known(micro, full)
+
+
+def _bitcast(step: OpContext) -> Role:
+    """Role of bits read as another dtype: a wider one joins the entries along the last axis."""
+    axis = step.axis()
+    if axis is not None and axis >= len(step.result_shapes()[0]):
+        raise NotSeparableError("joins the bits of several examples in one number")
+    return _nonlinear(step)
 
 
 def _linear(step: OpContext) -> Role:
@@ -143,6 +152,7 @@ def _barrier(step: OpContext) -> list[Role]:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(NONLINEAR, _nonlinear),
     **dict.fromkeys(LINEAR, _linear),
+    "bitcast_convert_type": _bitcast,
     "mul": _mul,
     "div": _div,
     "convert_element_type": _convert,

@@ -61,7 +61,7 @@ def extreme_through(step: OpContext) -> Role:
 
 
 def _is_increasing_cast(step: OpContext) -> bool:
-    """Whether a cast keeps the order: to floats, from booleans, or to integers at least as wide."""
+    """True if a cast keeps the order: to floats, from booleans, or to integers at least as wide."""
     if step.name != "convert_element_type":
         return False
     old, new = step.dtypes

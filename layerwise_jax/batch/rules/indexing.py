@@ -1,6 +1,6 @@
-"""Roles through operations that read or write at computed places.
+"""Rules for operations that read or write at computed places.
 
-The examples may be found in an index operation in three ways: in a batching dimension (each example
+The examples are found in an index operation in three ways: in a batching dimension (each example
 reads its own entry), in a dimension that is indexed by the numbers of the rows (`x[jnp.arange(b),
 labels]`), or in a dimension that is read whole at places which all examples share.
 """
@@ -28,7 +28,7 @@ BY_INDEX = "reads or writes the examples at computed places of the batch"
 
 
 def is_by_length(step: OpContext) -> bool:
-    """Whether an index counts from the end of the batch, as JAX lets a negative one do."""
+    """True if an index counts from the end of the batch, as JAX lets a negative one do."""
     if step.name not in RULES or isinstance(step.roles[0], NotSeparable) or step.axis(0) is None:
         return False
     return any(isinstance(role, NotSeparable) and role.cause == "size" for role in step.roles[1:])
@@ -38,6 +38,7 @@ def _gather(step: OpContext) -> Role:
     numbers = step.params["dimension_numbers"]
     window = _others(step.shape(0), (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims))
     result = step.result_shapes()[0]
+    # Axes of the result: those of the index vectors, and those of the windows that are read.
     index_dims = _others(result, numbers.offset_dims)
     _check_indices(step, 1)
     ratio, summed = additive(step, [0])
@@ -51,9 +52,9 @@ def _gather(step: OpContext) -> Role:
     if summed:
         raise NotSeparableError(STATISTICS)
     kind, axis = place
-    if kind == "index":
+    if kind == "index":  # each example reads its own entries
         return build(index_dims[axis], ratio, summed)
-    if axis not in window or _is_cut(step, axis):
+    if axis not in window or _is_cut(step, axis):  # places are shared, examples are read whole
         raise NotSeparableError(BY_INDEX)
     return build(numbers.offset_dims[window.index(axis)], ratio, summed)
 
@@ -74,7 +75,7 @@ def _scatter(step: OpContext) -> Role:
         indexed=numbers.scatter_dims_to_operand_dims,
         batching=(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims),
     )
-    updates = step.axis(2)
+    updates = step.axis(2)  # of the examples among the values to write
     if step.axis(0) is None:
         if place is None and updates is None:
             return build(
@@ -104,7 +105,7 @@ def _window_dim(update_window_dims: Sequence[int], window: Sequence[int], axis: 
 
 
 def _summed_by_scatter(step: OpContext, adds: bool) -> Role:
-    """Of a scatter of the examples into an array without them: a sum over examples, if it adds."""
+    """Role of a scatter of the examples into an array without them: a sum, if it adds."""
     if not adds:
         raise NotSeparableError(
             "writes all examples into one array, where they overwrite one another"
@@ -129,9 +130,7 @@ def _check_indices(step: OpContext, operand: int) -> None:
 def _place(
     step: OpContext, indexed: Sequence[int], batching: tuple[Sequence[int], Sequence[int]]
 ) -> tuple[str, int] | None:
-    """Where the examples are: ("index", axis of the indices), ("window", axis of the operand), or
-    nowhere.
-    """
+    """Place of the examples: ("index", axis of the indices) or ("window", axis of the operand)."""
     operand, indices = step.axis(0), step.axis(1)
     if operand is None:
         return None if indices is None else ("index", indices)
@@ -151,9 +150,7 @@ def _place(
 
 
 def _counts_rows(step: OpContext, axis: int, column: int) -> bool:
-    """Whether a column of the indices is the number of each row along the operand's axis of the
-    examples.
-    """
+    """True if a column of the indices numbers the rows along the operand's axis of examples."""
     role = step.roles[1]
     if isinstance(role, IndexColumns):
         role = role.columns[column]
@@ -200,4 +197,4 @@ RULES: dict[str, Rule] = {
     "dynamic_update_slice": _dynamic_update_slice,
 }
 INDEX_OPERAND = dict.fromkeys(["gather", *_SCATTERS], 1)
-"""Which operand is the index vectors, where rows may be given by number."""
+"""Position of the operand with the index vectors, which may number the rows."""

@@ -1,4 +1,4 @@
-"""Rule of Pallas calls: a kernel treats examples alone if one axis of its grid counts them.
+"""Rule of Pallas calls: a kernel treats examples one by one if one axis of its grid counts them.
 
 `vmap` puts such an axis in front of the grid; a kernel for a batch has one of its own. Along it
 every instance of the kernel reads and writes the blocks of its example: in each array that has the
@@ -51,7 +51,7 @@ def _pallas_call(step: OpContext) -> list[Role]:
 
 
 def _has_examples(step: OpContext) -> bool:
-    """Whether any operand has examples of its own; their axes may differ from array to array."""
+    """True if any operand has examples of its own; their axes may differ from array to array."""
     return any(step.has_rows(i) for i in range(len(step.roles)))
 
 
@@ -66,7 +66,7 @@ def _axis_of_examples(step: OpContext, micro: Sequence[Any], full: Sequence[Any]
 
 
 def _reads_index(step: OpContext, grid_axis: int) -> bool:
-    """Whether the kernel reads its index along an axis of the grid, or the length of that axis."""
+    """True if the kernel reads its index along an axis of the grid, or the length of that axis."""
     vmapped = step.params["grid_mapping"].vmapped_dims
     if grid_axis in vmapped:
         return False  # the kernel does not see it
@@ -85,7 +85,7 @@ def _indices_read(kernel: Jaxpr) -> list[int]:
 
 
 def _is_of_example(block: Any, axis: int | None, grid_axis: int) -> bool:
-    """Whether a block is that of the example which the grid index counts, along `axis`."""
+    """True if a block is that of the example which the grid index counts, along `axis`."""
     index_map = block.index_map_jaxpr
     depends = {index_map.invars[grid_axis]}
     for eqn in index_map.eqns:

@@ -26,12 +26,11 @@ from layerwise_jax.batch.lattice import (
     Split,
     known,
 )
+from layerwise_jax.batch.linearity import ORDERED
 from layerwise_jax.trace.primitives import CALL_LIKE
 
 ByRule = Callable[[OpContext], Sequence[Role]]
 """Roles of the results by the rule of the primitive."""
-
-ORDERED = "uses the examples in an order that depends on all of them"
 
 # Operations through which an index stays what it is.
 _MOVES = frozenset("broadcast_in_dim reshape squeeze expand_dims convert_element_type copy".split())
@@ -39,7 +38,7 @@ _SCATTERS = frozenset({"scatter", "scatter-add", "scatter_add"})
 
 
 def concerns(step: OpContext) -> bool:
-    """Whether an operation makes or reads an order of the examples."""
+    """True if an operation makes or reads an order of the examples."""
     if any(isinstance(role, Permutation | Permuted) for role in step.roles):
         return True
     return step.name == "sort" and any(isinstance(role, BatchIota) for role in step.roles)

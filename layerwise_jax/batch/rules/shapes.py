@@ -1,4 +1,4 @@
-"""Roles through operations that move, reshape, cut, join, reduce or order axes."""
+"""Rules for operations that move, reshape, cut, join, reduce or order axes."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _slice(step: OpContext) -> Role:
 
 
 def _starts(params: dict[str, Any], axis: int | None) -> list[int]:
-    """Where a slice begins, along all axes but that of the examples."""
+    """Starts of a slice along all axes but that of the examples."""
     return [start for i, start in enumerate(params["start_indices"]) if i != axis]
 
 
@@ -240,18 +240,22 @@ def _is_window_of_one(step: OpContext, axis: int) -> bool:
     return all(params[name][axis] == want for name, want in plain.items() if params.get(name))
 
 
-def _leading(trailing: int) -> Rule:
-    """The rule of a linear-algebra operation on the last `trailing` axes of each operand, the
-    leading ones a batch.
+def _leading(*trailing: int) -> Rule:
+    """Rule of a linear-algebra operation whose leading axes are a batch.
+
+    Args:
+      *trailing: for each operand, the number of last axes that it works on; the last number holds
+        for all further operands.
     """
 
     def rule(step: OpContext) -> list[Role]:
         nonlinear(step)
         for i in range(len(step.roles)):
             axis = step.axis(i)
-            if axis is not None and axis >= len(step.shape(i)) - trailing:
+            own = trailing[min(i, len(trailing) - 1)]
+            if axis is not None and axis >= len(step.shape(i)) - own:
                 raise NotSeparableError("works along the axis of the examples")
-        return [build(common_axis(step), 1.0, False)] * len(step.micro.outvars)
+        return [build(common_axis(step), 1, False)] * len(step.micro.outvars)
 
     return rule
 
@@ -263,9 +267,7 @@ def _fft(step: OpContext) -> list[Role]:
 _REDUCTIONS = (
     "reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split()
 )
-_LINEAR_ALGEBRA = (
-    "cholesky eig eigh householder_product lu qr schur svd triangular_solve tridiagonal_solve"
-).split()
+_LINEAR_ALGEBRA = ("cholesky eig eigh lu qr schur svd triangular_solve").split()
 RULES: dict[str, Rule] = {
     "broadcast_in_dim": _moved(_broadcast_axis),
     "transpose": _moved(_transposed_axis),
@@ -293,5 +295,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window"), _window(False)),
     **dict.fromkeys(("select_and_scatter_add", "select_and_gather_add"), _window(False)),
     **dict.fromkeys(_LINEAR_ALGEBRA, _leading(2)),
+    "householder_product": _leading(2, 1),  # matrices, scales [..., k]
+    "tridiagonal_solve": _leading(1, 1, 1, 2),  # three diagonals, right-hand sides
     "fft": _fft,
 }
