@@ -3,7 +3,7 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -44,6 +44,17 @@ def stage_mesh() -> Callable[..., Mesh]:
         return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
     return make
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """float64 for comparisons over several training steps.
+
+    Optimizers that divide by a gradient's own size turn one rounding into a step of full size, so
+    no tolerance of float32 holds on every processor.
+    """
+    with jax.enable_x64(True):
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

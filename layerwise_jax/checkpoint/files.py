@@ -202,9 +202,15 @@ def _manager(directory: Path, items: Iterable[str], **options: Any) -> ocp.Check
     handlers: dict[str, Any] = {item: ocp.StandardCheckpointHandler() for item in items}
     handlers[CHECKSUMS] = ocp.JsonCheckpointHandler()
     options = {"enable_async_checkpointing": False, "create": False, **options}
-    return ocp.CheckpointManager(
-        directory, item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options)
-    )
+    try:
+        return ocp.CheckpointManager(
+            directory, item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options)
+        )
+    except Exception as error:  # orbax reads the metadata of all steps, and raises what JSON raises
+        raise CheckpointError(
+            f"{directory} must hold readable steps, got a step with damaged metadata: "
+            f"{shorten(str(error), 200)} Move that step to another directory."
+        ) from error
 
 
 def _named(tree: Any) -> Any:

@@ -261,3 +261,20 @@ def test_a_list_is_not_a_dict_of_numbers(tmp_path: Path) -> None:
     write_step(tmp_path, 1, {"params": [np.ones(2), np.ones(3)]}, None)
     with pytest.raises(CheckpointError, match=r"no 0, 1 and \[0\], \[1\] as well"):
         read_step(tmp_path, 1, {"params": {"0": np.ones(2), "1": np.ones(3)}})
+
+
+def test_a_step_with_damaged_metadata_is_refused_by_every_call(tmp_path: Path) -> None:
+    """Orbax reads the metadata of all steps whenever it opens a directory."""
+    tree = {"params": [np.ones(2)]}
+    write_step(tmp_path, 1, tree, None)
+    write_step(tmp_path, 2, tree, None)
+    metadata = tmp_path / "1" / "_CHECKPOINT_METADATA"
+    text = metadata.read_text().replace("item_handlers", "handlers")
+    metadata.write_text(text.replace("init_timestamp_nsecs", "timestamp"))
+    for call in (
+        lambda: checkpoint_steps(tmp_path),
+        lambda: read_step(tmp_path, 2, tree),
+        lambda: write_step(tmp_path, 3, tree, None),
+    ):
+        with pytest.raises(CheckpointError, match=r"damaged metadata.*Move that step"):
+            call()

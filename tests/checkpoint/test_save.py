@@ -24,6 +24,7 @@ from layerwise_jax.trace.layers import trace_layers
 from tests.models.checkpoint import WIDTH, X, assert_same, draw, loss, stage
 from tests.models.zoo import CASES
 from tests.support.staging import (
+    STEPS_TOLERANCE,
     assert_trees_close,
     compile_lightly,
     even_boundaries,
@@ -123,7 +124,7 @@ def train(
 ) -> tuple[Any, Any]:
     @compile_lightly
     def step(params: Any, state: Any) -> tuple[Any, Any]:
-        _, grads = value_and_grad(params, X)
+        _, grads = value_and_grad(params, X.astype(jnp.float64))
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -132,6 +133,7 @@ def train(
     return params, state
 
 
+@pytest.mark.usefixtures("float64")
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     stage_mesh: Callable, tmp_path: Path
 ) -> None:
@@ -139,20 +141,22 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     four again.
     """
     optimizer = optax.adamw(optax.cosine_decay_schedule(1e-2, 6))
-    whole = train(jax.value_and_grad(loss), optimizer, draw(), optimizer.init(draw()), 6)
-    four, two = stage(stage_mesh(4)), stage(stage_mesh(2), 2, schedule="gpipe")
-    staged = four.place(draw())
+    params = draw(dtype=jnp.float64)
+    whole = train(jax.value_and_grad(loss), optimizer, params, optimizer.init(params), 6)
+    four = stage(stage_mesh(4), dtype=jnp.float64)
+    two = stage(stage_mesh(2), 2, jnp.float64, schedule="gpipe")
+    staged = four.place(params)
     staged, state = train(four.value_and_grad, optimizer, staged, optimizer.init(staged), 3)
     save_checkpoint(tmp_path, 3, four, staged, state)
 
-    types = jax.eval_shape(optimizer.init, two.place(jax.eval_shape(draw)))
+    types = jax.eval_shape(lambda params: optimizer.init(two.place(params)), params)
     on_two = restore_checkpoint(tmp_path, two, types)
     ended, _ = train(two.value_and_grad, optimizer, on_two.params, on_two.optimizer_state, 3)
-    assert_trees_close(two.gather(ended), whole[0], 1e-5)
+    assert_trees_close(two.gather(ended), whole[0], STEPS_TOLERANCE)
 
-    alone = read_checkpoint(tmp_path, draw(), optimizer.init(draw()))
+    alone = read_checkpoint(tmp_path, params, optimizer.init(params))
     ended = train(jax.value_and_grad(loss), optimizer, alone.params, alone.optimizer_state, 3)
-    assert_trees_close(ended, whole, 1e-5)
+    assert_trees_close(ended, whole, STEPS_TOLERANCE)
 
     again = restore_checkpoint(tmp_path, four, state)
     assert_same((again.params, again.optimizer_state), (staged, state))

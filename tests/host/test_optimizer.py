@@ -11,6 +11,7 @@ import pytest
 import layerwise_jax as lw
 from tests.host import models
 from tests.support.host import LIGHT
+from tests.support.staging import STEPS_TOLERANCE
 
 # An optimizer that works leaf by leaf, one whose leaves share a norm, one that shares it in rounds
 # of steps, and one that keeps factored moments.
@@ -48,9 +49,10 @@ def unstaged_step(
     return {**params, **moved}, state, value
 
 
+@pytest.mark.usefixtures("float64")
 def test_replicas_share_out_state(stage_mesh: Any) -> None:
     """ZeRO-1: two stages of two replicas; each replica holds half of the moments."""
-    optimizer, params = OPTIMIZERS["clipped adamw"](), models.init()
+    optimizer, params = OPTIMIZERS["clipped adamw"](), models.init(dtype=jnp.float64)
     layers = lw.trace_layers(models.loss, params, *(x[:2] for x in models.batch()))
     pipeline = lw.build_pipeline(
         layers,
@@ -68,16 +70,16 @@ def test_replicas_share_out_state(stage_mesh: Any) -> None:
     for i in range(2):
         staged, state, _ = step(staged, state, *models.batch(i))
         want, want_state, _ = unstaged_step(optimizer, want, want_state, models.batch(i))
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), pipeline.gather(staged), want
-    )
+    got = pipeline.gather(staged)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=STEPS_TOLERANCE), got, want)
     (moment, _) = state.placed["first @0" if "first @0" in state.placed else "first @1"]
     assert moment.addressable_shards[0].data.size == moment.size // 2
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", cases())
 def test_steps_are_those_of_the_unstaged_function(name: str, stage_mesh: Any) -> None:
-    optimizer, params = OPTIMIZERS[name](), models.init()
+    optimizer, params = OPTIMIZERS[name](), models.init(dtype=jnp.float64)
     layers = lw.trace_layers(models.loss, params, *(x[:2] for x in models.batch()))
     mesh, choices = stage_mesh(3), {"reduce": "mean", "executor": "host", "xla_options": LIGHT}
     pipeline = lw.build_pipeline(layers, [0, 2, 4, len(layers)], mesh, 4, **choices)
@@ -89,14 +91,16 @@ def test_steps_are_those_of_the_unstaged_function(name: str, stage_mesh: Any) ->
     for i in range(STEPS):
         staged, state, (loss, _) = step(staged, state, *models.batch(i))
         want, want_state, want_loss = unstaged_step(optimizer, want, want_state, models.batch(i))
-        np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+        np.testing.assert_allclose(loss, want_loss, rtol=STEPS_TOLERANCE)
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), pipeline.gather(staged), want
+        lambda x, y: np.testing.assert_allclose(x, y, atol=STEPS_TOLERANCE),
+        pipeline.gather(staged),
+        want,
     )
     gathered = step.optimizer.gather_state(state)
     pairs = zip(jax.tree.leaves(gathered), jax.tree.leaves(want_state), strict=True)
     for x, y in pairs:
-        np.testing.assert_allclose(x, y, atol=1e-6)
+        np.testing.assert_allclose(x, y, atol=STEPS_TOLERANCE)
     again = step.optimizer.place_state(gathered)
     jax.tree.map(np.testing.assert_array_equal, again, state)
     # No step compiles again because of where its arguments lie.

@@ -24,9 +24,9 @@ def assert_same(got: Any, want: Any) -> None:
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-def draw(depth: int = 8) -> list[jax.Array]:
+def draw(depth: int = 8, dtype: Any = jnp.float32) -> list[jax.Array]:
     random = np.random.default_rng(0)
-    return [jnp.asarray(random.normal(size=(WIDTH, WIDTH)) / 3, jnp.float32) for _ in range(depth)]
+    return [jnp.asarray(random.normal(size=(WIDTH, WIDTH)) / 3, dtype) for _ in range(depth)]
 
 
 def loss(params: list[jax.Array], x: jax.Array) -> jax.Array:
@@ -38,8 +38,11 @@ def loss(params: list[jax.Array], x: jax.Array) -> jax.Array:
 X = jnp.asarray(np.random.default_rng(1).normal(size=(ROWS, WIDTH)), jnp.float32)
 
 
-def stage(mesh: Any, num_microbatches: int = 4, **options: Any) -> Pipeline:
+def stage(
+    mesh: Any, num_microbatches: int = 4, dtype: Any = jnp.float32, **options: Any
+) -> Pipeline:
     """The pipeline of `loss` over the mesh."""
-    layers = trace_layers(loss, draw(), X[: ROWS // num_microbatches])
+    rows = X[: ROWS // num_microbatches].astype(dtype)
+    layers = trace_layers(loss, draw(dtype=dtype), rows)
     boundaries = even_boundaries(len(layers), mesh.shape["stage"])
     return build_pipeline(layers, boundaries, mesh, num_microbatches, reduce="mean", **options)

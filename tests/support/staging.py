@@ -1,7 +1,7 @@
 """Stages a case of the zoo, and compares its results."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from layerwise_jax.pipeline import Pipeline
 from layerwise_jax.trace.layers import LayerSequence, trace_layers
 from tests.models.zoo import BATCH, Case
 
+STEPS_TOLERANCE = 1e-9
+"""Of several training steps in float64: roundings of 1e-16, amplified up to a million times."""
 ZERO_SHARE = 1e-2
 """Part of the largest entry of all leaves below which a leaf counts as zero but for rounding."""
 
@@ -33,6 +35,20 @@ class Run:
 def compile_lightly(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`jit` in half the time, since speed is not what is tested."""
     return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+def in_float64(tree: Any) -> Any:
+    """The tree with its floating-point arrays as float64; needs the fixture `float64`."""
+
+    def widen(x: Any) -> Any:
+        return x.astype(np.float64) if jax.numpy.issubdtype(x.dtype, np.floating) else x
+
+    return jax.tree.map(widen, tree)
+
+
+def widened(case: Case) -> Case:
+    """The case with parameters and inputs in float64."""
+    return replace(case, params=in_float64(case.params), inputs=in_float64(case.inputs))
 
 
 def even_boundaries(num_layers: int, num_stages: int) -> tuple[int, ...]:

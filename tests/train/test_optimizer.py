@@ -18,7 +18,15 @@ from layerwise_jax.pipeline import Pipeline
 from layerwise_jax.train.optimizer import stage_optimizer
 from layerwise_jax.train.step import train_step
 from tests.models.zoo import CASES, Case
-from tests.support.staging import assert_trees_close, compile_lightly, stage_case
+from tests.support.staging import (
+    STEPS_TOLERANCE,
+    assert_trees_close,
+    compile_lightly,
+    stage_case,
+    widened,
+)
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 STEPS = 20
 
@@ -58,7 +66,7 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 @functools.cache
 def pipeline_of(name: str, mesh: Any) -> tuple[Case, Pipeline]:
-    case = CASES[name]()
+    case = widened(CASES[name]())
     return case, stage_case(case, case.loss_fn, mesh, 2)
 
 
@@ -91,10 +99,10 @@ def check(case: Case, pipeline: Pipeline, tx: optax.GradientTransformation, **op
     for grads in draw_gradients(params):
         params, state = unstaged(grads, state, params)
         placed, placed_state = staged(grads, placed_state, placed)
-    assert_trees_close(pipeline.gather(placed), params, 1e-5)
+    assert_trees_close(pipeline.gather(placed), params, STEPS_TOLERANCE)
     gathered = staged_tx.gather_state(placed_state)
     assert jax.tree.structure(gathered) == jax.tree.structure(state)
-    assert_trees_close(gathered, state, 1e-5)
+    assert_trees_close(gathered, state, STEPS_TOLERANCE)
     return placed_state
 
 
@@ -147,7 +155,7 @@ def test_state_moves_between_numbers_of_stages(stage_mesh: Callable) -> None:
 
 
 def test_state_is_shared_out_over_replicas(stage_mesh: Callable) -> None:
-    case = CASES["gpt"]()
+    case = widened(CASES["gpt"]())
     pipeline = stage_case(case, case.loss_fn, stage_mesh(2, data=2), 2)
     adam = OPTIMIZERS["clipped"]()
     whole, shared = (
@@ -181,8 +189,8 @@ def test_a_step_trains_as_the_unstaged_function(stage_mesh: Callable) -> None:
     for _ in range(STEPS):
         staged, state, value = step(staged, state, *case.inputs)
         params, wanted, loss = unstaged(params, wanted)
-        np.testing.assert_allclose(value, loss, rtol=1e-5)
-    assert_trees_close(pipeline.gather(staged), params, 1e-4)
+        np.testing.assert_allclose(value, loss, rtol=STEPS_TOLERANCE)
+    assert_trees_close(pipeline.gather(staged), params, STEPS_TOLERANCE)
 
 
 def test_flax_train_state(stage_mesh: Callable) -> None:
