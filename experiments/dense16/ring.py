@@ -96,12 +96,10 @@ class Ring(Strategy):
     def _state_types(self) -> RingState:
         """Types of the results of `start`, with shardings."""
         numbers = np.zeros(self.groups, np.int32)
+        slots = self.ring.ring.loop.placement.slots
         types = jax.eval_shape(lambda: self.ring.start(numbers, numbers))
         specs = types._replace(
-            caches=[
-                {j: self.ring.ring.specs.get(j, PartitionSpec()) for j in held}
-                for held in types.caches
-            ],
+            caches=[{j: slots[j].spec for j in held} for held in types.caches],
             **{
                 name: [PartitionSpec()] * len(types.caches)
                 for name in types._fields

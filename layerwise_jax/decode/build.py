@@ -131,9 +131,10 @@ def decode_ring(
     step = stage_step(layers, state, tuple(getattr(cut, "boundaries", cut)), kinds, sharding.axes)
     step = replace(step, sequences_are_independent=step.sequences_are_independent and is_by_rows)
     selecting = own_bytes(step.loop) <= MOST_SELECTED_BYTES if selects is None else selects
-    specs = sharding.of_slots(step.loop.placement)
+    placement = sharding.shard_slots(step.loop.placement)
+    step = replace(step, loop=replace(step.loop, placement=placement))
     transport = choose_transport(transport, mesh)
-    loop = RingLoop(step, num_groups, selecting, specs, stop_tokens, pad_token, transport)
+    loop = RingLoop(step, num_groups, selecting, stop_tokens, pad_token, transport)
     sampler = sampler or Sampler()
     if prefill_fn is None or prefill_length is None:
         prefill = None

@@ -15,14 +15,13 @@ The first round fills the ring and one after the last drains it; stages without 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from layerwise_jax.decode.message import Message
 from layerwise_jax.decode.step import StepProgram
@@ -63,7 +62,6 @@ class RingLoop:
       step: the step's stages.
       num_groups: groups of sequences in flight.
       selects: whether all devices run what only some stages have, and select; else they branch.
-      specs: specs of the slots that are sharded over mesh axes other than `stage`.
       stop_tokens: tokens that end a sequence.
       pad_token: input of an ended sequence.
       transport: passes a tick's message on.
@@ -73,7 +71,6 @@ class RingLoop:
     step: StepProgram
     num_groups: int
     selects: bool
-    specs: Mapping[int, PartitionSpec]
     stop_tokens: tuple[int, ...]
     pad_token: int
     transport: Transport

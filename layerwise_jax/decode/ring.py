@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from layerwise_jax import processes
 from layerwise_jax._arguments import checked_int32
@@ -119,9 +119,7 @@ class DecodeRing:
         placement, state = self.ring.loop.placement, set(self.ring.loop.state_slots)
         leaves = self.sharding.check(params)
         return {
-            slot.name: placement.fill(
-                replace(slot, spec=self.ring.specs.get(j, PartitionSpec())), leaves, self.mesh
-            )
+            slot.name: placement.fill(slot, leaves, self.mesh)
             for j, slot in enumerate(placement.slots)
             if j not in state
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -78,22 +78,21 @@ class InnerSharding:
                 )
         return [leaf for _, leaf in leaves]
 
-    def of_slots(self, placement: Placement) -> dict[int, PartitionSpec]:
-        """The spec of every slot that is sharded.
+    def shard_slots(self, placement: Placement) -> Placement:
+        """The placement with the spec of every slot.
 
         Raises:
           ValueError: weights that share a slot on different stages are sharded differently.
         """
-        found = {}
-        for j, slot in enumerate(placement.slots):
+        slots = []
+        for slot in placement.slots:
             specs = {self.specs[weight.leaf] for weight in slot.weights if weight is not None}
             if len(specs) > 1:
                 raise ValueError(
                     f"param_specs must shard {slot.name} alike on all stages, got {specs}."
                 )
-            if any(specs):
-                (found[j],) = specs
-        return found
+            slots.append(replace(slot, spec=next(iter(specs))))
+        return replace(placement, slots=tuple(slots))
 
 
 def _broadcast(specs: Any, tree: Any) -> Sequence[PartitionSpec]:

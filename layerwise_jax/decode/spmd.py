@@ -42,9 +42,7 @@ def ring_program(ring: RingLoop, mesh: Mesh, prompts: Prompts | None = None) -> 
       prompts: for a prefill program, an example of its prompts; None for a program of steps.
     """
     by_stage = PartitionSpec(STAGE)
-    specs = [
-        PartitionSpec(STAGE, *ring.specs.get(j, ())) for j in range(len(ring.loop.placement.slots))
-    ]
+    specs = [slot.placed_spec for slot in ring.loop.placement.slots]
     state = set(ring.loop.state_slots)
     rows: list[Any] = [by_stage] * ring.length
     places = RingState([{j: specs[j] for j in state}] * ring.length, rows, rows, rows, rows)

@@ -6,7 +6,6 @@ Place j of stage s holds group (j - s) mod R. Every array is [stages, ...], shar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -104,7 +103,7 @@ def first_cache(ring: RingLoop, mesh: Mesh, leaves: Mapping[int, Any]) -> dict[i
 def _fill(ring: RingLoop, mesh: Mesh, j: int, shards: Sequence[Any]) -> jax.Array:
     """One slot, given its shards; zeros for None and for types."""
     placement = ring.loop.placement
-    slot = replace(placement.slots[j], spec=ring.specs.get(j, PartitionSpec()))
+    slot = placement.slots[j]
     arrays = [None if isinstance(x, jax.ShapeDtypeStruct) else x for x in shards]
     if all(x is None for x in arrays):
         # Made where it belongs: no device ever holds all of it.

@@ -21,7 +21,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from layerwise_jax.host.stage_program import StageProgram
 from layerwise_jax.options import Remat
-from layerwise_jax.run.remat import recomputing_cheap
+from layerwise_jax.run.linearize import recomputing_cheap
 from layerwise_jax.trace.derivative import type_of
 from layerwise_jax.trace.products import FlatBackward, flatten_backward
 from layerwise_jax.trace.program import BatchSlice, Program, evaluate

@@ -3,24 +3,37 @@
 A part is a function of weights and of reads, the values of its microbatch. It is differentiated
 with respect to trained weights and floating-point reads. State changes with every microbatch, so it
 counts as a read; it has no gradient.
+
+`recomputing_cheap` is the residual policy `remat="cheap"`: keep what is expensive to compute again.
+`gradients_of` makes weight products in float32. With weights in bfloat16, a VJP rounds a weight's
+gradient to that dtype before the accumulator adds it in float32. Here nothing is rounded, and on
+GPUs the product adds into the accumulator (cuBLASLt, beta = 1):
+
+    cotangent, activation -dot_general-> bf16 -transpose-> bf16      gradient, before
+    cotangent, activation -dot_general-> f32  -transpose-> f32       gradient, after
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from layerwise_jax.run.microbatch import MicrobatchContext
-from layerwise_jax.run.remat import recomputing_cheap
 from layerwise_jax.run.residuals import Residuals, StashLayout, find_residuals, share_buffers
 from layerwise_jax.run.segment import StageSegment, segment_before_body
 from layerwise_jax.run.stage import LocalStage
 from layerwise_jax.stage.wiring import FromBody, FromBranch
 from layerwise_jax.trace.derivative import is_inexact, type_of
+from layerwise_jax.trace.primitives import CUSTOM_RULES, EXPENSIVE
+from layerwise_jax.trace.products import flatten_backward
 from layerwise_jax.trace.program import Value, evaluate
+
+# Products, convolutions, attention, linear algebra, sorts, loops, kernels. A custom derivative rule
+# (gelu, softmax) says nothing about the cost: the policy is asked for the ops inside of it.
+KEPT = EXPENSIVE - CUSTOM_RULES
 
 
 def linearize_body(
@@ -147,3 +160,55 @@ def _body_residuals(device: LocalStage, slots: Sequence[Any]) -> Residuals:
 
 
 _INDEX = jax.ShapeDtypeStruct((), jnp.int32)  # of a microbatch
+
+
+def recomputing_cheap(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, whose VJP keeps only results of expensive ops, and its arguments.
+
+    `jax.checkpoint` policies inside of `run` hold on: they keep no more than they would alone.
+    """
+    # prevent_cse: forward and backward are in different ticks, so there is nothing to merge
+    return jax.checkpoint(run, policy=is_expensive, prevent_cse=False)
+
+
+def is_expensive(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint`: True for results that are kept."""
+    del params
+    # attention of a library: wrapped under names that differ between JAX versions
+    return primitive.name in KEPT or "dot_product_attention" in primitive.name
+
+
+def gradients_of(
+    vjp_fn: Callable, cotangents: Any, weights: Mapping[Hashable, Any]
+) -> dict[Any, Any]:
+    """The gradients that `vjp_fn` returns, those of narrow weights in float32 where possible.
+
+    Args:
+      vjp_fn: a VJP function of one dict.
+      cotangents: its argument.
+      weights: the weights among the dict's entries, by key.
+    """
+    narrow = {key for key, weight in weights.items() if _is_narrow(weight.dtype)}
+    # A VJP function is a pytree of its residuals: a jaxpr must not close over traced arrays.
+    leaves, tree = jax.tree.flatten((vjp_fn, cotangents))
+    keys: list[Any] = []
+
+    def run(*leaves: Any) -> list[Any]:
+        rebuilt, given = jax.tree.unflatten(tree, leaves)
+        (gradients,) = rebuilt(given)
+        # gradients of narrow weights first
+        keys[:] = sorted(gradients, key=lambda key: key not in narrow)
+        return [gradients[key] for key in keys]
+
+    if narrow:
+        closed = jax.make_jaxpr(run)(*leaves)
+        # None: a checkpoint forbids to open the jaxpr
+        backward = flatten_backward(closed, len(narrow.intersection(keys)), 0)
+        if backward is not None:
+            return dict(zip(keys, backward.run(leaves, widens=True), strict=True))
+    (gradients,) = vjp_fn(cotangents)
+    return gradients
+
+
+def _is_narrow(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
@@ -63,6 +64,19 @@ class MicrobatchContext:
             return dict(values)
         inexact = {x: v for x, v in values.items() if is_inexact(v)}
         return {**values, **_gate(self.is_active, inexact)}
+
+
+@dataclass(frozen=True)
+class LateAfter:
+    """Inputs of the last stage's `after`, if it runs one tick behind its body.
+
+    Attributes:
+      context: the microbatch of the tick before.
+      kept: the values that `after` reads, in wire format, in the order of `Wiring.kept`.
+    """
+
+    context: MicrobatchContext
+    kept: Sequence[Any]
 
 
 @jax.custom_jvp

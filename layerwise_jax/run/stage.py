@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from jax import lax
 
 from layerwise_jax.mesh import STAGE
 from layerwise_jax.run.conditions import BranchPolicy, run_selected
-from layerwise_jax.run.microbatch import MicrobatchContext
+from layerwise_jax.run.microbatch import LateAfter, MicrobatchContext
 from layerwise_jax.run.segment import (
     StageSegment,
     empty_results,
@@ -48,19 +48,6 @@ class StageResults(NamedTuple):
         return (self.body if isinstance(source, FromBody) else self.branch)[source.result]
 
 
-@dataclass(frozen=True)
-class LateAfter:
-    """Inputs of the last stage's `after`, if it runs one tick behind its body.
-
-    Attributes:
-      context: the microbatch of the tick before.
-      kept: the values that `after` reads, in wire format, in the order of `Wiring.kept`.
-    """
-
-    context: MicrobatchContext
-    kept: Sequence[Any]
-
-
 class LocalStage:
     """A pipeline's stage on this device, inside `shard_map`.
 
@@ -70,7 +57,7 @@ class LocalStage:
       replica: int32 scalar, this device's index on the data axis.
       gates: True if JAX differentiates the loop, so that gradients must be kept out of bubbles.
       chunk: which of the device's stages this is.
-      recomputes_cheap: VJPs keep only results of expensive ops: see `remat`.
+      recomputes_cheap: VJPs keep only results of expensive ops: see `linearize`.
       index: int32 scalar, this device's index on the stage axis.
       stage: int32 scalar, this device's stage of that chunk.
     """
@@ -82,30 +69,26 @@ class LocalStage:
         replica: Any,
         *,
         gates: bool,
-        chunk: int = 0,
         recomputes_cheap: bool = False,
     ):
         self.loop = loop
         self.inputs = inputs
         self.replica = replica
         self.gates = gates
-        self.chunk = chunk
+        self.chunk = 0
         self.recomputes_cheap = recomputes_cheap
         self.program = loop.program
         self.wiring = loop.wiring
         self.index = lax.axis_index(STAGE)
-        self.stage = chunk * loop.num_devices + self.index  # round-robin
+        self.stage = self.index  # of chunk 0; see `of_chunk`
 
     def of_chunk(self, chunk: int) -> LocalStage:
         """Another stage of the same device."""
-        return LocalStage(
-            self.loop,
-            self.inputs,
-            self.replica,
-            gates=self.gates,
-            chunk=chunk,
-            recomputes_cheap=self.recomputes_cheap,
-        )
+        other = copy(self)
+        other.chunk = chunk
+        # stages are assigned round-robin
+        other.stage = chunk * self.loop.num_devices + self.index
+        return other
 
     @property
     def stages(self) -> range:

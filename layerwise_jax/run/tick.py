@@ -18,11 +18,11 @@ import numpy as np
 
 from layerwise_jax.run.buffers import load, store
 from layerwise_jax.run.conditions import run_selected
-from layerwise_jax.run.microbatch import MicrobatchContext
+from layerwise_jax.run.microbatch import LateAfter, MicrobatchContext
 from layerwise_jax.run.outputs import add_output
 from layerwise_jax.run.residual_policies import Recomputing, Storing
 from layerwise_jax.run.residuals import StashLayout
-from layerwise_jax.run.stage import LateAfter, LocalStage
+from layerwise_jax.run.stage import LocalStage
 from layerwise_jax.run.vjp import StageGradients, StageVjp
 from layerwise_jax.run.wire import fill, from_wire, to_wire, zeros_of
 from layerwise_jax.schedule.arrays import BACKWARD_KINDS

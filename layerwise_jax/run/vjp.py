@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layerwise_jax.run.linearize import linearize_segment
+from layerwise_jax.run.linearize import gradients_of, linearize_segment
 from layerwise_jax.run.microbatch import MicrobatchContext
 from layerwise_jax.run.segment import (
     StageSegment,
@@ -26,7 +26,6 @@ from layerwise_jax.run.segment import (
     segment_before_body,
 )
 from layerwise_jax.run.stage import LocalStage, StageResults
-from layerwise_jax.run.wide import gradients_of
 from layerwise_jax.run.wire import from_wire, to_wire, zeros_of
 from layerwise_jax.schedule.table import ActionKind
 from layerwise_jax.stage.wiring import FromBody, FromBranch, FromLane, Source

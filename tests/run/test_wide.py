@@ -10,7 +10,7 @@ import pytest
 
 from layerwise_jax.build import build_pipeline
 from layerwise_jax.run import vjp
-from layerwise_jax.run.wide import gradients_of
+from layerwise_jax.run.linearize import gradients_of
 from layerwise_jax.trace.layers import trace_layers
 from tests.run.test_training_loop import equations, tick_bodies
 
