@@ -89,15 +89,9 @@ class ColumnCalls:
         """
         program = self.program
         reads = tuple(weights[program.program.weights[x]] for x in program.weights)
-        given = [accumulators.pop(x) for x in program.trained]
-        reused = tuple(
-            x if self._is_reused(value) else None
-            for x, value in zip(given, program.trained, strict=True)
-        )
-        others = tuple(
-            None if self._is_reused(value) else x
-            for x, value in zip(given, program.trained, strict=True)
-        )
+        given = {x: accumulators.pop(x) for x in program.trained}
+        reused = tuple(x if value in self._reused else None for value, x in given.items())
+        others = tuple(None if value in self._reused else x for value, x in given.items())
         gradients = self._finish(reused, others, reads, self.constants)
         found: dict[Weight, Any] = {}
         for x, gradient in zip(program.moving, gradients, strict=True):
@@ -118,17 +112,23 @@ class ColumnCalls:
         """The outputs that are added up over microbatches."""
         return tuple(p for p in self.made if self.outputs.roles[p] == "reduced")
 
-    def _is_reused(self, value: Value) -> bool:
-        """Whether the accumulator becomes the gradient in place: only then may it be donated."""
+    @cached_property
+    def _reused(self) -> frozenset[Value]:
+        """The trained values whose accumulators become gradients in place, so may be donated."""
         program = self.program
-        weight = program.program.weights.get(program.roots[value])
-        if weight is None or weight in self.tied or program.replicas > 1:
-            return False
-        same_root = [x for x in program.trained if program.roots[x] == program.roots[value]]
-        return (
-            same_root == [value]
-            and self._sum_aval(value).dtype == program.program.avals[program.roots[value]].dtype
+        roots = [program.roots[x] for x in program.trained]
+        return frozenset(
+            x
+            for x, root in zip(program.trained, roots, strict=True)
+            if roots.count(root) == 1 and self._becomes_gradient(x, root)
         )
+
+    def _becomes_gradient(self, value: Value, root: Value) -> bool:
+        """Whether an accumulator has the type of the weight's gradient, and no other summand."""
+        weight = self.program.program.weights.get(root)
+        if weight is None or weight in self.tied or self.program.replicas > 1:
+            return False
+        return self._sum_aval(value).dtype == self.program.program.avals[root].dtype
 
     def _sum_aval(self, value: Value) -> jax.ShapeDtypeStruct:
         return self.program.accumulator_aval(value)

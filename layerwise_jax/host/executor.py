@@ -43,7 +43,7 @@ class HostExecutor:
     threads: bool = True
     progress: Progress | None = None
     _warm: set[bool] = field(default_factory=set)  # modes (trains or not) that have run once
-    _dispatched: deque[Any] = field(default_factory=deque)  # outputs of steps, the last ones
+    _dispatched: deque[Any] = field(default_factory=deque)  # an output of the last steps
 
     @property
     def placement(self) -> HostPlacement:
@@ -121,8 +121,7 @@ class HostExecutor:
 
     def _weights(self, staged: Staged) -> list[dict[Weight, Any]]:
         """The weights of every column."""
-        columns = range(len(self.placement.meshes))
-        slots = [self.placement.slot_at(column) for column in columns]
+        slots = self.placement.slots_of
         return [{weight: staged[slot.name] for weight, slot in held.items()} for held in slots]
 
     def _step(
@@ -241,7 +240,9 @@ class HostExecutor:
             jax.device_put(found[p], NamedSharding(mesh, spec)) if p in found else None
             for p, spec in enumerate(specs)
         ]
-        self._dispatched.append([x for x in results if x is not None])
+        made = [x for x in results if x is not None]
+        if made:  # the smallest, a loss mostly: it stays alive for a step
+            self._dispatched.append(min(made, key=lambda x: x.size))
         return results
 
     def _with_state(
@@ -252,7 +253,7 @@ class HostExecutor:
         """
         new = {}
         for column, run in enumerate(runs):
-            slots, sharding = self.placement.slot_at(column), self.program.slot_shardings[column]
+            slots, sharding = self.placement.slots_of[column], self.program.slot_shardings[column]
             new |= {slots[w].name: jax.device_put(x, sharding) for w, x in run.state.items()}
             for position, leaf in self.program.staged.renewed.items():
                 new |= {

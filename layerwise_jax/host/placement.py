@@ -77,10 +77,13 @@ class HostPlacement(Placement):
             for column in range(len(self.meshes))
         )
 
-    def slot_at(self, column: int) -> dict[Weight, Slot]:
-        """The slot of every weight of a column."""
-        slots = (self.slots[j] for j in self._slots_on(column))
-        return {weight: slot for slot in slots for weight in slot.weights if weight is not None}
+    @cached_property
+    def slots_of(self) -> tuple[dict[Weight, Slot], ...]:
+        """For every column, the slot of every weight."""
+        return tuple(
+            {weight: slot for slot in own.slots for weight in slot.weights if weight is not None}
+            for own in self.of_column
+        )
 
     def _slots_on(self, column: int) -> list[int]:
         return [j for j, on in enumerate(self.column_of) if on == column]
