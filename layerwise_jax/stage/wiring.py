@@ -81,6 +81,7 @@ class Lane:
 
     def pairs(self, num_devices: int) -> list[tuple[int, int]]:
         """(sender, receiver) pairs of devices for a `ppermute`; stages are assigned round-robin."""
+        # a set: with several chunks, stages s and s + num_devices send between the same devices
         senders = [s for s, value in enumerate(self.values) if value is not None]
         devices = round_robin(len(self.values) + 1, num_devices)
         return sorted({(devices[s], devices[s + 1]) for s in senders})
@@ -163,6 +164,7 @@ class _Wirer:
         self.inputs = {value: j for j, value in enumerate(program.inputs)}
 
     def wire(self) -> Wiring:
+        # Lanes first: reads of the body look up the lane over which a value arrives.
         for s, stage in enumerate(self.stages[:-1]):
             self._fill_lanes(s, stage)
         reads = tuple(
@@ -265,5 +267,6 @@ class _Wirer:
         return Output(s, self._branch_result(aval, values), lag)
 
     def _branch_result(self, aval: Any, values: Sequence[Operand | None]) -> FromBranch:
+        # one a call: results are not shared between lanes and outputs; XLA merges equal ones
         self.branch_results.append((aval, list(values)))
         return FromBranch(len(self.branch_results) - 1)
