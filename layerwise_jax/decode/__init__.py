@@ -1,7 +1,7 @@
 """Token generation: a ring of stages with their caches."""
 
 from layerwise_jax.decode.build import decode_ring
-from layerwise_jax.decode.generation import Generation
+from layerwise_jax.decode.generation import Chunk, Generation, Request
 from layerwise_jax.decode.ring import DecodeRing
 from layerwise_jax.decode.sampling import Sampler
 from layerwise_jax.decode.state import rotated
@@ -10,11 +10,13 @@ from layerwise_jax.decode.values import RingState
 
 __all__ = [
     "decode_ring",
+    "Chunk",
     "DecodeRing",
     "Generation",
     "Mailboxes",
     "PeerStore",
     "Permute",
+    "Request",
     "RingState",
     "Sampler",
     "TransportError",

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from layerwise_jax import processes
 from layerwise_jax._arguments import checked_int32
-from layerwise_jax.decode.generation import Generation, generate
+from layerwise_jax.decode.generation import Generation, GenerationRun, generate
 from layerwise_jax.decode.lockstep import CacheForm
 from layerwise_jax.decode.loop import RingLoop
 from layerwise_jax.decode.prefill import Prefill
@@ -316,13 +316,7 @@ class DecodeRing:
 
     @cached_property
     def _restart(self) -> Any:
-        def restart(mask: Any, places: RingState, fresh: RingState, first: Any) -> RingState:
-            def initial(slot: int) -> Any:
-                return jnp.zeros_like(places.caches[0][slot]) if first is None else first[slot]
-
-            return restarted(initial, mask, places, fresh)
-
-        return jax.jit(restart, donate_argnums=1)
+        return jax.jit(restarted, donate_argnums=1)
 
     def gather_cache(self, places: RingState, group: int) -> Any:
         """One group's cache as the user's tree."""
@@ -338,9 +332,17 @@ class DecodeRing:
         prompts: Sequence[Any],
         max_new_tokens: int,
         *,
-        keys: Any = None,
-        steps_per_call: int = 64,
         progress: bool = False,
+        **options: Any,
     ) -> Generation:
-        """Generate for any number of prompts: see `generate`."""
-        return generate(self, staged, prompts, max_new_tokens, keys, steps_per_call, progress)
+        """Generate for any number of prompts; arguments are those of `GenerationRun`.
+
+        Options are `keys`, `stop_sequences` and `steps_per_call`.
+        """
+        return generate(self.stream(staged, prompts, max_new_tokens, **options), progress)
+
+    def stream(
+        self, staged: Staged, prompts: Sequence[Any], max_new_tokens: int, **options: Any
+    ) -> GenerationRun:
+        """Generate as `generate` does: an iterable of `Chunk`, with `result()` afterwards."""
+        return GenerationRun(self, staged, prompts, max_new_tokens, **options)

@@ -5,7 +5,7 @@ Place j of stage s holds group (j - s) mod R. Every array is [stages, ...], shar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -150,15 +150,15 @@ def from_arrival(ring: RingLoop, values: np.ndarray) -> np.ndarray:
 
 
 def restarted(
-    initial: Callable[[int], Any], mask: Sequence[Any], places: RingState, fresh: RingState
+    mask: Sequence[Any], places: RingState, fresh: RingState, first: Mapping[int, Any] | None
 ) -> RingState:
     """The state with masked sequences replaced by new ones, whose caches are the first cache.
 
     Args:
-      initial: the first value of a cache slot, [stages, ...].
       mask: for every place, bool[stages, sequences].
       places: the state.
       fresh: tokens, positions and keys of the new sequences; its caches are not read.
+      first: the first cache by slot, [stages, ...]; None for zeros.
     """
 
     def chosen(j: int, new: Any, old: Any) -> Any:
@@ -172,7 +172,10 @@ def restarted(
         return [chosen(j, *pair) for j, pair in enumerate(zip(new, old, strict=True))]
 
     caches = [
-        {slot: chosen(j, initial(slot), old) for slot, old in held.items()}
+        {
+            slot: chosen(j, jnp.zeros_like(old) if first is None else first[slot], old)
+            for slot, old in held.items()
+        }
         for j, held in enumerate(places.caches)
     ]
     others = [chosen_at_places(new, old) for new, old in zip(fresh[1:], places[1:], strict=True)]
