@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from layerwise_jax import processes
 from layerwise_jax._arguments import checked_int
 from layerwise_jax._jax import no_context_mesh
+from layerwise_jax._tables import bytes_text
 from layerwise_jax.batch.analysis import BatchOptions, analyze_batching
 from layerwise_jax.host.choice import choose_executor
 from layerwise_jax.measure.layers import measured_by_shape
@@ -39,6 +40,9 @@ from layerwise_jax.stage.state import (
 from layerwise_jax.stage.wiring import wire
 from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.trace.program import nbytes
+
+# Captured arrays that the plan names.
+MOST_CAPTURED = 8
 
 
 @no_context_mesh()
@@ -139,6 +143,7 @@ def _staged_program(
     check_carried(state.carried, stages)
     alignment = align_stages(layers, boundaries, stages, with_body=not state.carried)
     renewed = state.renewed_weights(program)
+    captured = frozenset(weight for weight in program.weights.values() if weight.is_captured)
     placement = assign_slots(
         program,
         stages,
@@ -146,7 +151,11 @@ def _staged_program(
         layers.signature,
         num_devices,
         state=state.carried,
-        kinds={**dict.fromkeys(frozen, "frozen"), **dict.fromkeys(renewed, "renewed")},
+        kinds={
+            **dict.fromkeys(frozen, "frozen"),
+            **dict.fromkeys(renewed, "renewed"),
+            **dict.fromkeys(captured, "captured"),
+        },
     )
     return StagedProgram(
         program=program,
@@ -159,7 +168,7 @@ def _staged_program(
         in_axes=in_axes,
         state=state.carried,
         renewed=state.renewed,
-        frozen=frozen | renewed,
+        frozen=frozen | renewed | captured,
         bubble_fill=options.bubble_fill,
     )
 
@@ -175,8 +184,31 @@ def _traffic(owners: np.ndarray, plan: Plan, schedule: Schedule) -> HostTraffic:
     )
 
 
+def _captured_notes(loop: StagedProgram) -> list[str]:
+    """A note for the plan: the arrays that the function closes over, with their stages."""
+    signature, avals = loop.placement.signature, loop.program.avals
+    stages: dict[int, list[int]] = {}
+    sizes: dict[int, int] = {}
+    for s, stage in enumerate(loop.stages):
+        for value, weight in stage.weights.items():
+            if weight.is_captured:
+                stages.setdefault(weight.leaf, []).append(s)
+                sizes[weight.leaf] = sizes.get(weight.leaf, 0) + nbytes(avals[value])
+    if not stages:
+        return []
+    listed = [
+        f"{signature.captured_names[leaf]} (stage {', '.join(map(str, sorted(set(on))))})"
+        for leaf, on in list(stages.items())[:MOST_CAPTURED]
+    ]
+    more = len(stages) - len(listed)
+    names = ", ".join(listed) + (f" and {more} more" if more else "")
+    size = bytes_text(sum(sizes.values()))
+    return [f"captured arrays, {size}, are placed as frozen weights: {names}"]
+
+
 def _plan(partition: Any, loop: StagedProgram, sizes: Sizes) -> Plan:
     sends = [sum(nbytes(loop.program.avals[x]) for x in stage.sends) for stage in loop.stages]
+    sizes = replace(sizes, notes=(*sizes.notes, *_captured_notes(loop)))
     return make_plan(
         partition,
         sizes,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 
 from layerwise_jax import _jax
-from layerwise_jax.batch.interpreter import BatchInterpreter
+from layerwise_jax.batch.interpreter import BatchInterpreter, constant_role
 from layerwise_jax.batch.lattice import NotSeparable, Parts, Replicated, Role, Split
 from layerwise_jax.batch.linearity import ORDERED
 from layerwise_jax.batch.numbering import mixed_numberings
@@ -30,7 +30,7 @@ from layerwise_jax.batch.outputs import (
 from layerwise_jax.batch.pairs import BatchError, ProgramPair, pair_programs
 from layerwise_jax.batch.precompute import Candidates, Precomputed, precomputed_inputs
 from layerwise_jax.batch.rules.draws import Draws
-from layerwise_jax.trace.flatten import flatten
+from layerwise_jax.trace.flatten import FOR_STAGES, flatten
 from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.trace.program import Operand, Program, Value
 
@@ -105,7 +105,7 @@ def analyze_batching(
     if parts == 1:
         program = _with_constant_outputs(layers.program)
         return BatchAnalysis(program, _roles_of_one_part(layers, axes, options), axes)
-    pair = pair_programs(layers.program, _trace_full(layers, axes, parts))
+    pair = _pair(layers, _trace_full(layers, axes, parts))
     walk, roles = _interpret(pair, axes, parts, options)
     outputs = _traced_outputs(layers, pair, roles, axes, walk.precomputed, options)
     judge = OutputAnalysis(parts, options.statistics is not None)
@@ -199,12 +199,26 @@ def _trace_full(layers: LayerSequence, in_axes: Sequence[int | None], parts: int
             "that is not split "
             "as one that is."
         ) from error
-    return flatten(jaxpr, len(params))
+    return flatten(jaxpr, len(params), FOR_STAGES, layers.program.captured)
 
 
 def _abstract(aval: Any, parts: int) -> jax.ShapeDtypeStruct:
     shape = aval.shape if parts == 1 else (aval.shape[0] * parts, *aval.shape[1:])
     return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type)
+
+
+def _pair(layers: LayerSequence, full: Program) -> ProgramPair:
+    """The pair of programs; captured arrays that follow the length of the batch are constants."""
+    micro = layers.program
+    following = [
+        leaf
+        for leaf, array in micro.captured.items()
+        if leaf not in full.captured
+        or not isinstance(constant_role(array, full.captured[leaf]), Replicated)
+    ]
+    return pair_programs(
+        micro.captured_as_constants(following), full.captured_as_constants(following)
+    )
 
 
 def _interpret(

@@ -80,7 +80,10 @@ class Candidates:
         self._only_draws = only_draws
         self._found: dict[Value, Role] = {}
         self._twins = _twins(pair)
-        self._from_inputs = _values_without(pair.full, pair.full.weights)
+        weights = pair.full.weights.items()
+        self._from_inputs = _values_without(
+            pair.full, [value for value, weight in weights if not weight.is_captured]
+        )
         self._live = _live_ops(pair, roles)
 
     @property
@@ -185,6 +188,7 @@ def precomputed_inputs(
         constants=constants,
     )
     full = pair.full
+    full = full.captured_as_constants(full.captured)
     makers = without_dead_code(full.ops, values)
     read = {x for op in makers for x in op.values} | set(values)
     used = {x: array for x, array in full.constants.items() if x in read}

@@ -213,6 +213,9 @@ class HostExecutor:
             for j, column in held:
                 slot = self.placement.slots[j]
                 gradients[slot.name] = self._gradient(weight, slot.aval, column, parts)
+        for slot in self.placement.slots:  # captured arrays have no gradient
+            if slot.name not in gradients:
+                gradients[slot.name] = np.zeros((1, *slot.aval.shape), jax.dtypes.float0)
         return HostStaged(gradients)
 
     def _gradient(

@@ -149,7 +149,7 @@ def place_columns(
             [weight if column == c else None for c in range(len(held))] + [None]
             for column, weight in rows
         ],
-        signature.params_paths,
+        signature.path,
     )
     slots = tuple(
         Slot(name, avals[weight], (weight,)) for name, (_, weight) in zip(names, rows, strict=True)

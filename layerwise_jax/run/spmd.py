@@ -126,7 +126,13 @@ class LoopExecutor:
         self, ticks: TickLoop, staged: Staged, inputs: Sequence[Any]
     ) -> tuple[list, Staged]:
         # The loop is differentiated by jax.grad: a tied weight's copies count as one variable.
-        weights = tie_copies(self._shards(staged), self.placement.copies())
+        # Captured arrays are constants of the function: their slots have no gradient.
+        constant = [any(w and w.is_captured for w in slot.weights) for slot in self.placement.slots]
+        shards = [
+            lax.stop_gradient(x) if is_constant else x
+            for x, is_constant in zip(self._shards(staged), constant, strict=True)
+        ]
+        weights = tie_copies(shards, self.placement.copies())
         outputs, _, weights = ticks.run(weights, self._split(inputs), self._replica())
         results = self.outputs.combine(outputs)
         return results, self._slots(weights, results)

@@ -76,4 +76,8 @@ def find_frozen(layers: LayerSequence, trainable: Any) -> frozenset[Weight]:
             f"trainable must have True or False for every parameter, got {wrong[0]!r}. Give "
             "booleans, such as jax.tree.map(lambda x: x.ndim > 1, params)."
         )
-    return frozenset(weight for weight in layers.program.weights.values() if not flags[weight.leaf])
+    return frozenset(
+        weight
+        for weight in layers.program.weights.values()
+        if not weight.is_captured and not flags[weight.leaf]
+    )

@@ -81,11 +81,11 @@ class Placement:
     body_slots: tuple[tuple[int, ...], ...] = ()
 
     def copies(self) -> dict[Weight, list[tuple[int, int]]]:
-        """The (slot, device) places of every weight; a tied weight has several."""
+        """The (slot, device) places of every parameter's weight; a tied weight has several."""
         places: dict[Weight, list[tuple[int, int]]] = {}
         for j, slot in enumerate(self.slots):
             for device, weight in enumerate(slot.weights):
-                if weight is not None:
+                if weight is not None and not weight.is_captured:
                     places.setdefault(weight, []).append((j, device))
         return places
 
@@ -251,7 +251,11 @@ class Placement:
 
     def fill(self, slot: Slot, leaves: Sequence[Any] | Mapping[int, Any], mesh: Mesh) -> Any:
         """One slot, given all leaves of the parameters: see `fill_shards`."""
-        held = [None if weight is None else leaves[weight.leaf] for weight in slot.weights]
+        captured = self.signature.captured
+        held = [
+            None if w is None else captured[w.leaf] if w.is_captured else leaves[w.leaf]
+            for w in slot.weights
+        ]
         weights = [
             leaf if weight is None or _is_abstract(leaf) else weight.of(leaf)  # a slice, if stacked
             for weight, leaf in zip(slot.weights, held, strict=True)

@@ -7,7 +7,7 @@ names differ then, so that each pipeline refuses parameters that were placed for
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,12 +18,14 @@ from layerwise_jax.trace.program import Weight
 MOST_LISTED = 3
 
 
-def slot_names(slots: Sequence[Sequence[Weight | None]], paths: Sequence[Any]) -> list[str]:
+def slot_names(
+    slots: Sequence[Sequence[Weight | None]], path_of: Callable[[int], Any]
+) -> list[str]:
     """A unique name for every slot, made of the names of its weights.
 
     Args:
       slots: for every slot, the weight of each shard, or None where the shard is padding.
-      paths: the key path of every leaf of the parameters.
+      path_of: the key path of a leaf.
 
     Returns:
       `block_{0,1,2}/kernel` for three shards; `embed @0` where only shard 0 holds a weight; `a|b`
@@ -32,7 +34,7 @@ def slot_names(slots: Sequence[Sequence[Weight | None]], paths: Sequence[Any]) -
     names: list[str] = []
     for weights in slots:
         name = _common_name(
-            [_weight_name(weight, paths) for weight in weights if weight is not None]
+            [_weight_name(weight, path_of) for weight in weights if weight is not None]
         )
         if None in weights:
             held = [shard for shard, weight in enumerate(weights) if weight is not None]
@@ -42,8 +44,8 @@ def slot_names(slots: Sequence[Sequence[Weight | None]], paths: Sequence[Any]) -
     return names
 
 
-def _weight_name(weight: Weight, paths: Sequence[Any]) -> str:
-    name = "/".join(path_names(paths[weight.leaf])) or "params"
+def _weight_name(weight: Weight, path_of: Callable[[int], Any]) -> str:
+    name = "/".join(path_names(path_of(weight.leaf))) or "params"
     return name if weight.start is None else f"{name}[{weight.start}]"
 
 

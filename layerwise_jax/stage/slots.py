@@ -62,7 +62,7 @@ def assign_slots(
         j = _free_slot(slots, shareable, program.avals[value], devices, num_devices)
         for device in devices:
             slots[j].weights[device] = weight
-    names = slot_names([slot.weights for slot in slots], signature.params_paths)
+    names = slot_names([slot.weights for slot in slots], signature.path)
     named = tuple(
         Slot(name, slot.aval, tuple(slot.weights)) for name, slot in zip(names, slots, strict=True)
     )

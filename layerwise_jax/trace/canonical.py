@@ -71,7 +71,8 @@ def canonicalize(
             return "literal", str(operand.aval)
         if operand not in numbers:
             kind, seen = ("weight", used) if operand in is_weight else ("read", reads)
-            numbers[operand] = (kind, len(seen), str(program.avals[operand]))
+            captured = operand in program.weights and program.weights[operand].is_captured
+            numbers[operand] = (kind, captured, len(seen), str(program.avals[operand]))
             seen.append(operand)
         return numbers[operand]
 

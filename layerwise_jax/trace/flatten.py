@@ -8,7 +8,7 @@ derivative rules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerwise_jax import _jax
-from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal, ShapedArray, Tracer
+from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal, ShapedArray, Tracer, is_key
 from layerwise_jax.trace.primitives import CALLS, CUSTOM_RULES, REMATS
 from layerwise_jax.trace.program import (
     FROM_INPUTS,
@@ -29,6 +29,7 @@ from layerwise_jax.trace.program import (
     Remat,
     Value,
     Weight,
+    nbytes,
     without_dead_code,
 )
 from layerwise_jax.trace.stacked import LayerSlices, leading_spans
@@ -44,28 +45,47 @@ class FlattenPolicy:
         of arrays that the program stacks are the stacked values.
       inlines_branches: both branches of a `cond` are inlined, followed by a selection.
       inlines_placed_calls: `jit` calls with shardings are inlined, dropping the shardings.
+      captures: arrays that the function closes over are weights. Small ones stay constants.
     """
 
     is_differentiable: bool = True
     inlines_branches: bool = False
     inlines_placed_calls: bool = False
+    captures: bool = False
 
 
 FOR_GRADIENTS = FlattenPolicy()
+FOR_STAGES = FlattenPolicy(captures=True)
 FORWARD_ONLY = FlattenPolicy(is_differentiable=False)
 OPTIMIZER = FlattenPolicy(is_differentiable=False, inlines_branches=True, inlines_placed_calls=True)
 """Optimizers are cut leaf by leaf, so no operation may hide the leaves that it combines."""
 
 
-def flatten(jaxpr: Jaxpr, num_weight_leaves: int, policy: FlattenPolicy = FOR_GRADIENTS) -> Program:
+CAPTURED_BYTES = 1024
+"""Arrays of fewer bytes are constants of the compiled programs instead of weights."""
+
+
+def flatten(
+    jaxpr: Jaxpr,
+    num_weight_leaves: int,
+    policy: FlattenPolicy = FOR_GRADIENTS,
+    captured: Collection[int] | None = None,
+) -> Program:
     """Flat program of a jaxpr whose first `num_weight_leaves` inputs are parameters.
 
     A leaf that is read only in slices along its first axis becomes one weight per slice, so that a
     stage holds only its own slices. A leaf that any operation reads whole stays one weight.
+
+    Args:
+      jaxpr: the traced function.
+      num_weight_leaves: number of leaves of the parameters.
+      policy: the equations to inline.
+      captured: the leaves of captured arrays, from another trace of the same function; None
+        captures by size.
     """
-    sliceable = frozenset(range(num_weight_leaves))
+    unsliced: frozenset[int] = frozenset()
     while True:
-        flattener = _Flattener(sliceable, policy)
+        flattener = _Flattener(unsliced, policy, captured)
         program = flattener.flatten(jaxpr, num_weight_leaves)
         held: dict[int, list[Weight]] = {}
         for weight in program.weights.values():
@@ -73,7 +93,7 @@ def flatten(jaxpr: Jaxpr, num_weight_leaves: int, policy: FlattenPolicy = FOR_GR
         blocked = {leaf for leaf in flattener.slices if not _are_disjoint(held[leaf])}
         if not blocked:
             return program
-        sliceable -= blocked
+        unsliced |= blocked
 
 
 def _are_disjoint(weights: Sequence[Weight]) -> bool:
@@ -86,30 +106,39 @@ class _Flattener:
     """One pass over a jaxpr that emits operations and inlines nested jaxprs.
 
     Attributes:
-      sliceable: leaves that may become one weight per slice.
+      unsliced: leaves that must stay one weight.
+      captured: leaves of captured arrays; None for those of `CAPTURED_BYTES` or more.
       slices: value of every slice (start, stop) that is read, by leaf.
       casts: the convert_element_type operation of every cast value, so that slices of a cast leaf
         are cast slices.
     """
 
-    def __init__(self, sliceable: frozenset[int], policy: FlattenPolicy):
-        self.sliceable = sliceable
+    def __init__(
+        self, unsliced: frozenset[int], policy: FlattenPolicy, captured: Collection[int] | None
+    ):
+        self.unsliced = unsliced
         self.policy = policy
+        self.captured = captured
+        self.arrays: dict[int, Any] = {}  # captured leaf -> array
+        self.num_constants = 0
         self.inlined = CALLS if policy.is_differentiable else CALLS | CUSTOM_RULES | REMATS
         self.ops: list[Op] = []
         self.avals: list[Any] = []
         self.flags: list[int] = []
         self.constants: dict[Value, Any] = {}
         self.weights: dict[Value, Weight] = {}
-        self.leaf_values: list[Value] = []
+        self.num_leaves = 0
+        self.leaf_values: dict[int, Value] = {}
         self.slices: dict[int, dict[tuple[int, int], Value]] = {}
         self.casts: dict[Value, Op] = {}
         self.stacked = LayerSlices()
 
     def flatten(self, jaxpr: Jaxpr, num_weight_leaves: int) -> Program:
         values = [self.value(var.aval) for var in jaxpr.invars]
-        self.leaf_values, inputs = values[:num_weight_leaves], values[num_weight_leaves:]
-        for leaf, value in enumerate(self.leaf_values):
+        inputs = values[num_weight_leaves:]
+        self.num_leaves = num_weight_leaves
+        self.leaf_values = dict(enumerate(values[:num_weight_leaves]))
+        for leaf, value in self.leaf_values.items():
             self.weights[value] = Weight(leaf)
             self.flags[value] = FROM_WEIGHTS
         for value in inputs:
@@ -124,6 +153,7 @@ class _Flattener:
             inputs=tuple(inputs),
             outputs=tuple(outputs),
             constants=self.constants,
+            captured=self.arrays,
         )
 
     def _placed_weights(self, ops: Sequence[Op], outputs: Sequence[Operand]) -> dict[Value, Weight]:
@@ -135,14 +165,15 @@ class _Flattener:
         used = {x for op in ops for x in op.values} | {
             x for x in outputs if not isinstance(x, Literal)
         }
-        for leaf, whole in enumerate(self.leaf_values):
+        for leaf, whole in self.leaf_values.items():
             spans = {
                 span: value for span, value in self.slices.get(leaf, {}).items() if value in used
             }
-            placed.update({value: Weight(leaf, *span) for span, value in spans.items()})
-            if whole in used or not spans:
-                placed[whole] = Weight(leaf)
-            else:
+            is_captured = leaf in self.arrays
+            placed.update({x: Weight(leaf, *span, is_captured) for span, x in spans.items()})
+            if whole in used or not (spans or is_captured):
+                placed[whole] = Weight(leaf, is_captured=is_captured)
+            elif not is_captured:
                 placed.update(self._gaps(leaf, sorted(spans)))
         return placed
 
@@ -180,9 +211,28 @@ class _Flattener:
                 f"The function must not close over a traced array, got one of type {aval}. "
                 "Pass the array as a parameter or as an input."
             )
+        leaf = self.num_leaves + self.num_constants
+        self.num_constants += 1
+        # One captured array has one value, however often it is read.
+        known = [own for own, array in self.arrays.items() if array is const]
+        if known or self._is_weight(leaf, aval):
+            return self._captured_value(known[0] if known else leaf, const, aval)
         value = self.value(aval)
         self.constants[value] = const
         return value
+
+    def _is_weight(self, leaf: int, aval: Any) -> bool:
+        if not self.policy.captures:
+            return False
+        if self.captured is not None:
+            return leaf in self.captured
+        return bool(aval.shape) and nbytes(aval) >= CAPTURED_BYTES and not is_key(aval)
+
+    def _captured_value(self, leaf: int, const: Any, aval: Any) -> Value:
+        if leaf not in self.arrays:
+            self.arrays[leaf], self.leaf_values[leaf] = const, self.value(aval)
+            self.weights[self.leaf_values[leaf]] = Weight(leaf, is_captured=True)
+        return self.leaf_values[leaf]
 
     def inline_or_emit(
         self, eqn: JaxprEqn, operands: list[Operand], remats: tuple[Remat, ...]
@@ -320,7 +370,7 @@ class _Flattener:
                 lambda x: jax.lax.convert_element_type(x, dtype), [source], cast.remats
             )[0]  # type: ignore[return-value]
         weight = self.weights.get(operand)
-        if weight is None or weight.leaf not in self.sliceable:
+        if weight is None or weight.leaf in self.unsliced:
             return None
         first = weight.start or 0
         return self._rows_value(weight.leaf, first + start, first + stop)
@@ -330,9 +380,10 @@ class _Flattener:
         if (start, stop) not in spans:
             aval = self.avals[self.leaf_values[leaf]]
             spans[start, stop] = self.value(
-                aval.update(shape=(stop - start, *aval.shape[1:])), FROM_WEIGHTS
+                aval.update(shape=(stop - start, *aval.shape[1:])),
+                self.flags[self.leaf_values[leaf]],
             )
-            self.weights[spans[start, stop]] = Weight(leaf, start, stop)
+            self.weights[spans[start, stop]] = Weight(leaf, start, stop, leaf in self.arrays)
         return spans[start, stop]
 
 

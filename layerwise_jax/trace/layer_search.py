@@ -126,7 +126,8 @@ def _contractions_with_state(
 def _weights_behind(program: Program) -> WeightsOf:
     """Weights that every value depends on, for values that depend on weights only."""
     flags = source_flags(program)
-    behind = {value: frozenset([weight]) for value, weight in program.weights.items()}
+    own = {x: weight for x, weight in program.weights.items() if not weight.is_captured}
+    behind = {x: frozenset([weight]) for x, weight in own.items()}
     for op in program.ops:
         if op.results and flags[op.results[0]] == FROM_WEIGHTS:
             union = frozenset().union(*(behind.get(x, frozenset()) for x in op.values))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from layerwise_jax import _jax
-from layerwise_jax.trace.flatten import flatten
+from layerwise_jax.trace.captured import captured_names
+from layerwise_jax.trace.flatten import FOR_STAGES, flatten
 from layerwise_jax.trace.layer_search import Layer, find_layers
 from layerwise_jax.trace.modules import modules_of, path_names
 from layerwise_jax.trace.mutation import with_mutations
@@ -32,6 +33,8 @@ class Signature:
       outputs_tree: tree of what the function returns.
       outputs_avals: type of every leaf of the outputs, and then of every mutated leaf.
       mutated: the leaves of the parameters that the function gives new values (nnx Variables).
+      captured: arrays that the function closes over and that are placed as frozen weights, by leaf.
+      captured_names: the name of each.
     """
 
     params_tree: Any
@@ -42,10 +45,18 @@ class Signature:
     outputs_tree: Any
     outputs_avals: tuple[Any, ...]
     mutated: tuple[int, ...] = ()
+    captured: Mapping[int, Any] = field(default_factory=dict)
+    captured_names: Mapping[int, str] = field(default_factory=dict)
 
     def outputs(self, leaves: Sequence[Any]) -> Any:
         """What the function returns, from the leaves of the outputs; mutated leaves are dropped."""
         return jax.tree.unflatten(self.outputs_tree, leaves[: self.outputs_tree.num_leaves])
+
+    def path(self, leaf: int) -> tuple[Any, ...]:
+        """Key path of a leaf of the parameters, or the name of a captured array as one."""
+        if leaf in self.captured_names:
+            return (jax.tree_util.GetAttrKey(self.captured_names[leaf]),)
+        return self.params_paths[leaf]
 
     @property
     def params_names(self) -> tuple[str, ...]:
@@ -86,10 +97,9 @@ class LayerSequence:
                 f"{given[0]} and {given[1]}. Pass what trace_layers was given."
             )
         leaves = jax.tree.leaves(params)
+        arrays = {**dict(enumerate(leaves)), **program.captured}
         env = dict(program.constants)
-        env.update(
-            {value: weight.of(leaves[weight.leaf]) for value, weight in program.weights.items()}
-        )
+        env.update({x: weight.of(arrays[weight.leaf]) for x, weight in program.weights.items()})
         env.update(zip(program.inputs, jax.tree.leaves(inputs), strict=True))
         return self.signature.outputs(evaluate(program.ops, env, program.outputs))
 
@@ -142,7 +152,7 @@ def trace_layers(fn: Callable[..., Any], params: Any, *inputs: Any) -> LayerSequ
     types = jax.tree.map(_without_mesh, (params, *inputs))
     jaxpr, outputs = jax.make_jaxpr(mutating or fn, return_shape=True)(*types)
     outputs, mutated = (outputs, {}) if mutating is None else outputs
-    program = flatten(jaxpr, len(leaves))
+    program = flatten(jaxpr, len(leaves), FOR_STAGES)
     output_leaves, outputs_tree = jax.tree.flatten(outputs)
     signature = Signature(
         params_tree=params_tree,
@@ -153,6 +163,8 @@ def trace_layers(fn: Callable[..., Any], params: Any, *inputs: Any) -> LayerSequ
         outputs_tree=outputs_tree,
         outputs_avals=(*output_leaves, *(mutated[leaf] for leaf in sorted(mutated))),
         mutated=tuple(sorted(mutated)),
+        captured=program.captured,
+        captured_names=captured_names(fn, program.captured),
     )
     assert len(input_leaves) == len(signature.inputs_avals)
     layers = find_layers(program, modules_of([path_names(path) for path in paths]))

@@ -8,8 +8,8 @@ same parameters, so it repeats the traced computation operation by operation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -87,12 +87,14 @@ class Weight:
     """Unit of placement: a parameter leaf, or the slices [start, stop) of its first axis.
 
     Slices occur where a program reads a stacked leaf layer by layer (a scan over layers, or `w[i]`
-    in a Python loop).
+    in a Python loop). A captured weight is an array that the function closes over; its leaf numbers
+    go on after those of the parameters, and it is frozen.
     """
 
     leaf: int
     start: int | None = None
     stop: int | None = None
+    is_captured: bool = False
 
     def of(self, leaf: Any) -> Any:
         """This weight's part of the leaf's array: the leaf itself, or its slices."""
@@ -110,6 +112,7 @@ class Program:
       inputs: value number of every input leaf.
       outputs: value number or literal of every output leaf.
       constants: arrays that the function closes over, by value number.
+      captured: larger arrays that it closes over, by leaf: they are weights.
     """
 
     ops: tuple[Op, ...]
@@ -118,6 +121,18 @@ class Program:
     inputs: tuple[Value, ...]
     outputs: tuple[Operand, ...]
     constants: Mapping[Value, Any] = field(default_factory=dict)
+    captured: Mapping[int, Any] = field(default_factory=dict)
+
+    def captured_as_constants(self, leaves: Collection[int]) -> Program:
+        """The program with these captured arrays as constants instead of weights."""
+        moved = {x: w for x, w in self.weights.items() if w.is_captured and w.leaf in leaves}
+        constants = {x: weight.of(self.captured[weight.leaf]) for x, weight in moved.items()}
+        return replace(
+            self,
+            weights={x: weight for x, weight in self.weights.items() if x not in moved},
+            constants={**self.constants, **constants},
+            captured={leaf: x for leaf, x in self.captured.items() if leaf not in leaves},
+        )
 
     def aval(self, operand: Operand) -> Any:
         """Shape and dtype of a value or a literal."""
@@ -248,8 +263,9 @@ def _run_rematerialised(
 def source_flags(program: Program) -> list[int]:
     """Bit mask of every value: FROM_WEIGHTS, FROM_INPUTS, both, or 0 for constants."""
     flags = [0] * len(program.avals)
-    for value in program.weights:
-        flags[value] = FROM_WEIGHTS
+    for value, weight in program.weights.items():
+        # Captured arrays do not shape layers: their operations go where the parameters put them.
+        flags[value] = 0 if weight.is_captured else FROM_WEIGHTS
     for value in program.inputs:
         flags[value] = FROM_INPUTS
     for op in program.ops:

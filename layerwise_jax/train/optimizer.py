@@ -109,10 +109,9 @@ class StagedOptimizer:
     @property
     def trained_slots(self) -> tuple[str, ...]:
         """Names of the slots that hold a trained weight."""
-        weights = (
-            (slot.name, w) for slot in self.placement.slots for w in slot.weights if w is not None
-        )
-        return tuple(dict.fromkeys(name for name, weight in weights if self.trainable[weight.leaf]))
+        slots = self.placement.slots
+        held = [(slot.name, w) for slot in slots for w in slot.weights if w and not w.is_captured]
+        return tuple(dict.fromkeys(name for name, weight in held if self.trainable[weight.leaf]))
 
     @cached_property
     def _jitted_init(self) -> Callable[[Staged], StagedState]:

@@ -17,7 +17,8 @@ EMBED = Weight(8)
 
 def names(*rows: list[int | None]) -> list[str]:
     return slot_names(
-        [[None if leaf is None else Weight(leaf) for leaf in row] for row in rows], PATHS
+        [[None if leaf is None else Weight(leaf) for leaf in row] for row in rows],
+        PATHS.__getitem__,
     )
 
 
