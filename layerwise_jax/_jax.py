@@ -241,3 +241,9 @@ def no_context_mesh() -> Iterator[None]:
     else:
         with jax.set_mesh(None):
             yield
+
+
+def names_devices(eqn: JaxprEqn) -> bool:
+    """Whether a nested jit has shardings for its arguments or results."""
+    shardings = (*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ()))
+    return any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)

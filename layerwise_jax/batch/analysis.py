@@ -30,7 +30,8 @@ from layerwise_jax.batch.outputs import (
 from layerwise_jax.batch.pairs import BatchError, ProgramPair, pair_programs
 from layerwise_jax.batch.precompute import Candidates, Precomputed, precomputed_inputs
 from layerwise_jax.batch.rules.draws import Draws
-from layerwise_jax.trace.flatten import FOR_STAGES, flatten
+from layerwise_jax.trace.flatten import flatten
+from layerwise_jax.trace.flatten_policy import FOR_STAGES
 from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.trace.program import Operand, Program, Value
 

@@ -28,8 +28,7 @@ from layerwise_jax.batch.lattice import (
     scaling_axes,
 )
 from layerwise_jax.batch.pairs import PairedOp, ProgramPair, constants_of
-from layerwise_jax.trace.flatten import without_dead_code
-from layerwise_jax.trace.program import Op, Program, Value, evaluate
+from layerwise_jax.trace.program import Op, Program, Value, evaluate, without_dead_code
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from layerwise_jax.decode.step import StepFunction, check_step_outputs, step_inputs
-from layerwise_jax.trace.flatten import FORWARD_ONLY, flatten
+from layerwise_jax.trace.flatten import flatten
+from layerwise_jax.trace.flatten_policy import FORWARD_ONLY
 from layerwise_jax.trace.program import Weight
 
 

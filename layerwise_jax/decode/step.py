@@ -26,7 +26,8 @@ from layerwise_jax.stage.slots import assign_slots
 from layerwise_jax.stage.staged_program import StagedProgram
 from layerwise_jax.stage.state import check_carried
 from layerwise_jax.stage.wiring import wire
-from layerwise_jax.trace.flatten import FORWARD_ONLY, flatten
+from layerwise_jax.trace.flatten import flatten
+from layerwise_jax.trace.flatten_policy import FORWARD_ONLY
 from layerwise_jax.trace.layer_search import find_layers
 from layerwise_jax.trace.layers import LayerSequence, Signature
 from layerwise_jax.trace.modules import modules_of, path_names

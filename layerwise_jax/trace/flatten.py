@@ -9,8 +9,6 @@ derivative rules.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import jax
@@ -19,6 +17,7 @@ import numpy as np
 
 from layerwise_jax import _jax
 from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal, ShapedArray, Tracer, is_key
+from layerwise_jax.trace.flatten_policy import CAPTURED_BYTES, FOR_GRADIENTS, FlattenPolicy
 from layerwise_jax.trace.primitives import CALLS, CUSTOM_RULES, REMATS
 from layerwise_jax.trace.program import (
     FROM_INPUTS,
@@ -32,37 +31,7 @@ from layerwise_jax.trace.program import (
     nbytes,
     without_dead_code,
 )
-from layerwise_jax.trace.stacked import LayerSlices, leading_spans
-
-
-@dataclass(frozen=True)
-class FlattenPolicy:
-    """Choice of the equations to inline beyond calls and scans over layers.
-
-    Attributes:
-      is_differentiable: gradients are taken of the program, so custom derivative rules and
-        `jax.checkpoint` keep their meaning. Otherwise both are inlined without a mark, and slices
-        of arrays that the program stacks are the stacked values.
-      inlines_branches: both branches of a `cond` are inlined, followed by a selection.
-      inlines_placed_calls: `jit` calls with shardings are inlined, dropping the shardings.
-      captures: arrays that the function closes over are weights. Small ones stay constants.
-    """
-
-    is_differentiable: bool = True
-    inlines_branches: bool = False
-    inlines_placed_calls: bool = False
-    captures: bool = False
-
-
-FOR_GRADIENTS = FlattenPolicy()
-FOR_STAGES = FlattenPolicy(captures=True)
-FORWARD_ONLY = FlattenPolicy(is_differentiable=False)
-OPTIMIZER = FlattenPolicy(is_differentiable=False, inlines_branches=True, inlines_placed_calls=True)
-"""Optimizers are cut leaf by leaf, so no operation may hide the leaves that it combines."""
-
-
-CAPTURED_BYTES = 1024
-"""Arrays of fewer bytes are constants of the compiled programs instead of weights."""
+from layerwise_jax.trace.stacked import LayerSlices, are_disjoint, leading_spans, take_row
 
 
 def flatten(
@@ -90,16 +59,10 @@ def flatten(
         held: dict[int, list[Weight]] = {}
         for weight in program.weights.values():
             held.setdefault(weight.leaf, []).append(weight)
-        blocked = {leaf for leaf in flattener.slices if not _are_disjoint(held[leaf])}
+        blocked = {leaf for leaf in flattener.slices if not are_disjoint(held[leaf])}
         if not blocked:
             return program
         unsliced |= blocked
-
-
-def _are_disjoint(weights: Sequence[Weight]) -> bool:
-    """Whether the slices of a leaf do not overlap."""
-    in_order = sorted(weights, key=lambda weight: weight.start or 0)
-    return all(a.stop is not None and a.stop <= (b.start or 0) for a, b in pairwise(in_order))
 
 
 class _Flattener:
@@ -239,7 +202,7 @@ class _Flattener:
     ) -> Sequence[Operand]:
         """Values of an equation's results, after inlining it or emitting it as one operation."""
         name = eqn.primitive.name
-        keeps_placement = not self.policy.inlines_placed_calls and _names_devices(eqn)
+        keeps_placement = not self.policy.inlines_placed_calls and _jax.names_devices(eqn)
         if name in self.inlined and not keeps_placement:
             return self.run(_jax.inner_jaxpr(eqn), operands, remats)
         if name in REMATS and not eqn.params["differentiated"]:
@@ -249,7 +212,7 @@ class _Flattener:
             return self._inline_branches(eqn, operands, remats)
         if name == "scan" and self._scans_layers(eqn, operands):
             return self._inline_scan(eqn, operands, remats)
-        rows = self._rows_taken(eqn, operands, remats)
+        rows = self._rowstake_rown(eqn, operands, remats)
         return self.emit(eqn, operands, remats) if rows is None else rows
 
     def emit(
@@ -327,10 +290,10 @@ class _Flattener:
         view = self._rows_of(operand, i, i + 1)
         if view is None:  # the index is an operand, so that the iterations are the same operations
             index = Literal(np.int32(i), ShapedArray((), np.dtype(np.int32)))
-            return self.replay(_take, [operand, index], remats)[0]
+            return self.replay(take_row, [operand, index], remats)[0]
         return self.replay(lambda x: jax.lax.squeeze(x, (0,)), [view], remats)[0]
 
-    def _rows_taken(
+    def _rowstake_rown(
         self, eqn: JaxprEqn, operands: list[Operand], remats: tuple[Remat, ...]
     ) -> Sequence[Operand] | None:
         """Results of an equation that slices a parameter leaf or an array stacked here; else None.
@@ -385,14 +348,3 @@ class _Flattener:
             )
             self.weights[spans[start, stop]] = Weight(leaf, start, stop, leaf in self.arrays)
         return spans[start, stop]
-
-
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    row = jax.lax.dynamic_slice(x, (index, *[jnp.int32(0)] * (x.ndim - 1)), (1, *x.shape[1:]))
-    return jax.lax.squeeze(row, (0,))
-
-
-def _names_devices(eqn: JaxprEqn) -> bool:
-    """Whether a nested jit has shardings for its arguments or results."""
-    shardings = (*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ()))
-    return any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from layerwise_jax import _jax
-from layerwise_jax.trace.captured import captured_names
-from layerwise_jax.trace.flatten import FOR_STAGES, flatten
+from layerwise_jax.trace.flatten import flatten
+from layerwise_jax.trace.flatten_policy import FOR_STAGES
 from layerwise_jax.trace.layer_search import Layer, find_layers
-from layerwise_jax.trace.modules import modules_of, path_names
+from layerwise_jax.trace.modules import captured_names, modules_of, path_names
 from layerwise_jax.trace.mutation import with_mutations
 from layerwise_jax.trace.pinned import live_bytes
 from layerwise_jax.trace.program import Program, evaluate

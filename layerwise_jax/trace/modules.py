@@ -7,10 +7,15 @@ of a family are not, unless they are lists of blocks themselves (the stages of a
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import jax
+import numpy as np
 
 WRAPPERS = ("value", "raw_value")
 
@@ -162,3 +167,52 @@ def _stem(name: str) -> str:
 def _leaves_below(node: _Node) -> list[int]:
     below = [leaf for child in node.children.values() for leaf in _leaves_below(child)]
     return [*node.leaves, *below]
+
+
+def captured_names(fn: Callable[..., Any], arrays: Mapping[int, Any]) -> dict[int, str]:
+    """A name for every captured array: the variable and path where `fn` finds it, if there is one.
+
+    Args:
+      fn: the function.
+      arrays: its captured arrays, by leaf.
+
+    Returns:
+      Names such as `frozen[0]`, or `captured 2` for an array that no variable of `fn` holds.
+    """
+    if not arrays:
+        return {}
+    found = [
+        (variable + jax.tree_util.keystr(path), leaf)
+        for variable, tree in _variables(fn)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+        if isinstance(leaf, jax.Array | np.ndarray)
+    ]
+    unnamed = (f"captured {count}" for count in range(len(arrays)))
+    return {
+        leaf: next((name for name, x in found if _is_same(x, array)), None) or next(unnamed)
+        for leaf, array in arrays.items()
+    }
+
+
+def _is_same(held: Any, array: Any) -> bool:
+    """Whether a variable holds a captured array; JAX may copy arrays of numpy."""
+    if isinstance(held, jax.Array) or isinstance(array, jax.Array):
+        return held is array
+    return held.shape == array.shape and np.array_equal(held, np.asarray(array))
+
+
+def _variables(fn: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    """(name, value) of what a function reads besides its arguments."""
+    while isinstance(fn, functools.partial):
+        yield from fn.keywords.items()
+        yield from ((f"argument {i}", value) for i, value in enumerate(fn.args))
+        fn = fn.func
+    fn = inspect.unwrap(fn)
+    if inspect.ismethod(fn):
+        yield "self", fn.__self__
+        yield from getattr(fn.__self__, "__dict__", {}).items()
+    if not inspect.isfunction(inspect.unwrap(getattr(fn, "__func__", fn))):
+        return
+    known = inspect.getclosurevars(fn)
+    yield from known.nonlocals.items()
+    yield from known.globals.items()

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from layerwise_jax import _jax
 from layerwise_jax._jax import Literal
-from layerwise_jax.trace.flatten import FORWARD_ONLY, flatten
+from layerwise_jax.trace.flatten import flatten
+from layerwise_jax.trace.flatten_policy import FORWARD_ONLY
 from layerwise_jax.trace.primitives import REMATS
 from layerwise_jax.trace.program import Op, Program, Value, evaluate
 

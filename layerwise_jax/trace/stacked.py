@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
+import jax
+import jax.numpy as jnp
+
 from layerwise_jax._jax import JaxprEqn, Literal, avals_of
-from layerwise_jax.trace.program import Op, Operand, Value
+from layerwise_jax.trace.program import Op, Operand, Value, Weight
 
 Span = tuple[int, int]
 
@@ -77,3 +81,15 @@ def _adds_leading_axis(eqn: JaxprEqn) -> bool:
     shape = avals_of(eqn.invars)[0].shape
     axes = tuple(range(1, len(shape) + 1))
     return eqn.params["shape"] == (1, *shape) and eqn.params["broadcast_dimensions"] == axes
+
+
+def are_disjoint(weights: Sequence[Weight]) -> bool:
+    """Whether the slices of a leaf do not overlap."""
+    in_order = sorted(weights, key=lambda weight: weight.start or 0)
+    return all(a.stop is not None and a.stop <= (b.start or 0) for a, b in pairwise(in_order))
+
+
+def take_row(x: jax.Array, index: jax.Array) -> jax.Array:
+    """The slice of an array at an index of its first axis."""
+    row = jax.lax.dynamic_slice(x, (index, *[jnp.int32(0)] * (x.ndim - 1)), (1, *x.shape[1:]))
+    return jax.lax.squeeze(row, (0,))

@@ -11,7 +11,8 @@ import optax
 
 from layerwise_jax._jax import key_paths
 from layerwise_jax.stage.placement import Placement
-from layerwise_jax.trace.flatten import OPTIMIZER, flatten
+from layerwise_jax.trace.flatten import flatten
+from layerwise_jax.trace.flatten_policy import OPTIMIZER
 from layerwise_jax.trace.program import Program
 from layerwise_jax.train.leaf_program import LeafProgram, find_owners
 

@@ -40,7 +40,7 @@ def run_stages(layers: LayerSequence, boundaries: Sequence[int], params: Any, *i
         results = run_stage(layers.program, stage, known)
         arrived = dict(zip(stage.sends, results, strict=False))
         outputs |= dict(zip(stage.outputs, results[len(stage.sends) :], strict=True))
-    return jax.tree.unflatten(layers.signature.outputs_tree, [outputs[p] for p in sorted(outputs)])
+    return layers.signature.outputs([outputs[p] for p in sorted(outputs)])
 
 
 def run_uncut(case: Case) -> list[Any]:

@@ -1,0 +1,35 @@
+"""Policies of flattening: the equations that `flatten` inlines, and what becomes a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FlattenPolicy:
+    """Choice of the equations to inline beyond calls and scans over layers.
+
+    Attributes:
+      is_differentiable: gradients are taken of the program, so custom derivative rules and
+        `jax.checkpoint` keep their meaning. Otherwise both are inlined without a mark, and slices
+        of arrays that the program stacks are the stacked values.
+      inlines_branches: both branches of a `cond` are inlined, followed by a selection.
+      inlines_placed_calls: `jit` calls with shardings are inlined, dropping the shardings.
+      captures: arrays that the function closes over are weights. Small ones stay constants.
+    """
+
+    is_differentiable: bool = True
+    inlines_branches: bool = False
+    inlines_placed_calls: bool = False
+    captures: bool = False
+
+
+FOR_GRADIENTS = FlattenPolicy()
+FOR_STAGES = FlattenPolicy(captures=True)
+FORWARD_ONLY = FlattenPolicy(is_differentiable=False)
+OPTIMIZER = FlattenPolicy(is_differentiable=False, inlines_branches=True, inlines_placed_calls=True)
+"""Optimizers are cut leaf by leaf, so no operation may hide the leaves that it combines."""
+
+
+CAPTURED_BYTES = 1024
+"""Arrays of fewer bytes are constants of the compiled programs instead of weights."""
