@@ -11,7 +11,8 @@ STRATEGIES: tuple[str, ...] = (
 )
 ALL = "all"  # all of MEASURABLE
 SCALING, TRANSPORT, ROUNDS, SELF = "scaling", "transport", "rounds", "self"
+VARIANTS = "variants"
 # Measurements that write files of their own.
-JOBS = (SCALING, TRANSPORT, ROUNDS, SELF)
+JOBS = (SCALING, TRANSPORT, ROUNDS, SELF, VARIANTS)
 # Parts that a GPU can measure, the most important first.
 MEASURABLE = ("l2", "decode", "stage", "residency", "counters", "sizes")

@@ -19,7 +19,7 @@ from experiments.dense16.errors import with_predictions
 from experiments.dense16.measure import Settings, run
 from experiments.dense16.measured import emulated_grid, strategies_grid
 from experiments.dense16.model import PRESETS, Dense
-from experiments.dense16.names import ALL, JOBS, ROUNDS, SCALING, SELF, TRANSPORT
+from experiments.dense16.names import ALL, JOBS, ROUNDS, SCALING, SELF, TRANSPORT, VARIANTS
 from experiments.dense16.paper import DEVICES
 from experiments.dense16.predictions import Setup, bounds_grid, predictions_grid, verdict_text
 from experiments.dense16.report import COMPILED, compiled_sizes, report
@@ -29,6 +29,7 @@ from experiments.dense16.self_message import measure_self_message
 from experiments.dense16.sixteen import compile_absent, emulate, shapes
 from experiments.dense16.strategies import MAKERS
 from experiments.dense16.transport import measure_rounds, measure_transport
+from experiments.dense16.variants import measure_variants
 from layerwise_jax.cost import H100, H200
 from layerwise_jax.xla import can_compile_for_absent_gpus
 
@@ -144,6 +145,8 @@ def jobs(
         found[""] = lambda path: run(settings, path, done)
     if ROUNDS in options.MEASURE.value:
         found["_rounds"] = lambda path: measure_rounds(settings, path, done)
+    if VARIANTS in options.MEASURE.value:
+        found["_variants"] = lambda path: measure_variants(settings, path, done)
     if SELF in options.MEASURE.value:
         found["_self"] = lambda path: measure_self_message(settings, path, done)
     if TRANSPORT in options.MEASURE.value:
