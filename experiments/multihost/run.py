@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from experiments import command
 from experiments.multihost.launch import Cluster, Ended
 
 # Losses of both runs are float32 sums over the same numbers in another order.
@@ -40,7 +41,7 @@ def run(setup: Setup, directory: Path, results: Path) -> int:
     Returns:
       0 if the losses agree and every survivor of a kill exited with another status than 0.
     """
-    console = Console()
+    console = command.make_console()
     shutil.rmtree(directory, ignore_errors=True)
     alone = directory / "one_process"
     together = directory / "processes"
