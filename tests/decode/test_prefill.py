@@ -154,7 +154,7 @@ def test_stages_share_their_slots_and_their_body(wanted: list[np.ndarray]) -> No
         ring = _ring(prefill_fn, partition=(0, 3, 5))
         assert ring.reader is not None
         assert ring.reader.ring.loop.has_body
-        assert ring.reader.ring.loop.placement is ring.ring.loop.placement
+        assert ring.reader.ring.loop.placement.slots is ring.ring.loop.placement.slots
     _check_tokens(ring.generate(ring.place(PARAMS), PROMPTS[:4], NEW), wanted[:4])
 
 
