@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from layerwise_jax.batch.analysis import BatchError
     from layerwise_jax.build import build_pipeline
-    from layerwise_jax.checkpoint.files import CheckpointError
+    from layerwise_jax.checkpoint.leaves import CheckpointError
     from layerwise_jax.checkpoint.save import (
         Checkpoint,
         checkpoint_steps,
@@ -105,7 +105,7 @@ _HOMES = {
     "decode.generation": ("Generation",),
     "decode.sampling": ("Sampler",),
     "schedule.table": ("Schedule", "ScheduleError"),
-    "checkpoint.files": ("CheckpointError",),
+    "checkpoint.leaves": ("CheckpointError",),
     "checkpoint.writer": ("CheckpointWriter",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -1,6 +1,6 @@
 """Checkpoints in the user's own parameter tree."""
 
-from layerwise_jax.checkpoint.files import CheckpointError
+from layerwise_jax.checkpoint.leaves import CheckpointError
 from layerwise_jax.checkpoint.save import (
     Checkpoint,
     checkpoint_steps,

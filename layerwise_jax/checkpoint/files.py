@@ -16,15 +16,21 @@ from textwrap import shorten
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from layerwise_jax import processes
 from layerwise_jax._arguments import checked_int
-from layerwise_jax._jax import is_key
 from layerwise_jax.checkpoint.checksums import checksums
-from layerwise_jax.trace.modules import path_names
+from layerwise_jax.checkpoint.leaves import (
+    CheckpointError,
+    _check_nodes,
+    by_name,
+    check_types,
+    named,
+    savable,
+    target,
+    unnamed,
+)
 
 try:
     import orbax.checkpoint as ocp
@@ -32,16 +38,10 @@ except ImportError as error:
     raise ImportError(
         "Checkpoints are written by orbax: install layerwise-jax[checkpoint]."
     ) from error
-BARE = "array"
 """Name on disk of a tree that is a single array."""
 CHECKSUMS = "checksums"
 DOOMED = "0.orbax-checkpoint-tmp-deleted"
 """Directory of steps to delete; orbax cleans up directories named so, and reads none of them."""
-Types = dict[str, tuple[tuple[int, ...], np.dtype]]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or holds another tree than the one asked for."""
 
 
 def saved_steps(directory: Path) -> tuple[int, ...]:
@@ -109,8 +109,8 @@ def start_step(orbax: ocp.CheckpointManager, step: int, trees: Mapping[str, Any]
     Raises:
       ValueError: a leaf cannot be saved. Nothing has been written then.
     """
-    items = {item: _savable(item, tree) for item, tree in trees.items() if jax.tree.leaves(tree)}
-    sums = {item: checksums(_by_name(tree)) for item, tree in items.items()}
+    items = {item: savable(item, tree) for item, tree in trees.items() if jax.tree.leaves(tree)}
+    sums = {item: checksums(by_name(tree)) for item, tree in items.items()}
     saves: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
     saves[CHECKSUMS] = ocp.args.JsonSave(sums)
     saved = orbax.save(operator.index(step), args=ocp.args.Composite(**saves))
@@ -159,7 +159,7 @@ def read_step(
     Raises:
       CheckpointError: leaves have other names, shapes or dtypes, or the files are damaged.
     """
-    wanted = {item: _named(tree) for item, tree in trees.items() if jax.tree.leaves(tree)}
+    wanted = {item: named(tree) for item, tree in trees.items() if jax.tree.leaves(tree)}
     with _manager(directory, wanted) as orbax:
         try:
             found = _restore(orbax, step, wanted, mesh)
@@ -171,7 +171,7 @@ def read_step(
                 f"another step ({_listed(orbax.all_steps())}) or the step's files."
             ) from error
     return {
-        item: _like(tree, found[item]) if item in wanted else tree for item, tree in trees.items()
+        item: unnamed(tree, found[item]) if item in wanted else tree for item, tree in trees.items()
     }
 
 
@@ -180,9 +180,9 @@ def _restore(
 ) -> Any:
     saved = orbax.item_metadata(step)
     for item, tree in wanted.items():
-        _check_types(f"Step {step} of {orbax.directory}", item, saved.get(item), tree)
+        check_types(f"Step {step} of {orbax.directory}", item, saved.get(item), tree)
     restores = {
-        item: ocp.args.StandardRestore(jax.tree.map(partial(_target, mesh), tree))
+        item: ocp.args.StandardRestore(jax.tree.map(partial(target, mesh), tree))
         for item, tree in wanted.items()
     }
     # Steps that orbax wrote without this package have no checksums.
@@ -213,140 +213,12 @@ def _manager(directory: Path, items: Iterable[str], **options: Any) -> ocp.Check
         ) from error
 
 
-def _named(tree: Any) -> Any:
-    return {BARE: tree} if jax.tree_util.treedef_is_leaf(jax.tree.structure(tree)) else tree
-
-
-def _like(tree: Any, found: Any) -> Any:
-    return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(found))
-
-
-def _name(path: Any) -> str:
-    return "/".join(path_names(path))
-
-
 def _listed(steps: Any) -> str:
     return ", ".join(str(step) for step in sorted(steps))
 
 
-def _savable(item: str, tree: Any) -> Any:
-    """Tree of arrays on the host and random keys, as orbax saves it."""
-
-    def savable(path: Any, leaf: Any) -> Any:
-        if not isinstance(
-            leaf, jax.Array | np.ndarray | np.generic | int | float | complex
-        ) or not np.size(leaf):
-            given = f"an array of shape {np.shape(leaf)}" if hasattr(leaf, "shape") else repr(leaf)
-            raise ValueError(
-                f"{item} must have arrays with at least one entry, got {given} at {_name(path)}. "
-                "Leave it out of the tree."
-            )
-        typed = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
-        return typed if is_key(typed) or processes.is_partial(typed) else np.asarray(typed)
-
-    return jax.tree_util.tree_map_with_path(savable, _named(tree))
-
-
-def _target(mesh: Mesh | None, leaf: Any) -> Any:
-    """The type by which orbax reads a leaf.
-
-    Of one process: a numpy array on the host, here without memory, and random keys on its device.
-    Of several: an array spread over the devices of `mesh`, of which each process reads its part.
-    """
-    typed = leaf if hasattr(leaf, "dtype") else jax.typeof(leaf)
-    if mesh is not None and processes.is_distributed():
-        sharding: Any = processes.spread(mesh, typed)
-    elif is_key(typed):
-        sharding = SingleDeviceSharding(processes.local_device())
-    else:
-        return np.broadcast_to(np.zeros((), typed.dtype), typed.shape)
-    return jax.ShapeDtypeStruct(typed.shape, typed.dtype, sharding=sharding)
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
 def _check_sums(tree: Any, wanted: Mapping[str, int]) -> None:
     if changed := [
-        name for name, checksum in checksums(_by_name(tree)).items() if wanted[name] != checksum
+        name for name, checksum in checksums(by_name(tree)).items() if wanted[name] != checksum
     ]:
         raise ValueError(f"{', '.join(changed)} have other bytes than the ones saved.")
-
-
-def _check_types(origin: str, item: str, saved: Any, expected: Any) -> None:
-    """Check that names, shapes and dtypes of the saved leaves are the expected ones."""
-    if saved is None:
-        raise CheckpointError(
-            f"{origin} has no {item}, or the list of its leaves is lost. Restore without {item}, "
-            "or another step."
-        )
-    there = _types(saved)
-    types = _types(expected)
-    _check_names(origin, item, set(there), set(types))
-    differing = [name for name, type_ in types.items() if there[name] != type_]
-    if differing:
-        name, *others = differing
-        more = f" (and {len(others)} more leaves)" if others else ""
-        raise CheckpointError(
-            f"{origin} must have {item} {name} as {_shown(types[name])}, got "
-            f"{_shown(there[name])}{more}. Restore it into the model that it was saved from."
-        )
-
-
-def _check_nodes(origin: str, item: str, saved: Any, expected: Any) -> None:
-    """Check that lists, dicts and nodes without leaves of two trees are the same.
-
-    Leaves may have equal names in different trees: adamw's state has an empty node more than
-    adam's, and a list has the names of a dict with the keys "0" and "1".
-    """
-    _check_names(origin, item, _nodes(saved), _nodes(expected))
-
-
-def _check_names(origin: str, item: str, there: set[str], expected: set[str]) -> None:
-    missing = sorted(expected - there)
-    surplus = sorted(there - expected)
-    parts = [f"no {_few(missing)}"] * bool(missing) + [f"{_few(surplus)} as well"] * bool(surplus)
-    if parts:
-        source = "optimizer" if item == "optimizer_state" else "model"
-        raise CheckpointError(
-            f"{origin} must have the tree of {item} asked for, got {item} with "
-            f"{' and '.join(parts)}. It was saved from another {source}: restore it into that one."
-        )
-
-
-def _few(names: list[str], most: int = 8) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-def _nodes(tree: Any) -> set[str]:
-    """Names of leaves and of nodes without leaves; positions in lists are in brackets."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: not jax.tree.leaves(node)
-    )
-    return {
-        "/".join(
-            f"[{key.idx}]" if isinstance(key, jax.tree_util.SequenceKey) else path_names([key])[0]
-            for key in path
-        )
-        for path, _ in paths
-    }
-
-
-def _shown(type_: tuple[tuple[int, ...], np.dtype]) -> str:
-    shape, dtype = type_
-    return f"{dtype}{list(shape)}"
-
-
-def _types(tree: Any) -> Types:
-    """Shape and dtype of every leaf by name; of random keys, those of their uint32 data."""
-    types: Types = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        typed = leaf if hasattr(leaf, "dtype") else jax.typeof(leaf)
-        if is_key(typed):
-            typed = jax.eval_shape(
-                jax.random.key_data, jax.ShapeDtypeStruct(typed.shape, typed.dtype)
-            )
-        types[_name(path)] = (tuple(typed.shape), np.dtype(typed.dtype))
-    return types

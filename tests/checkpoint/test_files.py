@@ -18,7 +18,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from layerwise_jax.build import build_pipeline
-from layerwise_jax.checkpoint.files import CheckpointError, read_step, write_step
+from layerwise_jax.checkpoint.files import read_step, write_step
+from layerwise_jax.checkpoint.leaves import CheckpointError
 from layerwise_jax.checkpoint.save import (
     checkpoint_steps,
     read_checkpoint,

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerwise_jax.checkpoint.files import CheckpointError, read_step, write_step
+from layerwise_jax.checkpoint.files import read_step, write_step
+from layerwise_jax.checkpoint.leaves import CheckpointError
 from layerwise_jax.cost.device import DeviceSpec
 from layerwise_jax.cost.devices import H100
 from layerwise_jax.cost.layer_cost import LayerCost
