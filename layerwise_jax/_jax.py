@@ -99,7 +99,7 @@ def source_line(eqn: JaxprEqn) -> str:
 
 
 def is_key(aval: Any) -> bool:
-    """Whether a type or array has random keys; collectives and arithmetic refuse them."""
+    """True if a type or array holds PRNG keys, which collectives and arithmetic refuse."""
     return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -121,7 +121,7 @@ def key_paths(tree: Any) -> tuple[list[tuple[Any, ...]], list[Any], Any]:
 
 
 def is_partitionable(eqn: JaxprEqn) -> bool:
-    """Whether an equation was traced with `jax_threefry_partitionable`.
+    """True if an equation was traced with `jax_threefry_partitionable`.
 
     Its random numbers then do not depend on how arrays are sharded.
     """
@@ -220,7 +220,7 @@ def inline_ptx_kernel(
 
 
 def is_tracing() -> bool:
-    """Whether this runs under a trace (jit, grad, vmap)."""
+    """True under a trace (jit, grad, vmap)."""
     return not _trace_state_clean()
 
 
@@ -244,6 +244,6 @@ def no_context_mesh() -> Iterator[None]:
 
 
 def names_devices(eqn: JaxprEqn) -> bool:
-    """Whether a nested jit has shardings for its arguments or results."""
+    """True if a nested jit has shardings for its arguments or results."""
     shardings = (*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ()))
     return any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)

@@ -73,7 +73,7 @@ class Pipeline:
 
     @property
     def placement(self) -> Placement:
-        """Where the pipeline's executor keeps weights."""
+        """Placement of the executor: the slot and the device of every weight."""
         return self.executor.placement
 
     @property

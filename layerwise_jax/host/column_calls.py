@@ -124,7 +124,10 @@ class ColumnCalls:
         )
 
     def _becomes_gradient(self, value: Value, root: Value) -> bool:
-        """Whether an accumulator has the type of the weight's gradient, and no other summand."""
+        """True if an accumulator is a weight's whole gradient: same dtype, nothing left to add.
+
+        Tied weights and replicas have other summands, on other columns or devices.
+        """
         weight = self.program.program.weights.get(root)
         if weight is None or weight in self.tied or self.program.replicas > 1:
             return False

@@ -1,5 +1,6 @@
-"""What a column runs once a step: the prelude before its stages, and the pull back of its
-accumulators after them.
+"""Once-a-step programs of a column: the prelude before its stages, the prelude's vjp after them.
+
+The vjp turns the accumulated cotangents of prepared values into gradients of the weights.
 """
 
 from __future__ import annotations
@@ -41,9 +42,7 @@ class ColumnProgram:
 
     @cached_property
     def made(self) -> tuple[Value, ...]:
-        """What the prelude makes for the stages: weights and constants are given to them as they
-        are.
-        """
+        """Prepared values that the prelude computes; stages read weights and constants directly."""
         return tuple(
             x
             for x in self.prepared

@@ -20,7 +20,7 @@ Arrays = tuple[Any, ...]
 
 
 class Held(NamedTuple):
-    """What a microbatch's forward leaves for its backward: what it read, and its stash."""
+    """Arrays held from a microbatch's forward to its backward: live-in values, state and stash."""
 
     live_in: Arrays
     state: Arrays
@@ -29,7 +29,7 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Routes:
-    """Where messages go.
+    """Routing table: column and sharding of the receiver of every message.
 
     Attributes:
       column_of: the column of every stage.
@@ -177,8 +177,8 @@ class ColumnRun:
         accumulators, cotangents, computed = self._call(step.stage, "I", given, *read)
         self._send_back(stage, cotangents, step.microbatch)
         self.accumulators.update(zip(rest, accumulators, strict=True))
-        _, live_in, _, _, stash, came, _ = read
-        groups = {"computed": computed, "live_in": live_in, "stash": stash, "cotangents": came}
+        _, live_in, _, _, stash, received, _ = read
+        groups = {"computed": computed, "live_in": live_in, "stash": stash, "cotangents": received}
         operands = tuple(groups[group][place] for group, place in functions.operand_sources)
         if operands:
             self._operands[step.stage, step.microbatch] = operands
@@ -192,7 +192,10 @@ class ColumnRun:
         self.accumulators.update(zip(products, accumulators, strict=True))
 
     def _read_by_backward(self, step: Step, stage: StageProgram) -> tuple[Any, ...]:
-        """What the backward of a microbatch reads, which the column no longer holds then."""
+        """Arguments of the backward of a microbatch; takes its held arrays out of the column.
+
+        Waits for the cotangents of all consumers.
+        """
         cotangents = tuple(
             self.mail.get(Key("cotangent", x, consumer, step.microbatch), wait=self.waits)
             for x, consumers in stage.pulled.items()

@@ -35,8 +35,9 @@ KEPT = ("live_in", "stash", "cotangents")
 
 
 class StageArguments(NamedTuple):
-    """What a stage reads for one microbatch, each in the order of its `StageProgram`; `number` is
-    the part's index.
+    """Arguments of a stage for one microbatch, in the order of its `StageProgram`'s fields.
+
+    `number` is the microbatch's index.
     """
 
     prepared: Arrays
@@ -128,9 +129,9 @@ class StageFunctions:
 
     @cached_property
     def operand_sources(self) -> tuple[tuple[str, int], ...]:
-        """Where each operand of a product is found once the input gradient is made.
+        """Source (group, place) of each operand of a product, once the input gradient is made.
 
-        (group, place): "computed" by `input_gradients`, or a "live_in", "stash" or "cotangents".
+        Groups: "computed" (results of `input_gradients`), "live_in", "stash", "cotangents".
         """
         if self.flat_backward is None:
             return ()

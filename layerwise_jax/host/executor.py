@@ -47,7 +47,7 @@ class HostExecutor:
 
     @property
     def placement(self) -> HostPlacement:
-        """Where weights live."""
+        """Placement: the slot and the column of every weight."""
         return self.program.placement
 
     @cached_property

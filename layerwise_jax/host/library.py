@@ -38,7 +38,7 @@ class Library:
 
     @property
     def num_distinct(self) -> int:
-        """How many jitted functions there are: equal stages share them."""
+        """Number of jitted functions; equal stages share one."""
         return len(self._jitted)
 
     def compile(self, wanted: Iterable[tuple[int, str]], progress: Progress | None = None) -> None:

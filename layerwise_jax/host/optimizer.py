@@ -176,7 +176,7 @@ class HostOptimizer(StagedOptimizer):
 
 
 class Trains(Protocol):
-    """What a training step needs of a pipeline."""
+    """Pipeline interface that a training step uses: its executor, and value_and_grad."""
 
     @property
     def loop(self) -> Any: ...

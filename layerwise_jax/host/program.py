@@ -83,7 +83,7 @@ class HostProgram:
 
     @cached_property
     def placement(self) -> HostPlacement:
-        """Where weights live."""
+        """Placement: the slot and the column of every weight."""
         staged = self.staged
         return place_columns(
             staged.program, staged.stages, self.devices, self.signature, self.mesh, staged.state
@@ -91,7 +91,7 @@ class HostProgram:
 
     @cached_property
     def columns(self) -> tuple[Column, ...]:
-        """What every column does in a training step, in order."""
+        """Steps of every column in a training step, in the schedule's order."""
         # Products are looked for where the schedule splits backwards: that traces them.
         splits = any(action.kind == "W" for _, _, action in self.schedule.actions())
         traits = [

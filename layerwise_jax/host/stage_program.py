@@ -61,7 +61,7 @@ class StageProgram:
 
     @property
     def has_backward(self) -> bool:
-        """Whether its backward has any result."""
+        """True if its backward has a result: a weight gradient or a cotangent."""
         return bool(self.trained or self.differentiated)
 
 

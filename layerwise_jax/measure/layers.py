@@ -74,7 +74,10 @@ class CompiledCosts:
 
     @property
     def _is_local(self) -> bool:
-        """Whether to compile with the local backend: a CPU's workspace tells nothing of a GPU's."""
+        """True if the local backend compiles: no GPU was named, or the local device is that GPU.
+
+        Otherwise an ahead-of-time GPU compiler is needed: a CPU's workspace differs from a GPU's.
+        """
         if self.device is None or self.device.compute_capability is None:
             return True
         return processes.local_device().device_kind == self.device.name

@@ -85,11 +85,11 @@ class StagedProgram:
 
     @property
     def has_state(self) -> bool:
-        """Whether a call returns new state."""
+        """True if a call returns new state."""
         return bool(self.state or self.renewed)
 
     def is_state(self, weight: Weight | None) -> bool:
-        """Whether a call gives this weight a new value."""
+        """True if a call gives this weight a new value."""
         if weight is None:  # padding
             return False
         return weight in self.state.values() or weight.leaf in self.renewed.values()

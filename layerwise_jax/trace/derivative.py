@@ -16,7 +16,7 @@ def type_of(aval: Any) -> jax.ShapeDtypeStruct:
 
 
 def is_inexact(x: Any) -> bool:
-    """Whether an array or a type is floating-point or complex, so that it can have a gradient."""
+    """True if an array or type is floating-point or complex, and so can have a gradient."""
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 

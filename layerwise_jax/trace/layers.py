@@ -49,7 +49,7 @@ class Signature:
     captured_names: Mapping[int, str] = field(default_factory=dict)
 
     def outputs(self, leaves: Sequence[Any]) -> Any:
-        """What the function returns, from the leaves of the outputs; mutated leaves are dropped."""
+        """The function's result, rebuilt from the output leaves; mutated leaves are dropped."""
         return jax.tree.unflatten(self.outputs_tree, leaves[: self.outputs_tree.num_leaves])
 
     def path(self, leaf: int) -> tuple[Any, ...]:

@@ -114,7 +114,7 @@ def _assign(
 
 
 def _opens(node: _Node, is_element: bool) -> bool:
-    """Whether a node below the root is a container, to be split into its children.
+    """True if a node below the root is a container, to be split into its children.
 
     A family's element that holds a list beside other modules (a block with attention and experts)
     is not a container.
@@ -136,7 +136,7 @@ def _is_list_of_blocks(node: _Node) -> bool:
 
 
 def _holds_family(node: _Node) -> bool:
-    """Whether a node, or an only child below it, is a list of modules of one family."""
+    """True if a node, or an only child below it, is a list of modules of one family."""
     families = _families(node)
     modules = {name: child for name, child in node.children.items() if child.children}
     if len(modules) > 1 and len({_stem(name) for name in modules}) == 1:
@@ -195,7 +195,7 @@ def captured_names(fn: Callable[..., Any], arrays: Mapping[int, Any]) -> dict[in
 
 
 def _is_same(held: Any, array: Any) -> bool:
-    """Whether a variable holds a captured array; JAX may copy arrays of numpy."""
+    """True if a variable holds a captured array; JAX may copy numpy arrays, so compare values."""
     if isinstance(held, jax.Array) or isinstance(array, jax.Array):
         return held is array
     return held.shape == array.shape and np.array_equal(held, np.asarray(array))

@@ -163,7 +163,7 @@ def _product(
 
 
 def _has_barrier(closed: Any) -> bool:
-    """Whether a checkpoint that must not be merged with other code is anywhere in a jaxpr."""
+    """True if a jaxpr holds a `jax.checkpoint` with `prevent_cse` at any depth."""
     for eqn in closed.eqns:
         if eqn.primitive.name in REMATS and eqn.params["prevent_cse"]:
             return True

@@ -77,14 +77,14 @@ def leading_spans(eqn: JaxprEqn) -> list[Span] | None:
 
 
 def _adds_leading_axis(eqn: JaxprEqn) -> bool:
-    """Whether a broadcast_in_dim adds an axis of size 1 in front."""
+    """True if a broadcast_in_dim only adds a leading axis of size 1."""
     shape = avals_of(eqn.invars)[0].shape
     axes = tuple(range(1, len(shape) + 1))
     return eqn.params["shape"] == (1, *shape) and eqn.params["broadcast_dimensions"] == axes
 
 
 def are_disjoint(weights: Sequence[Weight]) -> bool:
-    """Whether the slices of a leaf do not overlap."""
+    """True if the slices of a leaf do not overlap."""
     in_order = sorted(weights, key=lambda weight: weight.start or 0)
     return all(a.stop is not None and a.stop <= (b.start or 0) for a, b in pairwise(in_order))
 

@@ -17,8 +17,9 @@ from layerwise_jax import _jax
 
 
 class Leaf(NamedTuple):
-    """Where backward finds a leaf of the vjp: kind "argument", "remade" or "stashed", and the place
-    there.
+    """Source of a leaf of the vjp in backward: its group, and the place in that group.
+
+    Groups: "argument" (an argument of forward), "remade" (recomputed), "stashed".
     """
 
     kind: Literal["argument", "remade", "stashed"]

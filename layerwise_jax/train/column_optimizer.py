@@ -67,7 +67,7 @@ class ColumnOptimizer(StagedOptimizer):
         return StagedState((self.everywhere,) * len(layout.shared), placed)
 
     def export_of_init(self, column: int, level: int, arrived: Any, staged: Staged) -> Vectors:
-        """What this column exports in a round of `init`."""
+        """Vectors that this column exports in round `level` of `init`, one per dtype."""
         program = self.traced.init
         run = self.with_arrived(program, arrived)._rounds_of_init(staged)
         return self._packed(run, column, level)
@@ -81,7 +81,7 @@ class ColumnOptimizer(StagedOptimizer):
         state: StagedState,
         staged: Staged,
     ) -> Vectors:
-        """What this column exports in a round of `update`."""
+        """Vectors that this column exports in round `level` of `update`, one per dtype."""
         program = self.traced.update
         run = self.with_arrived(program, arrived)._rounds_of_update(grads, state, staged)
         return self._packed(run, column, level)

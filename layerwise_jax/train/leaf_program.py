@@ -60,7 +60,7 @@ class LeafProgram:
 
     @cached_property
     def is_shared(self) -> tuple[bool, ...]:
-        """Whether each operation runs once, for all leaves.
+        """For each operation, True if it runs once for all leaves.
 
         Other operations without an owner run in every leaf that needs them.
         """
@@ -89,7 +89,7 @@ class LeafProgram:
         return [self.trace.ops[i] for i in sorted(found)]
 
     def _is_read(self, value: Value, leaf: int) -> bool:
-        """Whether a leaf reads an exported value instead of computing it."""
+        """True if a leaf reads an exported value instead of computing it."""
         return value in self.exported and self.owners[value] != leaf
 
 

@@ -46,19 +46,19 @@ class CompilerMissingError(ImportError):
 
 @dataclass(frozen=True)
 class CompiledProgram:
-    """What one device holds and does for a compiled program. Sizes are bytes.
+    """Memory (bytes) and work of a compiled program on one device.
 
     Attributes:
       compiled_by: the compiler and the device that it compiled for.
       weight_bytes: of those arguments that are weights.
       argument_bytes: of all arguments, weights included.
-      output_bytes: of outputs that have memory of their own.
+      output_bytes: of outputs with separate memory.
       alias_bytes: of arguments that outputs are written over (donated).
       constant_bytes: of constants that the program brings along.
       temp_bytes: of workspace.
       peak_bytes: the most that is alive at once, arguments and outputs included.
-      flops: floating-point operations, loops counted by their turns.
-      bytes_accessed: bytes read and written, likewise, by operations that do not fuse.
+      flops: floating-point operations, each loop body times its trip count.
+      bytes_accessed: bytes that unfused operations read and write, loops counted the same way.
       uncounted: operations that `flops` leaves out.
       library_calls: calls into libraries (cuDNN, cuSOLVER), whose workspace an absent device's
         sizes leave out.
@@ -86,7 +86,7 @@ class CompiledProgram:
 
 
 def can_compile_for_absent_gpus() -> bool:
-    """Whether the plugin that `compile_for` needs is installed."""
+    """True if a plugin that `compile_for` needs is installed."""
     return any(_is_importable(plugin) for plugin in PLUGINS)
 
 

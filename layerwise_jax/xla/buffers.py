@@ -1,4 +1,4 @@
-"""What XLA's compiler decided to hold in memory, read from its serialised buffer assignment.
+"""Reader of XLA's buffer assignment: the memory that a compiled program allocates.
 
     allocation   a stretch of device memory: an argument, an output, a constant, or temporary
     buffer       one array of the program, which lives in an allocation while it is needed
@@ -151,7 +151,7 @@ def decode_hlo(data: bytes) -> BufferAssignment:
 
 
 def has_assignment(data: bytes) -> bool:
-    """Whether an HloProto brings a buffer assignment along.
+    """True if an HloProto includes a buffer assignment.
 
     Raises:
       AssignmentError: the bytes are malformed.

@@ -41,7 +41,7 @@ class CudaDriver:
             raise CudaDriverError(f"{LIBRARY} cannot be loaded: {error}") from error
 
     def can_access_peer(self, ordinal: int, peer: int) -> bool:
-        """Whether a device can read and write another device's memory."""
+        """True if a device can read and write another device's memory."""
         answer = ctypes.c_int()
         handles = (self._device(ordinal), self._device(peer))
         self._call("cuDeviceCanAccessPeer", ctypes.byref(answer), *handles)

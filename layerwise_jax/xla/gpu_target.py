@@ -1,4 +1,4 @@
-"""How to describe a GPU to XLA's compiler, so that it compiles for one that is not there."""
+"""Target descriptions of GPUs, with which XLA compiles for a GPU that is absent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from layerwise_jax.cost.device import DeviceSpec
 
 @dataclass(frozen=True)
 class Architecture:
-    """What all GPUs of one compute capability share, besides what their `DeviceSpec` says.
+    """Figures of all GPUs of one compute capability that `DeviceSpec` does not hold.
 
     Attributes:
       shared_memory: bytes of shared memory of a multiprocessor.

@@ -28,7 +28,7 @@ TIMED_RUNS = 5
 
 @dataclass(frozen=True, eq=False)
 class CompiledPipeline:
-    """A pipeline compiled with options of its own; call it as the pipeline.
+    """A pipeline compiled with given XLA options; call it as the pipeline.
 
     Attributes:
       call: the function, jitted with the options.
@@ -99,7 +99,7 @@ def compile_pipeline(
 
 
 def _shapes(mesh: Mesh, staged: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Types and shardings of the arguments; inputs are wanted whole on every device."""
+    """Types and shardings of the arguments; inputs are replicated."""
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def shape(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -113,7 +113,7 @@ def _shapes(mesh: Mesh, staged: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def _can_run(arrays: Any) -> bool:
-    """Whether there is a GPU to ask, and arrays to run it on. A shared CPU's times say nothing."""
+    """True if trials can be timed: a GPU backend and concrete arrays; CPU times mean nothing."""
     return jax.default_backend() == "gpu" and all(
         isinstance(x, jax.Array) for x in jax.tree.leaves(arrays)
     )

@@ -138,7 +138,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class OptionsReport:
-    """What `choose_options` chose, and what it saw. The first trial is the compiler's default."""
+    """Result of `choose_options`: the options, and all trials, the compiler's default first."""
 
     options: Options
     trials: tuple[Trial, ...]

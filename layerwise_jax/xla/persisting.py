@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SetAside:
-    """What the driver granted, in bytes."""
+    """Persisting L2 set-aside: bytes asked for, granted by the driver, and possible at most."""
 
     asked: int
     granted: int

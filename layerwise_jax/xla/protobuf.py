@@ -123,13 +123,13 @@ def _packed(number: int, data: bytes) -> list[int]:
 
 def _not_negative(number: int, value: int | bytes | None) -> int:
     if not isinstance(value, int) or value >= INT64_END:
-        raise WireError(f"Field {number} is {_shown(value)}; a number of at least 0 is wanted.")
+        raise WireError(f"field {number} must be an int of at least 0, got {_shown(value)}.")
     return value
 
 
 def _bytes(number: int, value: int | bytes | None) -> bytes:
     if not isinstance(value, bytes):
-        raise WireError(f"Field {number} is {_shown(value)}; bytes are wanted.")
+        raise WireError(f"field {number} must be bytes, got {_shown(value)}.")
     return value
 
 

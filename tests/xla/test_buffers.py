@@ -205,7 +205,7 @@ def test_unknown_fields_are_skipped(serialized):
         (b"\x00\x01", "Field number 0"),
         (b"\x0b", "encoding 3"),
         (b"\x09" + bytes(7), "8 bytes are announced"),
-        (message((1, 5)), "Field 1 is 5; bytes are wanted"),
+        (message((1, 5)), "field 1 must be bytes, got 5"),
         (message((1, message((2, 2**64 - 1)))), "Field 2 is -1"),
         (
             message((3, message((2, 10), (9, assigned(1, 0, 5))))),
@@ -245,7 +245,7 @@ def test_messages_are_read_as_they_were_written(fields):
         elif isinstance(written[-1], bytes):
             assert read.text(number) == written[-1].decode("utf-8", errors="replace")
         else:
-            with pytest.raises(WireError, match="bytes are wanted"):
+            with pytest.raises(WireError, match="must be bytes"):
                 read.text(number)
 
 
