@@ -119,11 +119,8 @@ def start_step(orbax: ocp.CheckpointManager, step: int, trees: Mapping[str, Any]
 
 
 def _delete_doomed(directory: Path) -> None:
-    """Delete the steps that orbax has moved out of sight because newer ones are kept.
-
-    By itself orbax deletes file by file under the step's own name, so that a killed process would
-    leave half of a step behind.
-    """
+    """Delete the steps that orbax moved to `DOOMED` because `keep` newer ones exist."""
+    # orbax itself deletes file by file under the step's name: a kill would leave half a step.
     if processes.is_main():
         shutil.rmtree(directory / DOOMED, ignore_errors=True)
 

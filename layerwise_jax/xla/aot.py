@@ -57,8 +57,8 @@ class CompiledProgram:
       constant_bytes: of constants that the program brings along.
       temp_bytes: of workspace.
       peak_bytes: the most that is alive at once, arguments and outputs included.
-      flops: floating-point operations, each loop body times its trip count.
-      bytes_accessed: bytes that unfused operations read and write, loops counted the same way.
+      flops: floating-point operations: a scan body times its length, a while_loop body once.
+      bytes_accessed: bytes that unfused operations read and write; loops count the same way.
       uncounted: operations that `flops` leaves out.
       library_calls: calls into libraries (cuDNN, cuSOLVER), whose workspace an absent device's
         sizes leave out.

@@ -76,8 +76,8 @@ def compile_pipeline(
     """
     if isinstance(options, str) and options != "auto":
         raise ValueError(
-            f"options is {options!r}; 'auto', a mapping from XLA's options to values, or None is "
-            "wanted."
+            f"options must be 'auto', a mapping from XLA's options to values, or None, got "
+            f"{options!r}. Pass None for the compiler's defaults."
         )
     shapes = _shapes(mesh, staged, inputs)
 

@@ -206,7 +206,7 @@ def test_unknown_fields_are_skipped(serialized):
         (b"\x0b", "encoding 3"),
         (b"\x09" + bytes(7), "8 bytes are announced"),
         (message((1, 5)), "field 1 must be bytes, got 5"),
-        (message((1, message((2, 2**64 - 1)))), "Field 2 is -1"),
+        (message((1, message((2, 2**64 - 1)))), "field 2 must be an int of at least 0, got -1"),
         (
             message((3, message((2, 10), (9, assigned(1, 0, 5))))),
             "Buffer 1 is used but not defined",
