@@ -106,6 +106,7 @@ def analyze_batching(
     if parts == 1:
         program = _with_constant_outputs(layers.program)
         return BatchAnalysis(program, _roles_of_one_part(layers, axes, options), axes)
+    # The same operations in both traces, or the function's structure follows the batch's length.
     pair = _pair(layers, _trace_full(layers, axes, parts))
     walk, roles = _interpret(pair, axes, parts, options)
     outputs = _traced_outputs(layers, pair, roles, axes, walk.precomputed, options)
@@ -114,6 +115,7 @@ def analyze_batching(
         judge.state(output) if position in options.state else judge.output(output)
         for position, output in enumerate(outputs)
     )
+    # Values computed beforehand become inputs after the function's own.
     program, precomputed = precomputed_inputs(pair, _as_run(pair.micro, walk), walk.precomputed)
     in_axes = (*axes, *(precomputed.in_axes if precomputed else ()))
     return BatchAnalysis(_with_constant_outputs(program), kinds, in_axes, precomputed)
@@ -241,6 +243,7 @@ def _interpret(
         candidates = Candidates(pair, parts, beforehand, only_draws=per_microbatch)
         walk = BatchInterpreter(parts, per_microbatch, draws=draws, candidates=candidates)
         roles = walk.outputs(pair, given)
+        # Rows that were sorted and not put back: those of inputs can be sorted beforehand.
         if any(isinstance(x, NotSeparable) and x.why.startswith(ORDERED) for x in roles):
             candidates.note_orders(walk.roles)
         found = frozenset()

@@ -72,13 +72,14 @@ def check_derivative(
     Raises:
       NotSeparableError: the gradients of the parts do not add up to those of the full batch.
     """
+    # The rule of a `custom_jvp` is linear: without examples its transpose is right.
     has_examples = any(isinstance(role, Split | Permuted) for role in step.roles)
     if not has_examples and step.name not in BACKWARD_RULES:
         return None  # linear in the cotangent
     if not per_microbatch and any(isinstance(role, NotSeparable) for role in results):
         return None  # refused where it is used
     try:
-        micro, full = _backward(step.micro), _backward(step.full)
+        micro, full = _backward(step.micro), _backward(step.full)  # traced, not run
     except (TypeError, NotImplementedError):  # not differentiable
         return None
     try:
@@ -123,7 +124,7 @@ def _factors(gradients: Sequence[Role], step: OpContext) -> list[float]:
 
 def _factor(gradient: Role, step: OpContext, operand: int) -> float:
     if isinstance(gradient, Replicated) and gradient.is_zero:
-        return 1.0
+        return 1.0  # nothing to add up
     role = step.roles[operand]
     if isinstance(gradient, NotSeparable):
         operation = described(gradient.eqn) if gradient.eqn else "an operation"
@@ -142,7 +143,8 @@ def _factor(gradient: Role, step: OpContext, operand: int) -> float:
         return _factor_in_order(gradient, role)
     assert isinstance(role, Split | Replicated | PartialSum), role
     assert isinstance(gradient, Split | Replicated | PartialSum), gradient
-    axis = step.axis(operand)
+    axis = step.axis(operand)  # of the examples, None for what all share
+    # part's cotangent = role.ratio * full cotangent, and full = gradient.ratio * the rule's result.
     factor = role.ratio * gradient.ratio
     if axis is not None:  # [..., examples, ...]: each example's own gradient
         if getattr(gradient, "axis", axis) == axis:
@@ -212,6 +214,7 @@ def _corrected(eqn: JaxprEqn, factors: Sequence[float]) -> JaxprEqn:
     moving = _inexact(eqn.invars)
     made = _inexact(eqn.outvars)
 
+    # A call of the same kind, so that no later pass sees another operation.
     @jax.custom_vjp
     def call(*operands: Any) -> list[Any]:
         return _jax.bind(eqn, operands)

@@ -41,7 +41,7 @@ def exact_ratio(value: Any) -> Ratio:
         return value
     if isinstance(value, Rational):
         return Fraction(value)
-    if not isfinite(value):
+    if not isfinite(value):  # a count over zero, say
         return float("nan")
     return Fraction(value).limit_denominator(LARGEST_DENOMINATOR)
 
@@ -262,6 +262,7 @@ class OpContext:
     def axis(self, operand: int = 0) -> int | None:
         """Axis along which an operand has a block for each example, if any."""
         role = self.roles[operand]
+        # A batch of one example has no axis that differs between the traces by itself.
         if isinstance(role, Split | BatchIota | IndexColumns | Permuted):
             return role.axis
         return one_scaling_axis(self.shape(operand), self.full_shape(operand))
@@ -303,6 +304,7 @@ def known(micro: Any, full: Any) -> Replicated:
     """Role of a number that is known in both traces."""
     if micro == full or (micro != micro and full != full):
         return Replicated(Fraction(1), (micro, full))
+    # Zero in one trace only, or complex numbers: no factor takes one to the other.
     has_ratio = micro and full and np.isrealobj(micro)
     return Replicated(float(full) / float(micro) if has_ratio else float("nan"), (micro, full))
 
@@ -320,7 +322,7 @@ def checked(role: Role, micro: tuple[int, ...], full: tuple[int, ...], parts: Pa
     Raises:
       NotSeparableError: they do not.
     """
-    axes = scaling_axes(micro, full)
+    axes = scaling_axes(micro, full)  # usually none or the axis of the examples
     if any(full[i] != parts * micro[i] for i in axes):
         raise NotSeparableError(
             f"makes an array of {list(micro)} of a part and {list(full)} of the full batch", "size"
@@ -332,6 +334,7 @@ def checked(role: Role, micro: tuple[int, ...], full: tuple[int, ...], parts: Pa
         )
     if not isinstance(role, Split | BatchIota | IndexColumns | Permuted):
         return role
+    # A second axis that follows the batch, or examples that no part has whole.
     if set(axes) - {role.axis} or full[role.axis] % parts:
         raise NotSeparableError(PAIRS)
     if full[role.axis] != parts * micro[role.axis]:

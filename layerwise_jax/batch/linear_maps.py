@@ -62,7 +62,7 @@ def _run(jaxpr: Jaxpr, given: Sequence[Degree]) -> list[Degree]:
     env.update(zip(jaxpr.invars, given, strict=True))
 
     def read(atom: Any) -> Degree:
-        if not isinstance(atom, Literal):
+        if not isinstance(atom, Literal):  # a value
             return env[atom]
         return Degree.CONSTANT if np.any(atom.val) else Degree.ZERO
 
@@ -81,6 +81,7 @@ def _results(eqn: JaxprEqn, operands: Sequence[Degree]) -> list[Degree]:
         return _scan(eqn, operands)
     if name == "cond":
         branches = [_run(branch, operands[1:]) for branch in eqn.params["branches"]]
+        # Either branch: linear if all are, in the same cotangents.
         joined = [_sum(degrees) for degrees in zip(*branches, strict=True)]
         return joined if _is_constant(operands[:1]) else [Degree.NONLINEAR] * count
     if name in SUMS:
@@ -114,7 +115,7 @@ def _is_constant(degrees: Sequence[Degree]) -> bool:
 
 def _sum(degrees: Sequence[Degree]) -> Degree:
     """Degree of a sum, a choice or an array put together: linear plus constant is neither."""
-    found = set(degrees) - {Degree.ZERO}
+    found = set(degrees) - {Degree.ZERO}  # zero is linear and constant
     if len(found) > 1:
         return Degree.NONLINEAR
     return found.pop() if found else Degree.ZERO

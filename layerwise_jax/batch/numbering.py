@@ -36,12 +36,13 @@ def mixed_numberings(
     weights = set(pair.full.weights)
     found: set[int] = set()
     for op in pair.ops:
+        # Numberings that the operands are made from, and the operation itself if it is one.
         behind = [sources[x] for x in op.full.values if x in sources]
         here = frozenset({op.position} & set(numbered)).union(*behind)
         if op.full.name in RANDOM:
             here = frozenset()
         sources.update(dict.fromkeys(op.full.results, here))
-        if weights.intersection(op.full.values):
+        if weights.intersection(op.full.values):  # activations, from here on
             weights.update(op.full.results)
         results = [roles[x] for x in op.full.results]
         if any(isinstance(role, NotSeparable) and role is not UNUSED for role in results):

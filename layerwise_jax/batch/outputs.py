@@ -97,7 +97,7 @@ def output_words(reduce: Any, outputs: Any) -> tuple[list[str], bool]:
     check_words(reduce)
     if reduce is None or isinstance(reduce, str):
         return [reduce or "auto"] * len(jax.tree.leaves(outputs)), False
-    words: list[str] = []
+    words: list[str] = []  # of every output leaf, the tree of words being a prefix
     try:
         jax.tree.map(
             lambda word, part: words.extend([word or "auto"] * len(jax.tree.leaves(part))),
@@ -169,6 +169,7 @@ class OutputAnalysis:
         role = output.role
         if isinstance(role, NotSeparable):
             return self._not_separable(output, role)
+        # [batch, ...]: rows of each example, or a constant for each.
         if isinstance(role, Split) or output.scaling_axes:
             assert isinstance(role, Split | Replicated)
             return self._rows(output, role)
@@ -177,6 +178,7 @@ class OutputAnalysis:
         assert isinstance(role, Replicated | PartialSum), role
         if isinstance(role, PartialSum):
             return self._reduced(output, role.ratio)
+        # In every part the same, a statistic of the part, or a factor such as its length.
         if (self.per_microbatch and output.from_batch) or not same(role.ratio, 1):
             return self._reduced(output, role.ratio / self.parts)
         # A total that is computed for the full batch is a sum or count, and the same for all parts.
@@ -192,6 +194,7 @@ class OutputAnalysis:
                 f"of the batch: {role}.",
                 _advice(role),
             )
+        # Of each part as asked: its shape says how the parts combine.
         if output.scaling_axes == (0,):
             return OutputRole("rows")
         if output.scaling_axes:
@@ -210,6 +213,7 @@ class OutputAnalysis:
         return _combined(COMBINE[output.word])
 
     def _rows(self, output: TracedOutput, role: Split | Replicated) -> OutputRole:
+        # Constant rows have no axis of their own: the shapes say where the batch is.
         axis = role.axis if isinstance(role, Split) else output.scaling_axes[0]
         if axis != 0:
             raise BatchError(_elsewhere(output, axis))
@@ -246,7 +250,7 @@ class OutputAnalysis:
         raise _contradiction(output, f"is a {inferred} over the examples", inferred)
 
     def _inferred(self, ratio: Ratio) -> Combine | None:
-        if same(ratio, 1):
+        if same(ratio, 1):  # full = sum of the parts
             return "sum"
         return "mean" if same(ratio * self.parts, 1) else None
 
@@ -271,7 +275,7 @@ def roles_of_one_part(
 
 def _role_of_one_part(output: TracedOutput, batch: int | None) -> OutputRole:
     aval = output.micro
-    if aval.shape and aval.shape[0] == batch:
+    if aval.shape and aval.shape[0] == batch:  # by shape: with one part nothing is combined
         return OutputRole("rows")
     if aval.shape or not output.from_inputs or not jnp.issubdtype(aval.dtype, jnp.inexact):
         return OutputRole("whole")

@@ -63,6 +63,7 @@ def pair_programs(micro: Program, full: Program) -> ProgramPair:
       BatchError: they differ in more than shapes and numbers; names the first operation that
         differs.
     """
+    # By value of the full program, the part's value or literal for it.
     micro_of: dict[Value, Operand] = dict(zip(full.inputs, micro.inputs, strict=True))
     weights = {weight: value for value, weight in micro.weights.items()}
     micro_of.update(
@@ -78,9 +79,11 @@ def pair_programs(micro: Program, full: Program) -> ProgramPair:
             ops.append(PairedOp(rest[0], op, position))
             micro_of.update(zip(op.results, rest[0].results, strict=True))
             position += 1
+        # A broadcast to the batch, which a part of one example does without.
         elif _is_needless(op, micro, micro_of):
             ops.append(PairedOp(None, op, position))
             micro_of[op.results[0]] = micro_of[op.values[0]]
+        # Another op sequence that JAX emits for one example.
         elif found := equivalent_ops(
             rest, full.ops[here : here + LONGEST], lambda x: _twin(x, micro_of)
         ):
@@ -89,7 +92,7 @@ def pair_programs(micro: Program, full: Program) -> ProgramPair:
             position += found.length
         else:
             raise _difference(op, rest[0] if rest else None, ops)
-    if position < len(micro.ops):
+    if position < len(micro.ops):  # the part does more
         raise _difference(None, micro.ops[position], ops)
     if not all(
         _is_same_operand(m, f, micro_of) for m, f in zip(micro.outputs, full.outputs, strict=True)
@@ -156,14 +159,14 @@ def _difference(full: Op | None, micro: Op | None, before: Sequence[PairedOp]) -
     there = described(micro.eqn, after) if micro else "nothing more"
     return BatchError(
         "The function does other operations for a part of the batch than for the full batch: "
-        f"first {given} where a "
+        f"first {given}, where a "
         f"part has {there}. Its structure must not depend on the length of the batch; write it for "
         "any length, or use larger parts (JAX writes some operations in another way for one "
         "example)."
     )
 
 
-# Parameters that say lengths; the shapes of the results are compared instead.
+# Parameters that are lengths; the shapes of the results are compared instead.
 LENGTHS = frozenset(
     (
         "shape new_sizes sizes slice_sizes start_indices limit_indices length sharding out_sharding"

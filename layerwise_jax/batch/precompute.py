@@ -78,8 +78,9 @@ class Candidates:
         self._parts = parts
         self._only_draws = only_draws
         self._found: dict[Value, Role] = {}
-        self._twins = _twins(pair)
+        self._twins = _twins(pair)  # the part's value for each of the full program's
         weights = pair.full.weights.items()
+        # Values that no parameter enters; state is a parameter, a captured array is none.
         self._from_inputs = _values_without(
             pair.full, [value for value, weight in weights if not weight.is_captured]
         )
@@ -109,9 +110,11 @@ class Candidates:
         mixed = [role for role in results if isinstance(role, NotSeparable)]
         if not mixed or op.full.eqn.effects:
             return
+        # Under per-microbatch statistics other operations may mix the examples of a part.
         if self._only_draws and all(role.cause != "draw" for role in mixed):
             return
         pairs = list(zip(op.full.operands, operands, strict=True))
+        # sum(x * mask) / sum(mask): the denominator, a sum of inputs, is what is missing.
         totals = [
             x
             for x, role in pairs
@@ -119,6 +122,7 @@ class Candidates:
             and not isinstance(x, _jax.Literal)
             and x in self._from_inputs
         ]
+        # Otherwise the results themselves, at the first operation that mixes.
         is_first = not any(isinstance(role, NotSeparable) for role in operands)
         for value in totals or (op.full.results if is_first else ()):
             if value in self._from_inputs:
@@ -152,6 +156,7 @@ class Candidates:
             return
         micro = self._pair.micro.avals[twin].shape
         full = self._pair.full.avals[value].shape
+        # Inputs are split along their leading axis or not at all.
         axes = scaling_axes(micro, full) if len(micro) == len(full) else None
         if axes == ():
             self._found[value] = Replicated()
@@ -179,6 +184,7 @@ def precomputed_inputs(
     inputs = [twins[value] for value in values]
     ops, avals = _without_results(program, inputs)
     constants = {x: array for x, array in program.constants.items() if x not in inputs}
+    # The operations that made the values stay in their places, their results unread.
     part = replace(
         program,
         ops=ops,
@@ -188,6 +194,7 @@ def precomputed_inputs(
     )
     full = pair.full
     full = full.captured_as_constants(full.captured)
+    # The full batch's program, as far as it makes the values.
     makers = without_dead_code(full.ops, values)
     read = {x for op in makers for x in op.values} | set(values)
     used = {x: array for x, array in full.constants.items() if x in read}
@@ -205,7 +212,7 @@ def _without_results(
     for op in program.ops:
         results = list(op.results)
         for i, value in enumerate(results):
-            if value in inputs:
+            if value in inputs:  # now an input: the operation's own result gets a new number
                 results[i] = len(avals)
                 avals.append(program.avals[value])
         ops.append(replace(op, results=tuple(results)))
@@ -214,7 +221,7 @@ def _without_results(
 
 def _twins(pair: ProgramPair) -> dict[Value, Value]:
     """The part's value for each value of the full program that both traces make alike."""
-    own = {id(op) for op in pair.micro.ops}
+    own = {id(op) for op in pair.micro.ops}  # not those that stand in for another sequence
     twins = {}
     for op in pair.ops:
         if op.micro is not None and id(op.micro) in own:

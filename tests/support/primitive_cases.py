@@ -106,7 +106,7 @@ def elementwise() -> dict[str, list[Case]]:
             *each_axis(
                 lambda x: lax.bitcast_convert_type(x, jnp.uint8), 2, dtype=jnp.int32, high=99
             ),
-            *each_axis(lambda x: lax.bitcast_convert_type(x, jnp.int32), 4, **BYTES),
+            case(lambda x: lax.bitcast_convert_type(x, jnp.int32), operand(B, 4, **BYTES)),
         ],
         "convert_element_type": [
             *unary(lambda x: x.astype(jnp.bfloat16)),

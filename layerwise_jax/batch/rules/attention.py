@@ -33,6 +33,7 @@ def _backward(step: OpContext) -> list[Role]:
 
 def _linear_in(step: OpContext, operand: int) -> tuple[int | None, Ratio, bool]:
     """Axis of the examples in all results, and their scaling, which is that of one operand."""
+    # Operands that are there: absent ones are empty.
     given = [i for i in range(len(step.roles)) if prod(step.shape(i))]
     if len(step.roles) != NUM_OPERANDS[step.name]:
         raise NotSeparableError(
@@ -45,6 +46,7 @@ def _linear_in(step: OpContext, operand: int) -> tuple[int | None, Ratio, bool]:
     axes = {step.axis(i) for i in given if i != BIAS or step.axis(i) is not None}
     if axes - {0, None} or len(axes) > 1:
         raise NotSeparableError("attends to other examples")
+    # Softmax is linear in none of the others.
     nonlinear(step, [i for i in given if i != operand])
     return axes.pop(), *product(step, (operand,))
 

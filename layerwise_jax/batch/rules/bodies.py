@@ -33,7 +33,7 @@ def _call(run: RunBody, step: OpContext) -> list[Role]:
 
 
 def _cond(run: RunBody, step: OpContext) -> list[Role]:
-    index, *operands = step.roles
+    index, *operands = step.roles  # the branch taken, what all branches read
     branches = zip(step.params["branches"], step.full.params["branches"], strict=True)
     results = [run(pair_bodies(micro, full), operands) for micro, full in branches]
     if not (isinstance(index, Replicated) and index.ratio == 1):
@@ -46,12 +46,11 @@ def _while(run: RunBody, step: OpContext) -> list[Role]:
         name: pair_bodies(step.params[name], step.full.params[name])
         for name in ("cond_jaxpr", "body_jaxpr")
     }
-    split = step.params["cond_nconsts"], step.params["cond_nconsts"] + step.params["body_nconsts"]
-    cond_consts, body_consts, carry = (
-        step.roles[: split[0]],
-        step.roles[split[0] : split[1]],
-        step.roles[split[1] :],
-    )
+    # Operands: constants of the condition, constants of the body, initial carry.
+    first = step.params["cond_nconsts"]
+    last = first + step.params["body_nconsts"]
+    cond_consts, body_consts = step.roles[:first], step.roles[first:last]
+    carry: Sequence[Role] = step.roles[last:]
     carry = _settled(
         step.parts, carry, lambda carry: run(bodies["body_jaxpr"], [*body_consts, *carry])
     )
@@ -61,12 +60,12 @@ def _while(run: RunBody, step: OpContext) -> list[Role]:
         return [_stopped(role, goes_on.axis) for role in carry]
     if not (isinstance(goes_on, Replicated) and goes_on.ratio == 1):
         return _undecided(step, goes_on, "runs until all examples are done")
-    return carry
+    return list(carry)  # as many iterations in every part
 
 
 def _stopped(role: Role, axis: int) -> Role:
     """Role of a carry whose examples, along `axis`, run for as many iterations as each needs."""
-    if isinstance(role, Replicated):
+    if isinstance(role, Replicated):  # counters: examples stop at different counts
         return Split(axis, role.ratio)
     if isinstance(role, NotSeparable) or (isinstance(role, Split) and role.axis == axis):
         return role
@@ -86,8 +85,9 @@ def _linear_solve(run: RunBody, step: OpContext) -> list[Role]:
     for name, length in lengths._asdict().items():
         consts[name] = step.roles[start : start + length]
         start += length
-    given = {"solve": step.roles[start:]}  # the right-hand sides
-    solved = run(pair_bodies(*bodies["solve"]), [*consts["solve"], *given["solve"]])
+    right_sides = step.roles[start:]
+    solved = run(pair_bodies(*bodies["solve"]), [*consts["solve"], *right_sides])
+    # Derivatives multiply by the matrix and solve with its transpose.
     for name in bodies.keys() - {"solve"}:
         results = run(pair_bodies(*bodies[name]), [*consts[name], *solved])
         for role in results:

@@ -34,7 +34,7 @@ def _place(
     The kinds are "contracted", "batch" and "free".
     """
     axis = step.axis(side)
-    if axis is None:
+    if axis is None:  # no examples on this side
         return None
     for kind, axes in (("contracted", contracting), ("batch", batch)):
         if axis in axes:

@@ -79,8 +79,9 @@ class Draws:
             return self._iota(step, position)
         nonlinear(step)
         drawn = one_scaling_axis(*step.result_shapes())
-        if drawn is None:
+        if drawn is None:  # the same draw for every part
             return build(common_axis(step), 1.0, False)
+        # Keys [examples]: each draws its own, if its implementation lets it.
         follows_keys = step.name == "random_fold_in" or step.axis(0) is not None
         if follows_keys and step.name in PER_KEY.get(_implementation(step), ()):
             return build(common_axis(step), 1.0, False)
@@ -90,6 +91,7 @@ class Draws:
                 f"implementation '{_implementation(step)}' do under vmap; use threefry2x32 keys, "
                 "or draw in one call with one key"
             )
+        # One key for the batch: drawn at the full batch, rows sliced out.
         if position is None:
             raise NotSeparableError(HIDDEN, "draw")
         self.full_rows[position] = FullRows(step.full, drawn)
@@ -99,7 +101,7 @@ class Draws:
         axis = step.params["dimension"]
         if axis not in scaling_axes(*step.result_shapes()):
             return Replicated()
-        length = step.result_shapes()[0][axis]
+        length = step.result_shapes()[0][axis]  # rows of a part
         if position is None:
             return BatchIota(axis, length, None)
         self._iotas[position] = FullRows(step.full, axis)

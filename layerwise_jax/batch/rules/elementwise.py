@@ -35,7 +35,7 @@ LINEAR = (
     "stop_gradient sub"
 ).split()
 
-# Of numbers that are known, such as the length of a batch on its way to a divisor.
+# Operations on known numbers, such as the length of a batch on its way to a divisor.
 FOLDED: dict[str, Callable[..., Any]] = {
     "add": np.add,
     "convert_element_type": lambda x: x,
@@ -61,10 +61,10 @@ FOLDED: dict[str, Callable[..., Any]] = {
 
 
 def common_axis(step: OpContext) -> int | None:
-    """The axis of the examples, where operands are paired entry by entry.
+    """Axis of the examples, where operands are paired entry by entry.
 
     Raises:
-      Mixes: two operands have them along different axes.
+      NotSeparableError: two operands have them along different axes.
     """
     axes = {role.axis for role in step.roles if isinstance(role, Split)}
     if len(axes) > 1:
@@ -73,7 +73,7 @@ def common_axis(step: OpContext) -> int | None:
 
 
 def folded(step: OpContext) -> Role | None:
-    """The result where every operand is a known number."""
+    """Role of the result where every operand is a known number, else None."""
     fills = [role.fill for role in step.roles if isinstance(role, Replicated)]
     fold = FOLDED.get(step.name)
     if fold is None or None in fills or len(fills) < len(step.roles):
@@ -84,6 +84,7 @@ def folded(step: OpContext) -> Role | None:
         micro, full = (
             np.asarray(fold(*(fill[i] for fill in fills if fill))).astype(dtype)[()] for i in (0, 1)
         )
+    # Integer division rounds towards zero, which np.divide does not.
     integer_division = step.name == "div" and not jnp.issubdtype(dtype, jnp.inexact)
     return None if integer_division else known(micro, full)
 
@@ -115,17 +116,19 @@ def _div(step: OpContext) -> Role:
 
 
 def _convert(step: OpContext) -> Role:
-    """Linear unless it rounds or clips, as float8 does too; the rounding of 16 bits is taken for
-    that of arithmetic.
+    """Role of a cast: linear unless it rounds or clips, as a cast to float8 does.
+
+    Rounding to 16 bits counts as rounding of arithmetic.
     """
     old, new = step.dtypes
     is_number = jnp.issubdtype(new, jnp.inexact) and jnp.dtype(new).itemsize > 1
+    # Integers wrap around, which is linear modulo their range; booleans saturate.
     widens = is_number or (jnp.issubdtype(old, jnp.integer) and jnp.issubdtype(new, jnp.integer))
     return _linear(step) if widens and old != np.bool_ else _nonlinear(step)
 
 
 def chosen_case(step: OpContext) -> Role | None:
-    """The case that a `select_n` always takes, if that is known."""
+    """Role of the case that a `select_n` always takes, if that is known."""
     predicate, *cases = step.roles
     if (
         isinstance(predicate, Replicated)
@@ -137,7 +140,7 @@ def chosen_case(step: OpContext) -> Role | None:
 
 
 def _select(step: OpContext) -> Role:
-    """A choice between cases is linear in them together, whatever chooses."""
+    """Role of a choice between cases: linear in them together, whatever chooses."""
     predicate, *cases = step.roles
     nonlinear(step, [0])
     if isinstance(predicate, Split) and any(isinstance(case, PartialSum) for case in cases):

@@ -49,6 +49,7 @@ def extreme_through(step: OpContext) -> Role:
     others = [role for role in step.roles if not isinstance(role, PartialExtreme)]
     unscaled = all(isinstance(role, Replicated) and same(role.ratio, 1) for role in others)
     which = found[0]
+    # max(max over examples, constant) = max over examples of max(x, constant)
     if unscaled and len(set(found)) == 1 and step.name in OF_SAME_KIND[which]:
         return PartialExtreme(which)
     if unscaled and len(found) == 1:  # two may be those of different examples

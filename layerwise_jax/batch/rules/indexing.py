@@ -16,6 +16,7 @@ from layerwise_jax.batch.lattice import (
     NotSeparableError,
     OpContext,
     PartialSum,
+    Ratio,
     Replicated,
     Role,
     Split,
@@ -76,28 +77,27 @@ def _scatter(step: OpContext) -> Role:
         batching=(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims),
     )
     updates = step.axis(2)  # of the examples among the values to write
-    if step.axis(0) is None:
+    if step.axis(0) is None:  # the array that is written has no examples
         if place is None and updates is None:
-            return build(
-                None,
-                *(
-                    additive(step, [0, 2])
-                    if adds or step.name == "scatter"
-                    else nonlinear(step, [0, 2])
-                ),
-            )
+            return build(None, *_scaling(step))
         return _summed_by_scatter(step, adds)
     assert place is not None
     kind, axis = place
-    want = (
-        index_dims[axis]
-        if kind == "index"
-        else _window_dim(numbers.update_window_dims, window, axis)
-    )
-    if updates != want:
+    # The values to write must have the examples where the index or the window has them.
+    if kind == "index":
+        expected = index_dims[axis]
+    else:
+        expected = _window_dim(numbers.update_window_dims, window, axis)
+    if updates != expected:
         raise NotSeparableError(BY_INDEX)
-    linear = adds or step.name == "scatter"
-    return build(step.axis(0), *(additive(step, [0, 2]) if linear else nonlinear(step, [0, 2])))
+    return build(step.axis(0), *_scaling(step))
+
+
+def _scaling(step: OpContext) -> tuple[Ratio, bool]:
+    """Scaling of a scatter in the array and the values: additions and overwriting are linear."""
+    if step.name in ("scatter", "scatter-add", "scatter-sub"):
+        return additive(step, [0, 2])
+    return nonlinear(step, [0, 2])
 
 
 def _window_dim(update_window_dims: Sequence[int], window: Sequence[int], axis: int) -> int | None:
@@ -134,17 +134,17 @@ def _place(
     operand, indices = step.axis(0), step.axis(1)
     if operand is None:
         return None if indices is None else ("index", indices)
-    if operand in batching[0]:
+    if operand in batching[0]:  # vmap: indices and operand have the examples side by side
         partner = batching[1][list(batching[0]).index(operand)]
         if indices is not None and partner != indices:
             raise NotSeparableError(BY_INDEX)
         return "index", partner
-    if operand in indexed:
+    if operand in indexed:  # x[arange(batch), labels]
         if not _counts_rows(step, operand, list(indexed).index(operand)):
             raise NotSeparableError(BY_INDEX)
         assert indices is not None
         return "index", indices
-    if indices is not None:
+    if indices is not None:  # x[:, labels]
         raise NotSeparableError("reads every example at the places that every other one gives")
     return "window", operand
 

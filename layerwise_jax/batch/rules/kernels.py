@@ -29,7 +29,7 @@ def _pallas_call(step: OpContext) -> list[Role]:
     num_results = len(step.micro.outvars)
     axes = [step.axis(i) for i in range(len(step.roles))]
     axes += [one_scaling_axis(*step.result_shapes(i)) for i in range(num_results)]
-    if all(axis is None for axis in axes):
+    if all(axis is None for axis in axes):  # no examples: one kernel for all
         if str(step.params["jaxpr"]) != str(step.full.params["jaxpr"]):
             raise NotSeparableError(NOT_ALONE, "unknown")
         return [build(None, 1, False)] * num_results
@@ -70,6 +70,7 @@ def _reads_index(step: OpContext, grid_axis: int) -> bool:
     vmapped = step.params["grid_mapping"].vmapped_dims
     if grid_axis in vmapped:
         return False  # the kernel does not see it
+    # `program_id` counts the axes of the grid that vmap did not add.
     own = grid_axis - sum(axis < grid_axis for axis in vmapped)
     return own in set(_indices_read(step.params["jaxpr"]))
 
@@ -87,6 +88,7 @@ def _indices_read(kernel: Jaxpr) -> list[int]:
 def _is_of_example(block: Any, axis: int | None, grid_axis: int) -> bool:
     """True if a block is that of the example which the grid index counts, along `axis`."""
     index_map = block.index_map_jaxpr
+    # Block indices that follow from the grid index of the examples.
     depends = {index_map.invars[grid_axis]}
     for eqn in index_map.eqns:
         if any(not isinstance(x, _jax.Literal) and x in depends for x in eqn.invars):

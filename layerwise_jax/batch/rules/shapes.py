@@ -23,9 +23,7 @@ from layerwise_jax.batch.rules.elementwise import Rule, common_axis
 
 
 def _moved(new_axis: Callable[[OpContext, int], int]) -> Rule:
-    """The rule of an operation that only moves axes: `new_axis` says where the examples' axis
-    goes.
-    """
+    """Rule of an operation that moves axes; `new_axis` gives the new axis of the examples."""
 
     def rule(step: OpContext) -> Role:
         role = step.roles[0]
@@ -54,6 +52,7 @@ def _squeezed_axis(step: OpContext, axis: int) -> int:
 
 
 def _expanded_axis(step: OpContext, axis: int) -> int:
+    # Axes of the result that the operand has, in order.
     kept = [i for i in range(len(step.result_shapes()[0])) if i not in step.params["dimensions"]]
     return kept[axis]
 
@@ -86,6 +85,7 @@ def _reshape(step: OpContext) -> Role:
     axis = step.axis()
     if not isinstance(role, Replicated) or role.fill or axis is None:
         return role
+    # Constant along the axis still, unless other axes were joined to it.
     new = _reshaped_axis(step, axis)
     lengths = step.shape()[axis], step.result_shapes()[0][new]
     return role if lengths[0] == lengths[1] else Split(new, role.ratio)
@@ -111,6 +111,7 @@ def _reduce(step: OpContext) -> Role:
     role = step.roles[0]
     axes = step.params["axes"]
     is_extreme = step.name in extremes.REDUCTIONS
+    # The largest of constant rows is any of them, however many there are.
     axis = None if isinstance(role, Replicated) and is_extreme else step.axis()
     if axis is not None and axis in axes:
         if is_extreme:
@@ -124,13 +125,17 @@ def _after(axis: int, dropped: Sequence[int]) -> int:
 
 
 def _along(parameter: str, linear: bool, what: str) -> Rule:
-    """The rule of an operation that works along one axis, its parameter `parameter`, example by
-    example if not that.
+    """Rule of an operation along one axis, example by example if it is not theirs.
+
+    Args:
+      parameter: name of the primitive's parameter with the axis.
+      linear: whether the operation is linear.
+      what: the operation, in words.
     """
 
     def rule(step: OpContext) -> list[Role]:
         along = step.params[parameter]
-        along = along if isinstance(along, tuple) else (along,)
+        along = along if isinstance(along, tuple) else (along,)  # `rev` has several
         if any(
             step.axis(i) in [a % len(step.shape(i)) for a in along] for i in range(len(step.roles))
         ):
@@ -143,6 +148,7 @@ def _along(parameter: str, linear: bool, what: str) -> Rule:
 
 def _slice(step: OpContext) -> Role:
     role = step.roles[0]
+    # A slice of constant rows is one of any of them; of examples it must be all.
     if isinstance(role, Split) and not _slices_all(step, role.axis):
         raise NotSeparableError("takes some of the examples by their place in the batch")
     if _starts(step.params, step.axis()) != _starts(step.full.params, step.axis()):
@@ -174,12 +180,11 @@ def _concatenate(step: OpContext) -> Role:
 
 
 def _stack(step: OpContext) -> Role:
-    axis, role = common_axis(step), build(common_axis(step), *additive(step))
-    return (
-        Split(axis + (axis >= step.params["axis"]), role.ratio)
-        if isinstance(role, Split) and axis is not None
-        else role
-    )
+    role = build(common_axis(step), *additive(step))
+    if not isinstance(role, Split):
+        return role
+    # The new axis moves those from its place on by one.
+    return Split(role.axis + (role.axis >= step.params["axis"]), role.ratio)
 
 
 def _unstack(step: OpContext) -> list[Role]:
@@ -209,13 +214,14 @@ def _tile(step: OpContext) -> Role:
 
 def _pad(step: OpContext) -> Role:
     axis = step.axis()
+    # (low, high, interior) of each axis.
     if axis is not None and any(step.params["padding_config"][axis]):
         raise NotSeparableError("pads along the axis of the examples")
     return build(common_axis(step), *additive(step))
 
 
 def _window(linear: bool) -> Rule:
-    """The rule of a reduction over windows, which must not reach from one example into the next."""
+    """Rule of a reduction over windows, which must not reach from one example into the next."""
 
     def rule(step: OpContext) -> list[Role]:
         for i in range(len(step.roles)):
@@ -230,6 +236,7 @@ def _window(linear: bool) -> Rule:
 
 def _is_window_of_one(step: OpContext, axis: int) -> bool:
     params = step.params
+    # Windows of one example, one after the other; a parameter that is absent is trivial.
     plain = {
         "window_dimensions": 1,
         "window_strides": 1,
