@@ -132,7 +132,7 @@ def test_second_derivatives_of_a_call() -> None:
 
     def along(gradient: Callable[..., Any], params: Any, tangent: Any) -> jax.Array:
         parts = jax.tree.map(jnp.vdot, gradient(params, X), tangent)
-        return sum(jax.tree.leaves(parts))
+        return jnp.asarray(sum(jax.tree.leaves(parts)))
 
     def gathered(params: Any, x: jax.Array) -> Any:
         return pipeline.gather(jax.grad(pipeline)(pipeline.place(params), x))
