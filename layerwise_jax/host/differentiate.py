@@ -90,16 +90,12 @@ class StageFunctions:
           cotangents: for every value of `stage.pulled`, one from each of its consumers.
         """
         flat = [*jax.tree.leaves(arguments), *stash, *cotangents]
-        if self.flat_backward is None:
-            return self._plain_backward(arguments, stash, cotangents)
         made = self.flat_backward.run(flat, widens=self.widens)
         count = len(self.stage.trained)
         return made[:count], made[count:]
 
     def both(self, arguments: StageArguments) -> tuple[list[Any], list[Any], list[Any]]:
         """Results, gradients and cotangents at once, for a stage that sends nothing."""
-        if self._flat_both is None:
-            return self._plain_both(arguments)
         made = iter(self._flat_both.run(jax.tree.leaves(arguments), widens=self.widens))
         gradients = [next(made) for _ in self.stage.trained]
         of_live = [next(made) for _ in self.stage.differentiated]
@@ -109,8 +105,6 @@ class StageFunctions:
         self, arguments: StageArguments, stash: Sequence[Any], cotangents: Sequence[Any]
     ) -> tuple[list[Any], list[Any], list[Any]]:
         """Gradients that are no products, cotangents of live values, and operands of products."""
-        if self.flat_backward is None:
-            return *self._plain_backward(arguments, stash, cotangents), []
         flat = [*jax.tree.leaves(arguments), *stash, *cotangents]
         made, operands = self.flat_backward.without_products(flat)
         count = len(made) - len(self.stage.differentiated)
@@ -118,14 +112,13 @@ class StageFunctions:
 
     def weight_gradients(self, operands: Sequence[Any]) -> list[Any]:
         """Gradients that are products, given the operands in the order of `operand_sources`."""
-        assert self.flat_backward is not None
         known = dict(zip(self.flat_backward.operands, operands, strict=True))
         return list(self.flat_backward.make(known, widens=self.widens).values())
 
     @property
     def products(self) -> tuple[int, ...]:
         """The trained values whose gradients are products, by place in `stage.trained`."""
-        return () if self.flat_backward is None else tuple(self.flat_backward.products)
+        return tuple(self.flat_backward.products)
 
     @cached_property
     def operand_sources(self) -> tuple[tuple[str, int], ...]:
@@ -133,8 +126,6 @@ class StageFunctions:
 
         Groups: "computed" (results of `input_gradients`), "live_in", "stash", "cotangents".
         """
-        if self.flat_backward is None:
-            return ()
         computed = {x: ("computed", j) for j, x in enumerate(self.flat_backward.computed)}
         given = dict(zip(self.flat_backward.program.inputs, self._argument_places, strict=True))
         return tuple(
@@ -144,8 +135,6 @@ class StageFunctions:
     @cached_property
     def operand_avals(self) -> tuple[Any, ...]:
         """The types of the products' operands."""
-        if self.flat_backward is None:
-            return ()
         avals = self.flat_backward.program.avals
         return tuple(avals[x] for x in self.flat_backward.operands)
 
@@ -169,8 +158,8 @@ class StageFunctions:
         return tuple(type_of(avals[x]) for x, consumers in readers for _ in consumers)
 
     @cached_property
-    def flat_backward(self) -> FlatBackward | None:
-        """Backward, with the gradients that are products found; None if it must stay as traced."""
+    def flat_backward(self) -> FlatBackward:
+        """Backward, with the gradients that are products found."""
         flat, tree = jax.tree.flatten(
             (self.argument_avals, tuple(map(type_of, self.stash_avals)), self._cotangent_avals)
         )
@@ -186,7 +175,7 @@ class StageFunctions:
         return flatten_backward(jaxpr, len(self.stage.trained), num_fixed, kept)
 
     @cached_property
-    def _flat_both(self) -> FlatBackward | None:
+    def _flat_both(self) -> FlatBackward:
         flat, tree = jax.tree.flatten(self.argument_avals)
 
         def trace(*flat: Any) -> list[Any]:

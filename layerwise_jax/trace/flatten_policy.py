@@ -15,18 +15,24 @@ class FlattenPolicy:
         of arrays that the program stacks are the stacked values.
       inlines_branches: both branches of a `cond` are inlined, followed by a selection.
       inlines_placed_calls: `jit` calls with shardings are inlined, dropping the shardings.
+      keeps_barriers: an inlined `jax.checkpoint` with `prevent_cse` leaves an optimization barrier
+        on what it reads, as JAX's own lowering does: its operations are not merged with others, and
+        wait for all that they read.
       captures: arrays that the function closes over are weights. Small ones stay constants.
     """
 
     is_differentiable: bool = True
     inlines_branches: bool = False
     inlines_placed_calls: bool = False
+    keeps_barriers: bool = False
     captures: bool = False
 
 
 FOR_GRADIENTS = FlattenPolicy()
 FOR_STAGES = FlattenPolicy(captures=True)
 FORWARD_ONLY = FlattenPolicy(is_differentiable=False)
+BACKWARD = FlattenPolicy(is_differentiable=False, keeps_barriers=True)
+"""A backward pass, in which `jax.checkpoint` computes again what forward did not keep."""
 OPTIMIZER = FlattenPolicy(is_differentiable=False, inlines_branches=True, inlines_placed_calls=True)
 """Optimizers are cut leaf by leaf, so no operation may hide the leaves that it combines."""
 

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from layerwise_jax import _jax
 from layerwise_jax._jax import Literal
 from layerwise_jax.trace.flatten import flatten
-from layerwise_jax.trace.flatten_policy import FORWARD_ONLY
-from layerwise_jax.trace.primitives import REMATS
+from layerwise_jax.trace.flatten_policy import BACKWARD
 from layerwise_jax.trace.program import Op, Program, Value, evaluate
 
 # What may come between a product and the gradient: the same entries in another shape or dtype.
@@ -103,7 +102,7 @@ class FlatBackward:
 
 def flatten_backward(
     closed: Any, num_gradients: int, num_fixed: int, kept: Sequence[int] = ()
-) -> FlatBackward | None:
+) -> FlatBackward:
     """A backward pass, and which of its gradients are products.
 
     Args:
@@ -111,13 +110,8 @@ def flatten_backward(
       num_gradients: how many.
       num_fixed: the first arguments, which are the same for every microbatch: prepared values.
       kept: the positions of the arguments that stay alive until the products are made.
-
-    Returns:
-      None if a `jax.checkpoint` of the user's is in it: inlined, it would not keep its meaning.
     """
-    if _has_barrier(closed):
-        return None
-    program = flatten(closed, 0, FORWARD_ONLY)
+    program = flatten(closed, 0, BACKWARD)
     moving = _values_from(program, program.inputs[num_fixed:])
     fixed = _values_from(program, program.inputs[:num_fixed]) - moving
     uses: dict[Value, int] = {}
@@ -160,13 +154,3 @@ def _product(
         chain.append(op)
         (value,) = op.values
     return None
-
-
-def _has_barrier(closed: Any) -> bool:
-    """True if a jaxpr holds a `jax.checkpoint` with `prevent_cse` at any depth."""
-    for eqn in closed.eqns:
-        if eqn.primitive.name in REMATS and eqn.params["prevent_cse"]:
-            return True
-        if any(_has_barrier(inner) for inner in _jax.inner_jaxprs(eqn)):
-            return True
-    return False
