@@ -117,12 +117,14 @@ def decode_ring(
     rows = find_cache_form(step_fn, *sharding.shards, group_size, sharding.axes, cache)
     step_fn, cache_specs, cache = rows.step(step_fn), rows.specs(cache_specs), rows.split(cache)
     sharding = InnerSharding.of(mesh, (params, cache), (param_specs, cache_specs))
+    # The step as one device runs it: on shards, where the mesh has more axes than `stage`.
     layers, state = trace_step(
         step_fn, sampler or Sampler(), *sharding.shards, group_size, sharding.axes
     )
     num_stages = _num_stages(mesh, num_stages, partition, len(layers))
     mesh = mesh or stage_mesh(num_stages)
     cut: Any = partition or partition_layers(measured_by_shape(layers).costs, num_stages)
+    # With as many groups as stages no stage idles in the steady rounds.
     num_groups = num_groups or num_stages
     is_by_rows = check_independence(
         step_fn, *sharding.shards, group_size, num_groups, axes=sharding.axes
@@ -130,6 +132,7 @@ def decode_ring(
     kinds = {weight: sharding.specs[weight.leaf] for weight in layers.program.weights.values()}
     step = stage_step(layers, state, tuple(getattr(cut, "boundaries", cut)), kinds, sharding.axes)
     step = replace(step, sequences_are_independent=step.sequences_are_independent and is_by_rows)
+    # Running what only some stages have costs reading its weights; a branch costs latency.
     selecting = own_bytes(step.loop) <= MOST_SELECTED_BYTES if selects is None else selects
     placement = sharding.shard_slots(step.loop.placement)
     step = replace(step, loop=replace(step.loop, placement=placement))
@@ -159,6 +162,7 @@ def _prefill(
     axes = sharding.axes
     traced, state = trace_step(read, sampler, *sharding.shards, group_size, axes, length)
     prefill = Prefill.of(layers, loop, traced, state, length, axes)
+    # The step was checked above; the pass over prompts may mix sequences by itself.
     check_independence(read, *sharding.shards, group_size, loop.num_groups, length, axes)
     return prefill
 

@@ -67,6 +67,7 @@ class CacheLayers:
         """
         if specs is None:
             return None
+        # Zeros stand for leaves: only the structure counts.
         leaves = self.tree.unflatten([0] * self.tree.num_leaves)
         everywhere = jax.tree.broadcast(specs, leaves, is_leaf=_is_spec)
         return self._map(_slice_specs, jax.tree.leaves(everywhere, is_leaf=_is_spec))
@@ -99,6 +100,7 @@ def find_cache_layers(
     uses: dict[int, list[Weight]] = {}
     for weight in program.weights.values():
         uses.setdefault(weight.leaf - num_params, []).append(weight)
+    # One slice [start, start + 1) a use, and never the whole leaf.
     is_stacked = [
         all(w.start is not None and w.stop == w.start + 1 for w in uses[i])
         for i in range(len(leaves))

@@ -88,6 +88,7 @@ class LockstepLeaves:
         """
         if specs is None or not self.leaves:
             return specs
+        # Names stand for leaves: any tree of the same structure does.
         everywhere = jax.tree.broadcast(specs, self.tree.unflatten(self.names), is_leaf=_is_spec)
         leaves = jax.tree.leaves(everywhere, is_leaf=_is_spec)
         for i in self.leaves:
@@ -135,6 +136,21 @@ class CacheForm:
         """The user's cache in the ring's form; types give types."""
         return self.lockstep.split(self.layers.split(cache))
 
+    def checked(self, cache: Any, first: Any) -> Any:
+        """A group's cache in the ring's form, which must have the types of the first cache.
+
+        Raises:
+          ValueError: a leaf of another type, by name.
+        """
+        split = self.split(cache)
+        given = jax.tree_util.tree_leaves_with_path(split)
+        for (path, leaf), held in zip(given, jax.tree.leaves(first), strict=True):
+            got, expected = (f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in (leaf, held))
+            if got != expected:
+                name = jax.tree_util.keystr(path)
+                raise ValueError(f"caches must have {expected} at {name}, got {got}.")
+        return split
+
     def join(self, cache: Any) -> Any:
         """The inverse of `split`."""
         return self.layers.join(self.lockstep.join(cache))
@@ -172,6 +188,7 @@ def find_cache_form(
     layers = find_cache_layers(step_fn, params, shards, num_sequences, axes)
     step = layers.step(step_fn)
     shards = layers.split(shards)
+    # Two groups stand for any number of them.
     none = LockstepLeaves.none(shards, num_sequences)
     try:
         cache = layers.split(cache)
@@ -187,6 +204,7 @@ def find_cache_form(
     found = find_lockstep_leaves(step, params, shards, num_sequences, axes, cache)
     if not found.leaves or is_independent(step, shards):
         return CacheForm(layers, none)
+    # Sharing a counter is of use only if nothing else mixes sequences.
     helps = is_independent(found.step(step), found.split(shards))
     return CacheForm(layers, found if helps else none)
 
@@ -204,6 +222,7 @@ def find_lockstep_leaves(
     Arguments are those of `find_cache_form`, with the cache split by layers.
     """
     found = LockstepLeaves.none(cache, num_sequences)
+    # Assume that all candidates stay equal, and drop those that do not.
     candidates = [i for i, x in enumerate(jax.tree.leaves(cache)) if _may_be(x, num_sequences)]
     found = replace(found, leaves=frozenset(candidates))
     tokens, positions, _ = step_inputs(num_sequences)

@@ -112,6 +112,7 @@ class RingLoop:
           The groups, and int32[rounds + 1, length, sequences]: tokens in the order in which they
           arrive at the first stage. They mean nothing on other stages and where nothing arrived.
         """
+        # No microbatches and no gradients: one group a tick, forward only.
         device = LocalStage(self.loop, [], jnp.int32(0), gates=False)
         carry = Carry(places, [zeros_of(x) for x in self.message.avals])
         ring = _Round(self, device, list(weights), prompts, operand)
@@ -122,6 +123,7 @@ class RingLoop:
             ("drain", forced[-1:]),
         ):
             if rounds.shape[0]:
+                # Unrolled rounds share the overhead of an iteration, at the price of compile time.
                 unroll = min(self.rounds_per_iteration, len(rounds))
                 carry, tokens = lax.scan(partial(ring.run, phase), carry, rounds, unroll=unroll)
                 arrived.append(tokens)
@@ -163,8 +165,10 @@ class _Round:
             return places.tokens[sender], carry  # the ring is not full yet, or drained
         if self.prompts is not None:  # a group that reads nothing keeps its tokens
             forced = jnp.where(self.prompts.lengths[sender].any(), forced, places.tokens[sender])
+        # bool[sequences]; an ended sequence goes on with padding until the host replaces it.
         done = places.done[sender]
         tokens = jnp.where(done, self.ring.pad_token, self.message.tokens(carry.arrived))
+        # A prompt's own tokens do not end a sequence, so forced ones are left out below.
         is_stop = jnp.zeros_like(done)
         for stop in self.ring.stop_tokens:
             is_stop |= tokens == stop
@@ -211,8 +215,10 @@ class _Round:
         """bool: this device has a group in this tick; None if all devices have one."""
         s = self.device.stage
         masks = []
+        # In tick j of the first round only stages 0 to j have a group.
         if phase == "fill" and j < self.loop.num_stages - 1:
             masks.append(s <= j)
+        # In tick j of the last round stages 0 to j are done.
         if phase == "drain":
             masks.append(s > j)
         if self.prompts is not None:
@@ -225,6 +231,7 @@ class _Round:
         self, moment: TokenContext, arrived: list[Any], caches: Slots
     ) -> tuple[list[Any], Slots]:
         """Run the stage for one group: the arrays to send, and the new cache."""
+        # Weights and caches by slot; the body takes both alike.
         slots = self._slots(caches)
         branch, caches = self._run_own(moment, self.message.lanes(arrived), caches)
         body: dict[int, Any] = {}

@@ -51,6 +51,7 @@ class Message:
         avals = tuple(lane.aval for lane in loop.wiring.lanes)
         num_sequences = loop.output_aval(0).shape[0]
         ring = tuple((s, (s + 1) % loop.num_stages) for s in range(loop.num_stages))
+        # The first array with room for a token in every sequence.
         fits = [j for j, aval in enumerate(avals) if _carries(wire_aval(aval), num_sequences)]
         carrier = fits[0] if fits and tokens_ride else None
         pairs = [tuple(lane.pairs(loop.num_stages)) for lane in loop.wiring.lanes]
@@ -77,6 +78,7 @@ class Message:
             return [*sent, tokens]
         carrier = sent[self.carrier]
         bits = lax.bitcast_convert_type(carrier, _bits(carrier.dtype))
+        # Only the last stage overwrites; the others send their activations.
         is_last = device.stage == device.loop.num_stages - 1
         sent[self.carrier] = jnp.where(is_last, _spread(tokens, bits), bits)
         return sent

@@ -83,6 +83,7 @@ class Prefill:
         Raises:
           ValueError: other shapes, or lengths that this ring cannot read.
         """
+        # [groups, sequences]
         shape = (self.ring.num_groups, num_sequences)
         tokens = checked_int32("prompts", tokens, (*shape, self.length))
         lengths = checked_int32("lengths", lengths, shape)
@@ -124,6 +125,7 @@ def _stage_prefill(
     stages = cut_step(layers, cache, boundaries, axes)
     _check_held(layers, cache, stages, step)
     alignment = align_stages(layers, boundaries, stages)
+    # The step's body may hold its weights in other slots than this program's would.
     slots = _body_slots(layers, cache, stages, alignment, step.loop.placement)
     if slots is None:  # one body cannot serve stages whose slots differ: all is a stage's own
         alignment, slots = align_stages(layers, boundaries, stages, with_body=False), ()
@@ -140,6 +142,7 @@ def _check_held(
     copies = step.loop.placement.copies()
     for s, stage in enumerate(stages):
         held = step.loop.placement.slot_of(s)
+        # A cache that several stages hold copies of is only read.
         renewed = {cache[p] for p in stage.outputs if p in cache}
         wrong = [weight for weight in (*stage.weights.values(), *renewed) if weight not in held]
         wrong += [weight for weight in renewed if weight not in state or len(copies[weight]) > 1]

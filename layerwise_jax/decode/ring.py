@@ -116,6 +116,7 @@ class DecodeRing:
         Raises:
           ValueError: `params` differ from the ring's in tree, shape or dtype.
         """
+        # Cache slots are placed by `start`, one array a place; weights are one array a slot.
         placement, state = self.ring.loop.placement, set(self.ring.loop.state_slots)
         leaves = self.sharding.check(params)
         return {
@@ -142,7 +143,7 @@ class DecodeRing:
         held = (
             [self.cache] * self.num_groups
             if caches is None
-            else [self._cache(each) for each in caches]
+            else [self.rows.checked(each, self.cache) for each in caches]
         )
         if len(held) != self.num_groups:
             raise ValueError(f"caches must be one a group, {self.num_groups}, got {len(held)}.")
@@ -150,6 +151,7 @@ class DecodeRing:
             self.ring,
             self.mesh,
             checked_int32("tokens", tokens, shape),
+            # One position for all sequences is common: every prompt starts at 0.
             checked_int32("positions", np.broadcast_to(positions, shape), shape),
             self._key_data(keys),
             [self._by_leaf(cache) for cache in held],
@@ -157,6 +159,7 @@ class DecodeRing:
 
     def _key_data(self, keys: Any) -> np.ndarray:
         aval = self.layers.signature.inputs_avals[KEYS]
+        # A greedy sampler gets zeros as key data, which nothing reads.
         if keys is None and self.draws:
             raise ValueError(
                 "keys must be a random key a sequence where the sampler draws tokens, got None."
@@ -164,17 +167,6 @@ class DecodeRing:
         if keys is None:
             return np.zeros((self.num_groups, *aval.shape), aval.dtype)
         return data_of_keys(keys, self.num_groups, self.group_size)
-
-    def _cache(self, cache: Any) -> Any:
-        """A group's cache, split by layer and checked."""
-        split = self.rows.split(cache)
-        given = jax.tree_util.tree_leaves_with_path(split)
-        for (path, leaf), first in zip(given, jax.tree.leaves(self.cache), strict=True):
-            got, expected = (f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in (leaf, first))
-            if got != expected:
-                name = jax.tree_util.keystr(path)
-                raise ValueError(f"caches must have {expected} at {name}, got {got}.")
-        return split
 
     def _by_leaf(self, cache: Any) -> dict[int, Any]:
         return {self.num_params + i: leaf for i, leaf in enumerate(jax.tree.leaves(cache))}
@@ -196,6 +188,7 @@ class DecodeRing:
           ValueError: another shape.
           TransportError: a stage's message did not arrive; the state is lost.
         """
+        # [steps, groups, sequences]
         forced = np.atleast_1d(forced)
         steps = len(forced)
         if not steps:
@@ -204,6 +197,7 @@ class DecodeRing:
             "forced", forced, (steps, self.num_groups, self.group_size), least=-1
         )
         inputs = (weights_of(self.ring, staged), places, by_arrival(self.ring, checked, -1), None)
+        # arrived: [stages, steps + 1, length, sequences], of which stage 0 has the tokens.
         places, arrived = self._channel.run(self.compiled(staged, places, steps), *inputs)
         return places, self._tokens(arrived)
 
@@ -218,6 +212,7 @@ class DecodeRing:
 
     def compiled(self, staged: Staged, places: RingState, steps: int) -> Any:
         """The program of so many steps; compiled on first use."""
+        # A program for each number of steps: XLA records graphs of loops with a known trip count.
         if steps not in self._compiled:
             forced = jax.ShapeDtypeStruct((steps + 1, self.ring.length, self.group_size), jnp.int32)
             program = ring_program(self.ring, self.mesh)
@@ -256,6 +251,7 @@ class DecodeRing:
         held = self.reader.prompts(self.mesh, prompts, lengths, self.group_size)
         shape = (1, self.num_groups, self.group_size)
         forced = checked_int32("following", np.broadcast_to(following, shape), shape, least=-1)
+        # One round: its first token arrives at the first stage in the round after.
         inputs = (weights_of(self.ring, staged), places, by_arrival(self.ring, forced, -1), held)
         places, arrived = self.compiled_prefill(staged, places)(*inputs, None)
         return places, self._tokens(arrived)[0]
@@ -266,6 +262,7 @@ class DecodeRing:
         if "prefill" not in self._compiled:
             forced = jax.ShapeDtypeStruct((2, self.ring.length, self.group_size), jnp.int32)
             shape = (self.num_groups, self.group_size, self.reader.length)
+            # Values do not matter here, only types and shardings.
             nothing = np.zeros(shape, np.int32)
             prompts = self.reader.prompts(self.mesh, nothing, nothing[..., 0], self.group_size)
             program = ring_program(self.reader.ring, self.mesh, prompts)
@@ -293,6 +290,7 @@ class DecodeRing:
         shape = (self.num_groups, self.group_size)
         if mask.shape != shape or mask.dtype != bool:
             raise ValueError(f"mask must be bool{list(shape)}, got {mask.dtype}{list(mask.shape)}.")
+        # A shared leaf belongs to all of the group: it cannot start anew for some.
         if not self.sequences_are_independent and (mask.any(axis=1) != mask.all(axis=1)).any():
             raise ValueError(
                 "mask must have whole groups where sequences share a part of the cache, got "
@@ -310,12 +308,14 @@ class DecodeRing:
     @cached_property
     def _first_cache(self) -> dict[int, Any] | None:
         """The first cache by slot, [stages, ...]; None if it is all zeros."""
+        # A first cache of zeros is made in the program and takes no memory between calls.
         if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.cache)):
             return None
         return first_cache(self.ring, self.mesh, self._by_leaf(self.cache))
 
     @cached_property
     def _restart(self) -> Any:
+        # Donated: caches are changed in place.
         return jax.jit(restarted, donate_argnums=1)
 
     def gather_cache(self, places: RingState, group: int) -> Any:

@@ -42,6 +42,7 @@ class InnerSharding:
         """
         sizes = {} if mesh is None else dict(mesh.shape)
         axes = {name: size for name, size in sizes.items() if name != STAGE}
+        # One spec a leaf, parameters first.
         flat = [
             spec for tree, part in zip(specs, whole, strict=True) for spec in _broadcast(tree, part)
         ]
@@ -63,6 +64,7 @@ class InnerSharding:
         Raises:
           ValueError: another tree, or a leaf of another shape or dtype, by name.
         """
+        # Paths are for the error only.
         leaves, tree = jax.tree_util.tree_flatten_with_path(params)
         avals, traced_tree = jax.tree.flatten(self.params)
         if tree != traced_tree:
@@ -86,6 +88,7 @@ class InnerSharding:
         """
         slots = []
         for slot in placement.slots:
+            # A slot is one array over all stages, so it has one spec.
             specs = {self.specs[weight.leaf] for weight in slot.weights if weight is not None}
             if len(specs) > 1:
                 raise ValueError(
@@ -114,6 +117,7 @@ def _broadcast(specs: Any, tree: Any) -> Sequence[PartitionSpec]:
 
 def _shard(leaf: Any, spec: PartitionSpec, axes: Mapping[str, int]) -> jax.ShapeDtypeStruct:
     """The type of one device's shard."""
+    # A spec may be shorter than the shape: the rest is not sharded.
     shape = list(jnp.shape(leaf))
     for dimension, entry in enumerate(spec):
         names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
@@ -123,6 +127,7 @@ def _shard(leaf: Any, spec: PartitionSpec, axes: Mapping[str, int]) -> jax.Shape
                 f"A spec for an array of shape {shape} must name the mesh axes {list(axes)}, at "
                 f"most one entry a dimension, got {spec}."
             )
+        # A dimension may be sharded over several axes together.
         ways = math.prod(axes[name] for name in names)
         if shape[dimension] % ways:
             raise ValueError(

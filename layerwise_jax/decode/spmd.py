@@ -41,6 +41,7 @@ def ring_program(ring: RingLoop, mesh: Mesh, prompts: Prompts | None = None) -> 
       mesh: the mesh, with an axis `stage`.
       prompts: for a prefill program, an example of its prompts; None for a program of steps.
     """
+    # Every array of the state is [stages, ...].
     by_stage = PartitionSpec(STAGE)
     specs = [slot.placed_spec for slot in ring.loop.placement.slots]
     state = set(ring.loop.state_slots)

@@ -30,6 +30,7 @@ def rotated(ring: RingLoop, mesh: Mesh, values: np.ndarray) -> list[jax.Array]:
     sharding = NamedSharding(mesh, PartitionSpec(STAGE))
     result = []
     for j in range(ring.length):
+        # by stage
         groups = [group_of(ring, j, s) for s in range(ring.loop.num_stages)]
         by_stage = [np.zeros_like(values[0]) if g is None else values[g] for g in groups]
         result.append(jax.device_put(np.stack(by_stage), sharding))
@@ -84,6 +85,7 @@ def _shards_at(
     ring: RingLoop, place: int, j: int, caches: Sequence[Mapping[int, Any]]
 ) -> list[Any]:
     """Every stage's shard of slot j, of the group that the stage has at a place."""
+    # by stage
     shards = []
     for s, weight in enumerate(ring.loop.placement.slots[j].weights):
         group = group_of(ring, place, s)
@@ -133,6 +135,7 @@ def by_arrival(ring: RingLoop, values: np.ndarray, fill: int) -> np.ndarray:
     arrives.
     """
     steps, groups = values.shape[:2]
+    # The ring is full after the first round, so tokens arrive a round late.
     result = np.full((steps + 1, ring.length, *values.shape[2:]), fill, values.dtype)
     for step in range(steps):
         for group in range(groups):

@@ -93,6 +93,7 @@ def trace_step(
         last = positions if prompt_length is None else positions - 1
         return sampler(logits, keys, last), new
 
+    # One tree: parameters and cache are both weights of the program, the cache being state.
     both = (params, cache)
     inputs = step_inputs(num_sequences, prompt_length)
     paths, leaves, tree = _jax.key_paths(both)
@@ -100,6 +101,7 @@ def trace_step(
     jaxpr, outputs = traced(both, *inputs)
     # No gradient is taken, and derivative rules would make equal layers differ.
     program = flatten(jaxpr, len(leaves), FORWARD_ONLY)
+    # Outputs behind the first are the new cache.
     program = renew_early(program, range(1, len(program.outputs)))
     output_leaves, outputs_tree = jax.tree.flatten(outputs)
     avals = [var.aval for var in jaxpr.invars]
@@ -113,6 +115,7 @@ def trace_step(
         outputs_avals=tuple(output_leaves),
     )
     num_params = len(jax.tree.leaves(params))
+    # A cache leaf belongs to the layer that reads it, whatever its path.
     modules = modules_of([path_names(path[1:]) for path in paths[:num_params]])
     layers = find_layers(program, [*modules, *[None] * (len(leaves) - num_params)])
     sequence = LayerSequence(step, program, layers, signature)
@@ -121,6 +124,7 @@ def trace_step(
 
 def step_inputs(num_sequences: int, prompt_length: int | None = None) -> tuple[Any, Any, Any]:
     """Types of tokens, positions (lengths, with `prompt_length`) and key data."""
+    # Key data, not keys: collectives and arithmetic take integers.
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     ints = jax.ShapeDtypeStruct((num_sequences,), jnp.int32)
     length = () if prompt_length is None else (prompt_length,)
@@ -173,6 +177,7 @@ def renewed(layers: LayerSequence, cache: Mapping[int, Weight]) -> dict[int, Wei
     cross attention) belongs to no single stage.
     """
     program = layers.program
+    # An output that is the leaf itself was not changed.
     values = {weight: value for value, weight in program.weights.items()}
     return {
         position: weight
@@ -250,6 +255,7 @@ def assemble(
         in_axes=(None,) * 3,
         state=dict(cache),
     )
+    # The body is common to all stages: it replaces the same slots on each.
     body, own = _split_state(loop, renewed(layers, cache))
     avals = [
         layers.program.avals[value]
@@ -281,6 +287,7 @@ def _split_state(
     body: dict[int, int] = {}
     own: list[dict[int, Operand]] = []
     for s, stage in enumerate(loop.stages):
+        # Value of this stage -> number of the body's result.
         made = {x: j for j, x in enumerate(loop.alignment.parts[s].shape.made)}
         slot_of = loop.placement.slot_of(s)
         new = {slot_of[state[p]]: x for p, x in stage.outputs.items() if p in state}
@@ -294,6 +301,7 @@ def _split_state(
 def own_bytes(loop: StagedProgram) -> int:
     """Bytes of the weights that stages use outside of the common body."""
     avals = loop.program.avals
+    # Slots that every stage uses in its body are read anyway.
     body = {j for slots in loop.placement.body_slots for j in slots}
     held = {x for stage in loop.stages for x in stage.weights}
     slots = [loop.placement.slot_of(s) for s in range(loop.num_stages)]

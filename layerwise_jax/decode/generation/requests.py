@@ -62,6 +62,7 @@ class Running:
 
     def forced(self, steps: int) -> np.ndarray:
         """int32[steps]: prompt tokens that follow the next input, -1 behind the prompt's end."""
+        # The next input itself is in the state already.
         ahead = self.prompt[self.position + 1 : self.position + 1 + steps]
         return np.concatenate([ahead, np.full(steps - len(ahead), -1, np.int32)])
 
@@ -69,9 +70,11 @@ class Running:
         """Advance by tokens [steps], of which those inside the prompt are not new."""
         for token in tokens:
             self.position += 1
+            # Tokens behind the end are of a place that waits for its next sequence.
             if self.is_done or self.position < len(self.prompt):
                 continue
             self.new.append(int(token))
+            # New tokens alone count: a prompt that ends with it does not end the request.
             stopped = any(tuple(self.new[-len(stop) :]) == stop for stop in self.stops)
             self.is_done = stopped or len(self.new) >= self.limit
 
@@ -89,6 +92,7 @@ def checked_requests(
         sequence.
     """
     checked_int("max_new_tokens", max_new_tokens)
+    # A stop token is a stop sequence of length 1.
     shared = (*((token,) for token in stop_tokens), *_stops("stop_sequences", stop_sequences))
     found = []
     for i, prompt in enumerate(prompts):
@@ -108,6 +112,7 @@ def checked_keys(prompts: Sequence[Any], keys: Any, draws: bool) -> np.ndarray |
     Raises:
       ValueError: keys are missing, given twice, or do not match the prompts.
     """
+    # One key a prompt, wherever it was given.
     own = [prompt.key if isinstance(prompt, Request) else None for prompt in prompts]
     num_own = sum(key is not None for key in own)
     if keys is not None and num_own:

@@ -46,6 +46,7 @@ class Generation:
     @property
     def tokens_per_second(self) -> float:
         """TPS: new tokens of all sequences per second, prefill included."""
+        # Compilation is in neither time.
         return self.num_tokens / (self.seconds + self.prefill_seconds)
 
     @property

@@ -53,6 +53,7 @@ class GenerationRun:
     ):
         self._ring = ring
         self._staged = staged
+        # Prompts may come from a generator, and are read twice.
         prompts = list(prompts)
         self._requests = checked_requests(prompts, max_new_tokens, stop_sequences, ring.stop_tokens)
         self._steps_per_call = checked_int("steps_per_call", steps_per_call)
@@ -74,10 +75,12 @@ class GenerationRun:
     def __iter__(self) -> Iterator[Chunk]:
         places = Places(self._ring, self._staged, iter(self._requests), self._key_data)
         self._prefill_seconds = places.seconds
+        # A shorter program where no sequence needs as many steps.
         longest = max(request.remaining for request in self._requests)
         steps = max(1, min(self._steps_per_call, longest))
         self._ring.compiled(self._staged, places.state, steps)  # compiling is not in the time
         while True:
+            # Before the first step there are tokens already if prompts were read at once.
             yield from self._chunks()
             if not places.is_busy:
                 break

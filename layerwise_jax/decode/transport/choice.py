@@ -61,6 +61,7 @@ def choose_transport(
 def _obstacle(mesh: Mesh, load: Callable[[], CudaDriver], is_asked: bool) -> str | None:
     """The reason why a mesh's devices cannot store into each other's memory; None if they can."""
     devices = list(mesh.devices.flat)
+    # Absent devices are of the platform "gpu" too.
     kinds = sorted({device.platform for device in devices})
     if kinds not in (["gpu"], ["cuda"]):
         return f"the mesh has devices of the platform {' and '.join(kinds)}"

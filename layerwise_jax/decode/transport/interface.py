@@ -82,6 +82,7 @@ class Permute:
     def exchange(
         self, arrays: Sequence[Any], pairs: Sequence[Pairs], operand: Any, arrived: Sequence[Any]
     ) -> list[Any]:
+        # Devices without a sender get zeros.
         return [lax.ppermute(x, STAGE, list(of_x)) for x, of_x in zip(arrays, pairs, strict=True)]
 
     def open(self, mesh: Mesh, avals: Sequence[Any]) -> PermuteChannel:

@@ -66,6 +66,7 @@ class PeerStore:
         self, arrays: Sequence[Any], pairs: Sequence[Pairs], operand: Any, arrived: Sequence[Any]
     ) -> list[Any]:
         layout = self._layout(arrays, lax.axis_size(STAGE))
+        # An empty array has no words; it arrives as it is.
         sent = [to_words(x) for x in arrays if x.size]
         after = min(arrived, key=lambda x: x.size)
         taken = iter(self.move(sent, layout, operand.reshape(-1), after))
@@ -111,6 +112,7 @@ class PeerChannel:
 
     @property
     def operand_type(self) -> jax.ShapeDtypeStruct:
+        # A type, so that programs compile before mailboxes exist, and for absent devices.
         shape = (*self.mesh.devices.shape, TABLE_WORDS)
         return jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=self._sharding)
 
@@ -125,6 +127,7 @@ class PeerChannel:
     @cached_property
     def mailboxes(self) -> Mailboxes:
         """The mailboxes, stages on the first axis."""
+        # [stages, *other axes]
         devices = np.moveaxis(self.mesh.devices, self._stage_axis, 0)
         ordinals = np.vectorize(lambda device: device.local_hardware_id, otypes=[int])(devices)
         return self.make_mailboxes(ordinals.reshape(len(devices), -1), self.layout)
@@ -133,6 +136,7 @@ class PeerChannel:
     def _table(self) -> jax.Array:
         """uint32[*mesh, 10]: every device's addresses, on that device."""
         moved = np.moveaxis(self.mesh.devices, self._stage_axis, 0).shape
+        # [stages, *other axes, words]
         table = self.mailboxes.table().reshape(*moved, TABLE_WORDS)
         return jax.device_put(np.moveaxis(table, 0, self._stage_axis), self._sharding)
 
