@@ -1,10 +1,9 @@
-"""Compile for a device, present or not, and read from XLA's own buffer assignment what the program
-holds there.
+"""Ahead-of-time compilation for a device, present or absent, with sizes from the buffer assignment.
 
-XLA:GPU compiles on a machine without a GPU or CUDA libraries: JAX's CUDA plugin (the extra `aot`)
-holds the compiler, and a description of the device (`gpu_target.py`) stands in for the device.
-Sizes are then those of the real compiler. Speeds are not: kernels are chosen without timing them,
-and a library's workspace that timing would choose is missing.
+XLA:GPU compiles on machines without a GPU or CUDA libraries: JAX's CUDA plugin (the extra `aot`)
+has the compiler, and a target description (`gpu_target.py`) replaces the device. Sizes are those of
+the real compiler. Kernels are chosen without timing them, and the workspace of libraries whose
+algorithms are chosen by timing is missing.
 """
 
 from __future__ import annotations
@@ -46,26 +45,26 @@ class CompilerMissingError(ImportError):
 
 @dataclass(frozen=True)
 class CompiledProgram:
-    """Memory (bytes) and work of a compiled program on one device.
+    """Memory and work of a compiled program on one device. Sizes are bytes.
 
     Attributes:
-      compiled_by: the compiler and the device that it compiled for.
-      weight_bytes: of those arguments that are weights.
-      argument_bytes: of all arguments, weights included.
-      output_bytes: of outputs with separate memory.
-      alias_bytes: of arguments that outputs are written over (donated).
-      constant_bytes: of constants that the program brings along.
-      temp_bytes: of workspace.
-      peak_bytes: the most that is alive at once, arguments and outputs included.
+      compiled_by: compiler, and the device compiled for.
+      weight_bytes: arguments that are weights.
+      argument_bytes: all arguments, weights included.
+      output_bytes: outputs that do not overwrite an argument.
+      alias_bytes: arguments that outputs overwrite (donated).
+      constant_bytes: constants of the program.
+      temp_bytes: workspace.
+      peak_bytes: peak memory, arguments and outputs included.
       flops: floating-point operations: a scan body times its length, a while_loop body once.
       bytes_accessed: bytes that unfused operations read and write; loops count the same way.
       uncounted: operations that `flops` leaves out.
-      library_calls: calls into libraries (cuDNN, cuSOLVER), whose workspace an absent device's
-        sizes leave out.
-      compile_seconds: what compiling took.
-      assignment: all allocations and their buffers; None where XLA gave none, in which case
-        `memory_analysis` served.
-      options: the XLA options that it was compiled with.
+      library_calls: calls into libraries (cuDNN, cuSOLVER); their workspace is missing from the
+        sizes for an absent device.
+      compile_seconds: compile time.
+      assignment: all allocations with their buffers; None if XLA gave none, and sizes are from
+        `memory_analysis`.
+      options: XLA options of the program.
     """
 
     compiled_by: str
@@ -86,16 +85,16 @@ class CompiledProgram:
 
 
 def can_compile_for_absent_gpus() -> bool:
-    """True if a plugin that `compile_for` needs is installed."""
+    """True if the CUDA plugin that `compile_for` needs is installed."""
     return any(_is_importable(plugin) for plugin in PLUGINS)
 
 
 def absent_devices(device: DeviceSpec, count: int = 1) -> list[Any]:
-    """`count` devices to compile for, none of which is there, eight to a host.
+    """`count` absent devices to compile for, eight per host.
 
     Raises:
       CompilerMissingError: the CUDA plugin is not installed.
-      ValueError: the device is no GPU that XLA can be asked for.
+      ValueError: the device is not a GPU of a known architecture.
     """
     from jax.experimental import topologies
 
@@ -114,8 +113,7 @@ def absent_devices(device: DeviceSpec, count: int = 1) -> list[Any]:
 
 
 def absent_mesh(device: DeviceSpec, axes: Mapping[str, int]) -> Mesh:
-    """A mesh of absent devices, to write a `shard_map` program over: `absent_mesh(H100, {"stage":
-    16})`.
+    """Mesh of absent devices, for `shard_map` programs: `absent_mesh(H100, {"stage": 16})`.
 
     Raises:
       As `absent_devices`.
@@ -136,20 +134,20 @@ def compile_for(
     donate: Sequence[int] = (),
     options: Options | None = None,
 ) -> CompiledProgram:
-    """Compile `fn(*args)` for a device and read back its sizes. Nothing runs and no array is made.
+    """Compile `fn(*args)` for a device and read its sizes. Nothing runs and no array is made.
 
     Args:
-      device: a GPU, which need not be there, or None for the first local device.
-      fn: a JAX function.
-      args: trees of `jax.ShapeDtypeStruct` (or arrays). Types that have a sharding keep it, which
-        for several absent devices is one over an `absent_mesh`; sizes are then those of one device.
+      device: GPU, present or absent; None for the first local device.
+      fn: JAX function.
+      args: trees of `jax.ShapeDtypeStruct` or arrays. Shardings are kept; for several absent
+        devices they are over an `absent_mesh`, and sizes are those of one device.
       weights: positions in `args` of the arguments that are weights.
       donate: positions of the arguments that the program may overwrite.
       options: XLA compiler options of this program.
 
     Raises:
       CompilerMissingError: the CUDA plugin is not installed.
-      ValueError: the device is no GPU that XLA can be asked for, or a position is not one of
+      ValueError: the device is not a GPU of a known architecture, or a position is not one of
         `args`.
     """
     import jax
@@ -157,12 +155,11 @@ def compile_for(
     outside = [position for position in (*weights, *donate) if position not in range(len(args))]
     if outside:
         raise ValueError(
-            f"There are {len(args)} arguments; weights and donate name the positions {outside}."
+            f"weights and donate must be positions of the {len(args)} arguments, got {outside}."
         )
     target = processes.local_device() if device is None else absent_devices(device)[0]
     args = _placed(args, jax.sharding.SingleDeviceSharding(target))
-    # Arguments that are not used are kept, so that the program's parameters are the leaves of
-    # `args`, one for one.
+    # keep_unused: the program's parameters are then the leaves of `args`, one for one.
     with _kernels_for(device, args):
         traced = jax.jit(fn, keep_unused=True, donate_argnums=tuple(donate)).trace(*args)
         lowered = traced.lower()
@@ -188,10 +185,9 @@ def compile_for(
 
 
 def _kernels_for(device: DeviceSpec | None, args: tuple[Any, ...]) -> AbstractContextManager[Any]:
-    """A context in which Pallas lowers its kernels for an absent device; without it, for the first
-    local one.
+    """Context in which Pallas lowers kernels for an absent device instead of the local one.
 
-    A program over a mesh has its devices' kind from that mesh already.
+    Programs over a mesh take the device kind from the mesh.
     """
     import jax
     from jax.sharding import (
@@ -220,7 +216,7 @@ def _is_importable(module: str) -> bool:
 
 
 def _placed(args: Sequence[Any], sharding: jax.sharding.Sharding) -> tuple[Any, ...]:
-    """The arguments as shapes, those without a sharding of their own on the one device."""
+    """Types of the arguments; those without a sharding are on the one device."""
     import jax
 
     def place(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -238,10 +234,10 @@ def _placed(args: Sequence[Any], sharding: jax.sharding.Sharding) -> tuple[Any, 
 def _compile(
     lowered: jax.stages.Lowered, options: Options
 ) -> tuple[jax.stages.Compiled, BufferAssignment | None]:
-    """The compiled program and its buffer assignment.
+    """Compiled program and its buffer assignment.
 
-    XLA dumps the assignment beside the optimised module, named by its instructions; the one that
-    `memory_analysis` hands over has no names and is empty for GPUs.
+    XLA dumps the assignment with the optimized module and its instruction names. The one of
+    `memory_analysis` has no names and is empty for GPUs.
     """
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(
@@ -255,9 +251,7 @@ def _compile(
 
 
 def _dumped_assignment(folder: Path) -> BufferAssignment | None:
-    """The assignment among XLA's dumps; None for a program from JAX's persistent cache, which is
-    dumped without one.
-    """
+    """Assignment among XLA's dumps; None for programs from JAX's persistent compilation cache."""
     # Modules that the compiler only tries out, to choose kernels, are dumped too, under names that
     # do not begin so.
     dumps = [path.read_bytes() for path in folder.glob("*.jit_*after_optimizations.hlo.pb")]
@@ -267,9 +261,7 @@ def _dumped_assignment(folder: Path) -> BufferAssignment | None:
 
 
 def _sizes(memory: Any, assignment: BufferAssignment | None) -> dict[str, int]:
-    """The sizes by name, of the assignment if there is one. XLA's own peak leaves out temporaries
-    on a CPU.
-    """
+    """Sizes by name, from the assignment if there is one: XLA's CPU peak lacks temporaries."""
     if assignment is None:
         held = (
             memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -293,9 +285,7 @@ def _sizes(memory: Any, assignment: BufferAssignment | None) -> dict[str, int]:
 
 
 def _library_calls(hlo: str) -> tuple[str, ...]:
-    """The targets of custom calls that are libraries', each once; XLA's own kernels and annotations
-    are not.
-    """
+    """Targets of custom calls into libraries, each once, without XLA's kernels and annotations."""
     targets = dict.fromkeys(re.findall(r'custom_call_target="([^"]+)"', hlo))
     return tuple(
         target
@@ -305,9 +295,7 @@ def _library_calls(hlo: str) -> tuple[str, ...]:
 
 
 def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    """The bytes of one device's share of an argument. Types below a byte (int4) are packed, keys
-    hold their data.
-    """
+    """Bytes of one device's shard of an argument. int4 is packed; keys count their data."""
     from jax import dtypes
 
     assert leaf.sharding is not None

@@ -1,11 +1,10 @@
-"""Reader of XLA's buffer assignment: the memory that a compiled program allocates.
+"""Buffer assignment of a compiled program: memory per allocation, decoded from XLA's protobuf.
 
-    allocation   a stretch of device memory: an argument, an output, a constant, or temporary
-    buffer       one array of the program, which lives in an allocation while it is needed
+    allocation   a range of device memory: an argument, an output, a constant, or temporary
+    buffer       one array of the program, live in an allocation while it is needed
 
-Many buffers share one temporary allocation, at different times or at different offsets. Field
-numbers are those of OpenXLA's xla/service/hlo.proto; unknown fields are skipped, so that newer
-compilers can be read.
+Buffers share a temporary allocation at different times or at different offsets. Field numbers are
+those of OpenXLA's xla/service/hlo.proto. Unknown fields are skipped for newer compilers.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ ASSIGNMENT = 3
 
 
 class AssignmentError(ValueError):
-    """The bytes are no buffer assignment, or one that contradicts itself."""
+    """Bytes are malformed, or describe a contradictory buffer assignment."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,9 @@ class Buffer:
     """One array of the program.
 
     Attributes:
-      id: XLA's number of it.
+      id: XLA's number of the buffer.
       size: bytes.
-      instruction: the name of the instruction that makes it; empty where the bytes do not tell.
+      instruction: name of the instruction that computes it; empty if the bytes have none.
     """
 
     id: int
@@ -44,17 +43,17 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A stretch of device memory.
+    """Range of device memory.
 
     Attributes:
-      index: XLA's number of it.
+      index: XLA's number of the allocation.
       size: bytes.
-      role: what it holds. An argument that the program overwrites with an output (donation) stays
-        an argument.
+      role: kind of its contents. An argument that an output overwrites (donation) stays an
+        argument.
       is_output: whether it holds an output when the program ends.
       parameter: the number of the program's parameter, for an argument.
-      buffers: what lives in it at some time, largest first.
-      live_bytes: the most bytes of its buffers alive at once; its size where the bytes do not tell.
+      buffers: buffers that live in it at some time, largest first.
+      live_bytes: the most bytes of its buffers live at once; its size if the bytes have no trace.
     """
 
     index: int
@@ -68,39 +67,38 @@ class Allocation:
 
 @dataclass(frozen=True)
 class BufferAssignment:
-    """All that one device holds while the program runs. Sizes are bytes."""
+    """Memory of one device while the program runs. Sizes are bytes."""
 
     allocations: tuple[Allocation, ...]
 
     def bytes_of(self, role: AllocationRole) -> int:
-        """The sizes of all allocations of one role."""
+        """Bytes of all allocations of one role."""
         assert role in get_args(AllocationRole), role
         return sum(allocation.size for allocation in self.allocations if allocation.role == role)
 
     @property
     def alias_bytes(self) -> int:
-        """Arguments that the outputs are written over."""
+        """Bytes of arguments that outputs overwrite."""
         return sum(
             each.size for each in self.allocations if each.role == "argument" and each.is_output
         )
 
     @property
     def total_bytes(self) -> int:
-        """All of device memory that the program takes; thread-local allocations are registers and
-        stack.
+        """Bytes of device memory of all allocations.
+
+        Thread-local allocations are registers and stack, and not counted.
         """
         return sum(each.size for each in self.allocations if each.role != "thread local")
 
     @property
     def peak_bytes(self) -> int:
-        """As `total_bytes`, but of every temporary allocation only what is alive at its fullest
-        moment.
-        """
+        """Peak memory in bytes: `total_bytes`, with temporaries counted as live at their peak."""
         temporaries = [each for each in self.allocations if each.role == "temporary"]
         return self.total_bytes - sum(each.size - each.live_bytes for each in temporaries)
 
     def largest_temporaries(self, count: int = 5) -> tuple[Buffer, ...]:
-        """The temporary buffers to look at first when a program holds too much."""
+        """The largest temporary buffers, largest first."""
         buffers = [
             buffer
             for each in self.allocations
@@ -113,27 +111,27 @@ class BufferAssignment:
 def decode_buffer_assignment(
     data: bytes, instructions: Mapping[int, str] | None = None
 ) -> BufferAssignment:
-    """Reads a BufferAssignmentProto
-    (`compiled.memory_analysis().serialized_buffer_assignment_proto`).
+    """Decodes a BufferAssignmentProto.
+
+    `compiled.memory_analysis().serialized_buffer_assignment_proto` gives its bytes.
 
     Args:
-      data: the serialised message.
-      instructions: names of instructions by id, from the module that the assignment is for.
+      data: the serialized message.
+      instructions: names of the module's instructions by id.
 
     Raises:
-      AssignmentError: the bytes are malformed, cut short or contradict themselves.
+      AssignmentError: the bytes are malformed, truncated or contradictory.
     """
     try:
         return _assignment(Message(data), instructions or {})
     except WireError as error:
         raise AssignmentError(
-            f"These {len(data)} bytes are no buffer assignment: {error}"
+            f"data must be a serialized BufferAssignmentProto, got {len(data)} other bytes: {error}"
         ) from error
 
 
 def decode_hlo(data: bytes) -> BufferAssignment:
-    """Reads the buffer assignment of an HloProto, as XLA dumps one beside the optimised module,
-    with names.
+    """Decodes the buffer assignment of an HloProto, which XLA dumps with the optimized module.
 
     Raises:
       AssignmentError: the bytes are malformed, or hold no buffer assignment.
@@ -143,15 +141,18 @@ def decode_hlo(data: bytes) -> BufferAssignment:
         assignments = hlo.messages(ASSIGNMENT)
         if not assignments:
             raise AssignmentError(
-                f"These {len(data)} bytes hold no buffer assignment; dump the optimised module."
+                f"data must be an HloProto with a buffer assignment, got one of {len(data)} bytes "
+                "without. Dump the optimized module."
             )
         return _assignment(assignments[-1], _instruction_names(hlo.message(1)))
     except WireError as error:
-        raise AssignmentError(f"These {len(data)} bytes are no HloProto: {error}") from error
+        raise AssignmentError(
+            f"data must be a serialized HloProto, got {len(data)} other bytes: {error}"
+        ) from error
 
 
 def has_assignment(data: bytes) -> bool:
-    """True if an HloProto includes a buffer assignment.
+    """True if an HloProto has a buffer assignment.
 
     Raises:
       AssignmentError: the bytes are malformed.
@@ -159,20 +160,30 @@ def has_assignment(data: bytes) -> bool:
     try:
         return bool(Message(data).messages(ASSIGNMENT))
     except WireError as error:
-        raise AssignmentError(f"These {len(data)} bytes are no HloProto: {error}") from error
+        raise AssignmentError(
+            f"data must be a serialized HloProto, got {len(data)} other bytes: {error}"
+        ) from error
+
+
+def _not_hlo(data: bytes, error: WireError) -> AssignmentError:
+    return AssignmentError(
+        f"data must be a serialized HloProto, got {len(data)} other bytes: {error}"
+    )
 
 
 def _instruction_names(module: Message) -> dict[int, str]:
-    """Names by id, of an HloModuleProto: computations (3) of instructions (2) with names (1) and
-    ids (35).
+    """Instruction names by id of an HloModuleProto.
+
+    Fields: computations (3), their instructions (2), the instructions' name (1) and id (35).
     """
     instructions = [each for computation in module.messages(3) for each in computation.messages(2)]
     return {each.integer(35): each.text(1) for each in instructions}
 
 
 def _assignment(message: Message, names: Mapping[int, str]) -> BufferAssignment:
-    """The value of a BufferAssignmentProto: buffers (1), allocations (3), traces (4), buffers at
-    the peak (5).
+    """BufferAssignment of a BufferAssignmentProto.
+
+    Fields: buffers (1), allocations (3), heap simulator traces (4), buffers live at the peak (5).
     """
     buffers = {
         buffer.id: buffer for buffer in (_buffer(each, names) for each in message.messages(1))
@@ -189,8 +200,9 @@ def _assignment(message: Message, names: Mapping[int, str]) -> BufferAssignment:
 
 
 def _buffer(message: Message, names: Mapping[int, str]) -> Buffer:
-    """A LogicalBufferProto: id (1), size (2), defined at (3) an instruction's name (2, before 2023)
-    or id (4).
+    """Buffer of a LogicalBufferProto.
+
+    Fields: id (1), size (2), definition (3) with the instruction's name (2, before 2023) or id (4).
     """
     defined_at = message.message(3)
     name = defined_at.text(2) or names.get(defined_at.integer(4), "")
@@ -203,22 +215,23 @@ def _allocation(
     live: Mapping[int, int],
     at_peak: Sequence[int] | None,
 ) -> Allocation:
-    """A BufferAllocationProto: index (1), size (2), flags, parameter number (6), assigned buffers
-    (9).
+    """Allocation of a BufferAllocationProto.
+
+    Fields: index (1), size (2), flags (see `_role`), parameter number (6), assigned buffers (9).
 
     Raises:
-      AssignmentError: it holds a buffer that is not there, or one that reaches beyond its end.
+      AssignmentError: an assigned buffer is undefined, or ends after the allocation.
     """
-    index, size = message.integer(1), message.integer(2)
+    index = message.integer(1)
+    size = message.integer(2)
     held = []
     for assigned in message.messages(9):
-        buffer, end = (
-            _known(assigned.integer(1), buffers),
-            assigned.integer(2) + assigned.integer(3),
-        )
+        buffer = _known(assigned.integer(1), buffers)
+        end = assigned.integer(2) + assigned.integer(3)  # offset + size
         if end > size:
             raise AssignmentError(
-                f"Buffer {buffer.id} ends at byte {end} of allocation {index}, which has {size}."
+                f"Buffer {buffer.id} must end within the {size} bytes of allocation {index}, got "
+                f"{end}."
             )
         held.append(buffer)
     if at_peak is not None:
@@ -238,8 +251,9 @@ def _allocation(
 
 
 def _role(message: Message) -> AllocationRole:
-    """Thread local (3), entry parameter (5), constant (12), maybe live out (7); the rest is
-    temporary.
+    """Role of a BufferAllocationProto.
+
+    Flags: thread local (3), entry parameter (5), maybe live out (7), constant (12); else temporary.
     """
     if message.flag(5):
         return "argument"
@@ -253,7 +267,7 @@ def _role(message: Message) -> AllocationRole:
 def _known(buffer_id: int, buffers: Mapping[int, Buffer]) -> Buffer:
     if buffer_id not in buffers:
         raise AssignmentError(
-            f"Buffer {buffer_id} is used but not defined; {len(buffers)} buffers are."
+            f"Used buffers must be among the {len(buffers)} defined ones, got number {buffer_id}."
         )
     return buffers[buffer_id]
 

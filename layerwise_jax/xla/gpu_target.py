@@ -1,4 +1,4 @@
-"""Target descriptions of GPUs, with which XLA compiles for a GPU that is absent."""
+"""Target description of an absent GPU for XLA's compiler."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from layerwise_jax.cost.device import DeviceSpec
 
 @dataclass(frozen=True)
 class Architecture:
-    """Figures of all GPUs of one compute capability that `DeviceSpec` does not hold.
+    """Figures of a compute capability that a `DeviceSpec` does not have.
 
     Attributes:
-      shared_memory: bytes of shared memory of a multiprocessor.
-      block_shared_memory: the most of it that one block may ask for.
-      threads: threads of a multiprocessor.
-      float32_units: float32 operations that a multiprocessor begins in a cycle.
-      pallas_kind: a device kind of this architecture that Pallas knows; it takes no more from it
-        than the architecture.
+      shared_memory: bytes of shared memory per multiprocessor.
+      block_shared_memory: most bytes of shared memory per block.
+      threads: threads per multiprocessor.
+      float32_units: float32 operations that a multiprocessor starts per cycle.
+      pallas_kind: device kind from which Pallas reads the architecture.
     """
 
     shared_memory: int
@@ -50,18 +49,17 @@ CUDNN_VERSION = (9, 12)
 
 
 def architecture_of(device: DeviceSpec) -> Architecture:
-    """The device's architecture.
+    """Architecture of a device.
 
     Raises:
-      ValueError: the device is no GPU, or of an architecture that the table lacks.
+      ValueError: the device is not a GPU, or its architecture is not in the table.
     """
     capability = device.compute_capability
     if capability is None or capability not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(
-            f"{device.name} has compute capability {capability}; XLA:GPU can be asked for "
-            f"{known}. Choose a device of "
-            "one of these, or size layers on the local backend."
+            f"device must be a GPU of compute capability {known}, got {device.name} of "
+            f"{capability}. Choose another device, or size layers on the local backend."
         )
     return ARCHITECTURES[capability]
 

@@ -1,6 +1,4 @@
-"""Compile a pipeline with the XLA options that make its working set smallest, and say what they
-did.
-"""
+"""Pipelines compiled with XLA options, given or chosen for the smallest working set."""
 
 from __future__ import annotations
 
@@ -28,13 +26,13 @@ TIMED_RUNS = 5
 
 @dataclass(frozen=True, eq=False)
 class CompiledPipeline:
-    """A pipeline compiled with given XLA options; call it as the pipeline.
+    """Pipeline compiled with options; it is called like the pipeline.
 
     Attributes:
       call: the function, jitted with the options.
-      options: what was set, for this program only.
-      report: the trials behind "auto", or None.
-      warnings: options that were seen to slow or break the loop.
+      options: options of this program only.
+      report: trials of "auto", or None.
+      warnings: warnings about options that are known to slow or break the loop.
     """
 
     call: Callable[..., Any]
@@ -63,21 +61,19 @@ def compile_pipeline(
     """Compile a pipeline for its mesh.
 
     Args:
-      pipeline: the pipeline, a function of placed parameters and inputs.
-      mesh: its mesh.
+      pipeline: pipeline, as a function of placed parameters and inputs.
+      mesh: mesh of the pipeline.
       staged: placed parameters, or their shapes.
       inputs: the full batch, or its shapes.
-      options: "auto" to try the table of `xla_options` and keep what makes workspace and peak
-        smaller (and, where a GPU is there to ask, is not slower); a mapping to set just those; None
-        for the compiler's defaults.
+      options: "auto" to try the choices of `xla.options` and keep those that shrink workspace and
+        peak memory and, on a GPU, are not slower; a mapping of options; None for the defaults.
 
     Raises:
-      OptionError: the compiler does not know an option, or does not take its value.
+      OptionError: the compiler does not know an option, or refuses its value.
     """
     if isinstance(options, str) and options != "auto":
         raise ValueError(
-            f"options must be 'auto', a mapping from XLA's options to values, or None, got "
-            f"{options!r}. Pass None for the compiler's defaults."
+            f"options must be 'auto', a mapping of XLA options to values, or None, got {options!r}."
         )
     shapes = _shapes(mesh, staged, inputs)
 
@@ -113,7 +109,7 @@ def _shapes(mesh: Mesh, staged: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def _can_run(arrays: Any) -> bool:
-    """True if trials can be timed: a GPU backend and concrete arrays; CPU times mean nothing."""
+    """True on a GPU with arrays to run on. Times of a shared CPU are meaningless."""
     return jax.default_backend() == "gpu" and all(
         isinstance(x, jax.Array) for x in jax.tree.leaves(arrays)
     )
@@ -122,7 +118,7 @@ def _can_run(arrays: Any) -> bool:
 def _timer(
     pipeline: Callable[..., Any], arrays: tuple[Any, ...]
 ) -> Callable[[CompiledProgram], float]:
-    """Seconds of the fastest of a few runs with a compiled program's options."""
+    """Function that times the fastest of a few runs with a compiled program's options."""
 
     def seconds(program: CompiledProgram) -> float:
         call = jax.jit(pipeline, compiler_options=dict(program.options) or None)

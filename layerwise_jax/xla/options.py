@@ -1,11 +1,8 @@
-"""The GPU compiler's options that act on a stage's working set, as named choices, and which of them
-help a program.
+"""XLA:GPU options that change a stage's working set, as named choices that are tried on a program.
 
-An option is set for one program (`compiler_options`), never for the process. None of XLA's options
-keeps anything in
-L2: the scheduler's memory limit leaves arguments out, and the cache size that the compiler is told
-  changes nothing.
-What is left to choose is how much workspace a program takes beside its weights.
+Options are set for one program (`compiler_options`), never for the process. No XLA option keeps
+weights in L2: the scheduler's memory limit ignores arguments, and the configured cache size changes
+nothing. Options do change the workspace that a program needs besides its weights.
 """
 
 from __future__ import annotations
@@ -17,28 +14,26 @@ from typing import Protocol
 
 from layerwise_jax.xla.aot import Options
 
-# Timings of the same program differ by this much from run to run; what is slower by less is not
-# called slower.
+# Timings of one program vary by this factor from run to run; smaller slowdowns are ignored.
 TIMING_NOISE = 1.03
 NOTHING_PINS_L2 = (
-    "No option of XLA's keeps weights in L2; a smaller working set is what makes it likely "
-    "that they stay."
+    "No XLA option keeps weights in L2; a smaller working set makes it likely that they stay."
 )
 
 
 class OptionError(ValueError):
-    """The compiler does not know an option, or does not take its value."""
+    """The compiler does not know an option, or refuses its value."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting worth knowing.
+    """Named setting of options.
 
     Attributes:
-      name: what it does, in words.
-      options: what it sets.
-      reason: why it should help, or hurt.
-      evidence: what was seen.
+      name: short description of the effect.
+      options: values by XLA option.
+      reason: expected effect on workspace or time.
+      evidence: measured effect.
     """
 
     name: str
@@ -106,7 +101,7 @@ HAZARDS = (
 
 
 class Sized(Protocol):
-    """A compiled program that knows its sizes in bytes, such as `aot.CompiledProgram`."""
+    """Interface of a compiled program with sizes in bytes, such as `aot.CompiledProgram`."""
 
     @property
     def temp_bytes(self) -> int: ...
@@ -117,15 +112,14 @@ class Sized(Protocol):
 
 @dataclass(frozen=True)
 class Trial:
-    """One choice, tried on top of those accepted before it; sizes are None where it did not
-    compile.
+    """Trial of one choice on top of the accepted ones; sizes are None if it did not compile.
 
     Attributes:
       name: the choice.
-      accepted: whether it was kept.
-      verdict: why, in words.
-      temp_bytes, peak_bytes: of the program compiled with it.
-      seconds: of a run, where one was timed.
+      accepted: True if the choice was kept.
+      verdict: reason in words.
+      temp_bytes, peak_bytes: workspace and peak memory of the program compiled with it.
+      seconds: time of a run; None if not timed.
     """
 
     name: str
@@ -138,7 +132,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class OptionsReport:
-    """Result of `choose_options`: the options, and all trials, the compiler's default first."""
+    """Options that `choose_options` chose, with all trials; the first is the compiler's default."""
 
     options: Options
     trials: tuple[Trial, ...]
@@ -162,14 +156,14 @@ class OptionsReport:
 
 
 def check_options(options: Options, compile_with: Callable[[Options], object]) -> None:
-    """Ask the compiler whether it knows every option and takes its value.
+    """Check that the compiler knows every option and accepts its value.
 
     Args:
-      options: what to check.
-      compile_with: compiles some program, the smaller the better, with the options given to it.
+      options: values by XLA option.
+      compile_with: function that compiles a small program with the given options.
 
     Raises:
-      OptionError: it does not; the message names each one that it refuses.
+      OptionError: the compiler refuses options; the message names each.
     """
     refused = []
     for name, value in options.items():
@@ -184,12 +178,12 @@ def check_options(options: Options, compile_with: Callable[[Options], object]) -
             )
     if refused:
         raise OptionError(
-            f"The compiler refuses {', '.join(refused)}. Leave out what it does not know."
+            f"options must be known to the compiler, got {', '.join(refused)}. Leave these out."
         )
 
 
 def hazards(options: Options) -> tuple[str, ...]:
-    """Warnings, in words, about options that were seen to slow or break the loop over ticks."""
+    """Warnings about options that are known to slow or break the loop over ticks."""
     return tuple(
         f"{hazard.name}: {hazard.reason} {hazard.evidence}"
         for hazard in HAZARDS
@@ -202,17 +196,15 @@ def choose_options[Program: Sized](
     choices: Sequence[Choice] = CHOICES,
     run_seconds: Callable[[Program], float] | None = None,
 ) -> OptionsReport:
-    """Try every choice on top of those accepted before it, and keep what makes the working set
-    smaller.
+    """Greedy search for the options with the smallest working set.
 
-    A choice is kept if workspace and peak are no larger than before, one of them is smaller, and,
-    where runs can be timed, it is not slower. One that does not compile is passed over. What is
-    reported is what was compiled last.
+    Each choice is tried on top of the accepted ones. It is kept if workspace and peak do not grow,
+    one of them shrinks, and timed runs are not slower. Choices that do not compile are skipped.
 
     Args:
-      compile_with: compiles the program with the options given to it.
-      choices: what to try, in order.
-      run_seconds: times a run of a compiled program; None where there is no device to ask.
+      compile_with: function that compiles the program with the given options.
+      choices: choices in the order of trial.
+      run_seconds: function that times a run of a compiled program; None without a device.
     """
     program = compile_with({})
     seconds = run_seconds(program) if run_seconds else None
@@ -235,7 +227,7 @@ def _try[Program: Sized](
     run_seconds: Callable[[Program], float] | None,
     best: Trial,
 ) -> Trial:
-    """One trial, accepted or not against the best so far."""
+    """Trial of a choice against the best so far."""
     try:
         program = compile_with(options)
         seconds = run_seconds(program) if run_seconds else None
@@ -249,7 +241,7 @@ def _try[Program: Sized](
 
 
 def _objection(best: Trial, temp: int, peak: int, seconds: float | None) -> str | None:
-    """Why sizes and seconds are no better than the best, or None if they are."""
+    """Reason why sizes and seconds are no better than the best; None if they are better."""
     assert best.temp_bytes is not None
     assert best.peak_bytes is not None
     if temp > best.temp_bytes or peak > best.peak_bytes:

@@ -1,6 +1,4 @@
-"""The part of a GPU's L2 that CUDA sets aside for persisting accesses: asked for, read back, and
-given back.
-"""
+"""Set-aside of L2 for persisting accesses, through the CUDA runtime."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SetAside:
-    """Persisting L2 set-aside: bytes asked for, granted by the driver, and possible at most."""
+    """Bytes of L2 set aside: asked for, granted by the driver, and the device's maximum."""
 
     asked: int
     granted: int
@@ -27,11 +25,10 @@ class SetAside:
 
 @contextmanager
 def persisting_l2(num_bytes: int, device: int = 0) -> Iterator[SetAside]:
-    """Set aside L2 for persisting accesses while the block runs, and restore the former limit after
-    it.
+    """Context that sets aside L2 for persisting accesses and restores the former limit.
 
-    The set-aside only serves kernels that mark their accesses as persisting. XLA's do not, so for
-    them it leaves less of the cache; it is for kernels of one's own.
+    Only kernels that mark their accesses as persisting use the set-aside. XLA's kernels do not, and
+    have less L2 meanwhile.
 
     Args:
       num_bytes: bytes to set aside.
@@ -39,7 +36,7 @@ def persisting_l2(num_bytes: int, device: int = 0) -> Iterator[SetAside]:
 
     Raises:
       ImportError: the extra `l2` (cuda-bindings) is not installed.
-      RuntimeError: the driver refuses, or there is no GPU.
+      RuntimeError: the CUDA runtime reports an error, for example without a GPU.
     """
     runtime = _runtime()
     _checked(runtime, runtime.cudaSetDevice(device))
