@@ -103,6 +103,7 @@ def analyze_batching(
     """
     options = options or BatchOptions()
     axes = tuple(in_axes)
+    # One part is the whole batch: nothing is split, so no second trace is made.
     if parts == 1:
         program = _with_constant_outputs(layers.program)
         return BatchAnalysis(program, _roles_of_one_part(layers, axes, options), axes)
@@ -138,6 +139,7 @@ def _with_constant_outputs(program: Program) -> Program:
     for output in program.outputs:
         if isinstance(output, _jax.Literal):
             aval: Any = output.aval
+            # The literal becomes a new value, numbered after all others.
             constants[len(avals)] = jax.numpy.asarray(output.val, aval.dtype)
             outputs.append(len(avals))
             avals.append(aval)
@@ -151,6 +153,7 @@ def _roles_of_one_part(
 ) -> tuple[OutputRole, ...]:
     signature, program = layers.signature, layers.program
     inputs = zip(signature.inputs_avals, in_axes, strict=True)
+    # Length of the first split input; None if nothing is split.
     batch = next((aval.shape[0] for aval, axis in inputs if axis is not None), None)
     from_inputs = _values_from(program, program.inputs)
     split = zip(program.inputs, in_axes, strict=True)
@@ -179,11 +182,13 @@ def _words(layers: LayerSequence, options: BatchOptions) -> tuple[list[str], boo
     tree = layers.signature.outputs_tree
     outputs = jax.tree.unflatten(tree, list(range(tree.num_leaves)))
     words, is_own_word = output_words(options.reduce, outputs)
+    # Mutated variables are appended to the outputs and have no word from the user.
     return words + ["auto"] * len(layers.signature.mutated), is_own_word
 
 
 def _trace_full(layers: LayerSequence, in_axes: Sequence[int | None], parts: int) -> Program:
     signature = layers.signature
+    # Weights keep their shapes; split inputs [b, ...] become [parts * b, ...].
     params = [_abstract(aval, 1) for aval in signature.params_avals]
     inputs = [
         _abstract(aval, 1 if axis is None else parts)
@@ -213,6 +218,7 @@ def _abstract(aval: Any, parts: int) -> jax.ShapeDtypeStruct:
 def _pair(layers: LayerSequence, full: Program) -> ProgramPair:
     """The pair of programs; captured arrays that follow the length of the batch are constants."""
     micro = layers.program
+    # Arrays that the two traces capture at other lengths: an `arange(batch)` of the caller.
     following = [
         leaf
         for leaf, array in micro.captured.items()
@@ -236,15 +242,18 @@ def _interpret(
     given: dict[Value, Role] = dict.fromkeys(pair.full.weights, Replicated())
     given.update({value: Replicated() if axis is None else Split(axis) for value, axis in inputs})
     per_microbatch = options.statistics is not None
+    # Both sets only grow, and the program is finite: the loop ends.
     per_part: frozenset[int] = frozenset()
     beforehand: dict[Value, Role] = {}
     while True:
         draws = Draws(per_part, per_microbatch)
         candidates = Candidates(pair, parts, beforehand, only_draws=per_microbatch)
+        # A fresh interpreter every time: roles of the last run may rest on wrong iotas.
         walk = BatchInterpreter(parts, per_microbatch, draws=draws, candidates=candidates)
         roles = walk.outputs(pair, given)
         # Rows that were sorted and not put back: those of inputs can be sorted beforehand.
         if any(isinstance(x, NotSeparable) and x.why.startswith(ORDERED) for x in roles):
+            # An order over all examples reaches an output: precompute it if it follows from inputs.
             candidates.note_orders(walk.roles)
         found = frozenset()
         if per_microbatch:
@@ -298,6 +307,7 @@ def _values_from(program: Program, sources: Iterable[Value]) -> Callable[[Operan
     """Test of whether an operand depends on one of these values."""
     values = set(sources)
     for op in program.ops:
+        # Operations are in program order, so one pass finds all dependents.
         if values.intersection(op.values):
             values.update(op.results)
     return lambda operand: not isinstance(operand, _jax.Literal) and operand in values

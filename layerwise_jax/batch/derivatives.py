@@ -63,7 +63,7 @@ def check_derivative(
       run: roles of a body's outputs, given those of its inputs.
       step: the call.
       results: roles of its results.
-      per_microbatch: whether a rule that mixes examples may treat each part as a batch of its own;
+      per_microbatch: whether a rule that mixes examples may treat each part as a batch by itself;
         it must then be linear in the cotangents, which the parts scale.
 
     Returns:
@@ -83,7 +83,9 @@ def check_derivative(
     except (TypeError, NotImplementedError):  # not differentiable
         return None
     try:
+        # Interpret the backward rule as any function: operands and cotangents in, gradients out.
         factors = _factors(run(pair_bodies(micro, full), _operands(step, results)), step)
+        # JAX transposes a custom_jvp: a factor here means a wrong tangent, which is not rescaled.
         if step.name not in BACKWARD_RULES and any(factor != 1 for factor in factors):
             raise NotSeparableError(NOT_ALONE)
     except NotSeparableError as error:
@@ -99,6 +101,7 @@ def _operands(step: OpContext, results: Sequence[Role]) -> list[Role]:
     """Roles of the operands and of the cotangents of the results."""
     made = _inexact(step.micro.outvars)
     axes = [one_scaling_axis(*step.result_shapes(i)) for i in made]
+    # Integer results have float0 cotangents and are left out.
     return [*step.roles, *(_dual(results[i], axis) for i, axis in zip(made, axes, strict=True))]
 
 
@@ -107,8 +110,10 @@ def _dual(role: Role, axis: int | None) -> Role:
     if isinstance(role, PartialSum):
         return Replicated(1 / role.ratio)
     if isinstance(role, Split | Permuted):
+        # d loss / d part = ratio * d loss / d full, so the cotangent's ratio is the inverse.
         return replace(role, ratio=1 / role.ratio)
     if isinstance(role, Replicated):
+        # Each part's cotangent of a shared value is its share of the sum.
         return PartialSum(1 / role.ratio) if axis is None else Split(axis, 1 / role.ratio)
     if isinstance(role, PartialExtreme):
         raise NotSeparableError(EXTREME)
@@ -123,6 +128,7 @@ def _factors(gradients: Sequence[Role], step: OpContext) -> list[float]:
 
 
 def _factor(gradient: Role, step: OpContext, operand: int) -> float:
+    # Zeros are right under every factor.
     if isinstance(gradient, Replicated) and gradient.is_zero:
         return 1.0  # nothing to add up
     role = step.roles[operand]
@@ -189,16 +195,18 @@ def _backward(eqn: JaxprEqn) -> Jaxpr:
         return _pull(eqn, operands)[1](list(cotangents))
 
     results: list[Any] = list(eqn.outvars)
+    # Types only: the rule is traced, never run here.
     types = [_type_of(var) for var in eqn.invars], [_type_of(results[i]) for i in made]
     return jax.make_jaxpr(backward)(*types)
 
 
 def _pull(eqn: JaxprEqn, operands: Sequence[Any]) -> tuple[list[Any], Callable[..., Any]]:
-    """Results of a call, and its vjp from the inexact results to the inexact operands."""
+    """All results of a call, and its vjp function: inexact results -> inexact operands."""
     moving = _inexact(eqn.invars)
     made = _inexact(eqn.outvars)
 
     def forward(*changed: Any) -> tuple[list[Any], list[Any]]:
+        # Integer operands stay fixed; only inexact ones are differentiated.
         merged = list(operands)
         for i, x in zip(moving, changed, strict=True):
             merged[i] = x
@@ -226,10 +234,12 @@ def _corrected(eqn: JaxprEqn, factors: Sequence[float]) -> JaxprEqn:
         gradients = pull([cotangents[i] for i in made])
         scaled = [g * jnp.asarray(c, g.dtype) for g, c in zip(gradients, factors, strict=True)]
         by_operand = dict(zip(moving, scaled, strict=True))
+        # None is custom_vjp's zero for operands without a gradient.
         return tuple(by_operand.get(i) for i in range(len(eqn.invars)))
 
     call.defvjp(forward, backward)
     traced = jax.make_jaxpr(call)(*map(_type_of, eqn.invars))
+    # The trace of `call` is one custom_vjp equation, which replaces `eqn` in the program.
     (wrapped,) = traced.eqns
     return wrapped.replace(source_info=eqn.source_info, ctx=eqn.ctx)
 

@@ -108,6 +108,7 @@ class BatchInterpreter:
             else:
                 roles = [UNUSED] * len(op.full.results)
             env.update(zip(op.full.results, roles, strict=True))
+            # A precomputed value is an input of the part: that role replaces its operation's.
             env.update({x: self.precomputed[x] for x in op.full.results if x in self.precomputed})
         if self.candidates is not None:
             self.roles.update(env)
@@ -140,6 +141,7 @@ class BatchInterpreter:
 
     def _roles_of_results(self, op: PairedOp, env: dict[Value, Role]) -> Sequence[Role]:
         if op.micro is None:
+            # The full trace broadcasts [1, ...] to [batch, ...] where the part has one example.
             return [self._repeated(env[op.full.values[0]], op)]
         roles = tuple(
             _read(m, f, env) for m, f in zip(op.micro.operands, op.full.operands, strict=True)
@@ -164,11 +166,13 @@ class BatchInterpreter:
         try:
             return self._checked(step, self._apply(step, position))
         except NotSeparableError as mixes:
+            # Batch statistics: retry with the part's sum taken for the full batch's.
             reads_totals = any(isinstance(x, PartialSum | PartialExtreme) for x in step.roles)
             if self.per_microbatch and reads_totals:
                 self.statistics |= set() if position is None else {position}
                 roles = [self._as_statistic(role) for role in step.roles]
                 return self.results(step.with_roles(roles), position)
+            # Refusal is a role, not an error: it counts only if an output depends on it.
             return [NotSeparable(mixes.cause, str(mixes), step.micro)] * len(step.micro.outvars)
 
     def _as_statistic(self, role: Role) -> Role:
@@ -251,6 +255,7 @@ class BatchInterpreter:
         )
 
     def _run_body(self, pair: ProgramPair, roles: Sequence[Role]) -> list[Role]:
+        # No candidates in a body: a value inside of a loop cannot be computed before the loop.
         inner = replace(self, candidates=None)
         given = dict(zip(pair.full.inputs, roles, strict=True))
         return [self.draws.as_rows(role) for role in inner.run(pair, given)]
@@ -274,7 +279,7 @@ class BatchInterpreter:
 
 
 def _located(role: Role, pair: ProgramPair, position: int) -> Role:
-    """A role that begins at an operation, with a line of the user's code near it."""
+    """The role; a refusal that began at this operation gets the user's nearest source line."""
     op = pair.ops[position].micro
     if (
         not isinstance(role, NotSeparable)
@@ -300,6 +305,7 @@ def _unknown(step: OpContext) -> list[Role]:
     shapes = [step.result_shapes(i) for i in range(results)]
     shapes += [(step.shape(i), step.full_shape(i)) for i in range(len(step.roles))]
     nonlinear(step)
+    # Without a rule only a value with no examples and no batch-long axis is certain.
     if any(isinstance(role, Split) for role in step.roles) or any(
         micro != full for micro, full in shapes
     ):
@@ -328,6 +334,7 @@ def constant_role(micro: Any, full: Any) -> Role:
         return known(micro[()], full[()])
     # Arrays that are built for the length of the batch are replicated if constant along it.
     axes = scaling_axes(micro.shape, full.shape) if micro.ndim == full.ndim else ()
+    # [1, ...] along the batch axis: one row, to be compared with all rows of both arrays.
     rows = full[tuple(slice(1) if i in axes else slice(None) for i in range(full.ndim))]
     if all(_same_bits(np.broadcast_to(rows, x.shape), x) for x in (micro, full)):
         return Replicated()

@@ -161,7 +161,7 @@ Cause = Literal["statistics", "unknown", "size", "draw", "derivative"]
 
 @dataclass(frozen=True)
 class NotSeparable:
-    """No parts combine to it.
+    """Value of the full batch that does not follow from its forms in the parts, with the reason.
 
     Attributes:
       cause: "statistics" where examples meet, "unknown" where they may, "size" where the length of
@@ -297,11 +297,13 @@ def one_scaling_axis(micro: Sequence[int], full: Sequence[int]) -> int | None:
 
 def same(a: Ratio, b: Ratio) -> bool:
     """True if two ratios are equal up to the rounding of literals; NaN equals nothing."""
+    # A mean divides by a float32 literal of the length, which is rounded.
     return isclose(a, b, rel_tol=RATIO_TOLERANCE)
 
 
 def known(micro: Any, full: Any) -> Replicated:
     """Role of a number that is known in both traces."""
+    # Second case: NaN in both traces, which is unequal to itself.
     if micro == full or (micro != micro and full != full):
         return Replicated(Fraction(1), (micro, full))
     # Zero in one trace only, or complex numbers: no factor takes one to the other.
@@ -310,7 +312,7 @@ def known(micro: Any, full: Any) -> Replicated:
 
 
 def build(axis: int | None, ratio: Ratio, summed: bool) -> Role:
-    """Role of a result, from where its examples are and how it scales."""
+    """Role of a result: PartialSum if `summed`, else Split, or Replicated without an axis."""
     if summed:
         return PartialSum(ratio)
     return Replicated(ratio) if axis is None else Split(axis, ratio)
@@ -323,10 +325,12 @@ def checked(role: Role, micro: tuple[int, ...], full: tuple[int, ...], parts: Pa
       NotSeparableError: they do not.
     """
     axes = scaling_axes(micro, full)  # usually none or the axis of the examples
+    # Example: [b + 1] of a part, [parts * b + 1] of the full batch.
     if any(full[i] != parts * micro[i] for i in axes):
         raise NotSeparableError(
             f"makes an array of {list(micro)} of a part and {list(full)} of the full batch", "size"
         )
+    # A sum has no axis of examples left; broadcast back to one, it is a statistic.
     if isinstance(role, PartialSum | PartialExtreme) and axes:
         raise NotSeparableError(
             "gives every example one result over all examples (as batch normalisation in training "

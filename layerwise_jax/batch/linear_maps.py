@@ -64,6 +64,7 @@ def _run(jaxpr: Jaxpr, given: Sequence[Degree]) -> list[Degree]:
     def read(atom: Any) -> Degree:
         if not isinstance(atom, Literal):  # a value
             return env[atom]
+        # Adding a literal 0 keeps a value linear.
         return Degree.CONSTANT if np.any(atom.val) else Degree.ZERO
 
     for eqn in jaxpr.eqns:
@@ -83,6 +84,7 @@ def _results(eqn: JaxprEqn, operands: Sequence[Degree]) -> list[Degree]:
         branches = [_run(branch, operands[1:]) for branch in eqn.params["branches"]]
         # Either branch: linear if all are, in the same cotangents.
         joined = [_sum(degrees) for degrees in zip(*branches, strict=True)]
+        # operands[0] is the branch index.
         return joined if _is_constant(operands[:1]) else [Degree.NONLINEAR] * count
     if name in SUMS:
         return [_sum(operands)] * count
@@ -102,6 +104,7 @@ def _scan(eqn: JaxprEqn, operands: Sequence[Degree]) -> list[Degree]:
     body = _jax.inner_jaxpr(eqn)
     for _ in range(MOST_ITERATIONS):
         results = _run(body, [*consts, *carry, *scanned])
+        # The carry may be its initial value or an iteration's result: join until nothing changes.
         after = [_sum(pair) for pair in zip(carry, results[: len(carry)], strict=True)]
         if after == carry:
             return results
@@ -124,6 +127,7 @@ def _sum(degrees: Sequence[Degree]) -> Degree:
 def _product(degrees: Sequence[Degree]) -> Degree:
     if Degree.ZERO in degrees:
         return Degree.ZERO
+    # x * x is quadratic.
     if Degree.NONLINEAR in degrees or degrees.count(Degree.LINEAR) > 1:
         return Degree.NONLINEAR
     return Degree.LINEAR if Degree.LINEAR in degrees else Degree.CONSTANT

@@ -45,6 +45,7 @@ def additive(step: OpContext, operands: Sequence[int] | None = None) -> tuple[Ra
         _ratio(role) / (step.parts if summed and isinstance(role, Replicated) else 1)
         for role in roles
     ]
+    # r * x + r * y = r * (x + y): linear with one common ratio.
     if all(same(ratio, ratios[0]) for ratio in ratios):
         return (ratios[0] if ratios else ONE), summed
     if not summed:
@@ -90,6 +91,7 @@ def product(
     # (a * x) * (b * y) = (a * b) * (x * y)
     ratios = [_ratio(role) for role in roles]
     if inverse:
+        # (a * x) / (b * y) = (a / b) * (x / y)
         return ratios[0] / ratios[1], summed
     return prod(ratios, start=ONE), summed
 

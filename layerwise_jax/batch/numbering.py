@@ -42,6 +42,7 @@ def mixed_numberings(
         if op.full.name in RANDOM:
             here = frozenset()
         sources.update(dict.fromkeys(op.full.results, here))
+        # `weights` grows to all values that depend on a weight: activations.
         if weights.intersection(op.full.values):  # activations, from here on
             weights.update(op.full.results)
         results = [roles[x] for x in op.full.results]

@@ -79,8 +79,10 @@ def _matmul(micro: Sequence[Op], full: Op, twin: Twin) -> EquivalentOps | None:
     given = tuple(
         tuple(list(axes) for axes in sides) for sides in dot.eqn.params["dimension_numbers"]
     )
+    # The batched product at a part's shapes, batch axis of length 1 included.
     eqn = _at(full, [_shape(left), _shape(right)])
     rank = len(_result_shape(eqn))
+    # broadcast_in_dim restores the dropped batch axis at its place in the result.
     kept = tuple(axis for axis in range(rank) if axis != places[0])
     if (
         given != expected
@@ -140,6 +142,7 @@ def _read_along(gather: Op, index_axis: int) -> Any:
     along = [axis for axis in range(rank) if axis not in numbers.offset_dims][index_axis]
     others = [axis for i, axis in enumerate(numbers.start_indices_batching_dims) if i != place]
     return numbers._replace(
+        # A slice of length 1 along the axis replaces batching over it.
         offset_dims=tuple(sorted((*numbers.offset_dims, along))),
         operand_batching_dims=_without(numbers.operand_batching_dims, place),
         start_indices_batching_dims=tuple(_after(axis, index_axis) for axis in others),

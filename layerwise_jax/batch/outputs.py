@@ -85,7 +85,7 @@ class TracedOutput:
 
 
 def output_words(reduce: Any, outputs: Any) -> tuple[list[str], bool]:
-    """The word of every output leaf, and whether each output has a word of its own.
+    """Word of every output leaf, and True if the user gave a tree of words, not one for all.
 
     Args:
       reduce: a word, None for "auto", or a tree of them that is a prefix of the outputs' tree.
@@ -96,10 +96,12 @@ def output_words(reduce: Any, outputs: Any) -> tuple[list[str], bool]:
     """
     check_words(reduce)
     if reduce is None or isinstance(reduce, str):
+        # One word for all is a default; it contradicts no output that needs another one.
         return [reduce or "auto"] * len(jax.tree.leaves(outputs)), False
     words: list[str] = []  # of every output leaf, the tree of words being a prefix
     try:
         jax.tree.map(
+            # `part` is the subtree of outputs below this word.
             lambda word, part: words.extend([word or "auto"] * len(jax.tree.leaves(part))),
             reduce,
             outputs,
@@ -149,6 +151,7 @@ class OutputAnalysis:
         """
         role = output.role
         if isinstance(role, Replicated) and same(role.ratio, 1):
+            # Running statistics of a part look replicated once its mean is accepted as the batch's.
             excused = self.per_microbatch and output.from_batch
             return OutputRole("state" if excused else "whole")
         if not self.per_microbatch:
@@ -180,6 +183,7 @@ class OutputAnalysis:
             return self._reduced(output, role.ratio)
         # In every part the same, a statistic of the part, or a factor such as its length.
         if (self.per_microbatch and output.from_batch) or not same(role.ratio, 1):
+            # full = ratio * part = ratio / parts * (sum of the parts)
             return self._reduced(output, role.ratio / self.parts)
         # A total that is computed for the full batch is a sum or count, and the same for all parts.
         is_total = output.from_totals and output.word != "rows"
@@ -252,6 +256,7 @@ class OutputAnalysis:
     def _inferred(self, ratio: Ratio) -> Combine | None:
         if same(ratio, 1):  # full = sum of the parts
             return "sum"
+        # full = ratio * sum of the parts: 1 is a sum, 1 / parts is a mean.
         return "mean" if same(ratio * self.parts, 1) else None
 
 
@@ -275,6 +280,7 @@ def roles_of_one_part(
 
 def _role_of_one_part(output: TracedOutput, batch: int | None) -> OutputRole:
     aval = output.micro
+    # Without a second trace the leading length decides; for one part all kinds give equal values.
     if aval.shape and aval.shape[0] == batch:  # by shape: with one part nothing is combined
         return OutputRole("rows")
     if aval.shape or not output.from_inputs or not jnp.issubdtype(aval.dtype, jnp.inexact):
@@ -304,12 +310,12 @@ def _elsewhere(output: TracedOutput, axis: int) -> str:
 def _advice(role: NotSeparable) -> str:
     advice = (
         "Use one microbatch without replicas, or change the function so that it treats each "
-        "example alone."
+        "example by itself."
     )
     if not role.is_excusable:
         return advice
     return (
-        f"{advice} If each part may be a batch of its own, pass batch_statistics='per_microbatch'."
+        f"{advice} If each part may be a batch by itself, pass batch_statistics='per_microbatch'."
     )
 
 

@@ -75,6 +75,7 @@ def pair_programs(micro: Program, full: Program) -> ProgramPair:
     while len(ops) < len(full.ops):
         here = len(ops)
         op, rest = full.ops[here], micro.ops[position : position + LONGEST]
+        # The same operation on paired operands.
         if rest and _are_same(rest[0], op, micro_of):
             ops.append(PairedOp(rest[0], op, position))
             micro_of.update(zip(op.results, rest[0].results, strict=True))
@@ -135,6 +136,7 @@ def _shapes(variables: Sequence[Any]) -> list[tuple[int, ...]]:
 
 def _is_same_operand(micro: Operand, full: Operand, micro_of: dict[Value, Operand]) -> bool:
     if isinstance(micro, Literal) or isinstance(full, Literal):
+        # Literals may differ (1 / batch_size); the interpreter compares their numbers.
         return isinstance(micro, Literal) and isinstance(full, Literal)
     return micro_of.get(full) == micro
 

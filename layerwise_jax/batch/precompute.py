@@ -108,6 +108,7 @@ class Candidates:
           results: roles of its results.
         """
         mixed = [role for role in results if isinstance(role, NotSeparable)]
+        # Effects must run once per part, in the loop.
         if not mixed or op.full.eqn.effects:
             return
         # Under per-microbatch statistics other operations may mix the examples of a part.
@@ -134,13 +135,14 @@ class Candidates:
             self._add(value)
 
     def note_orders(self, roles: Mapping[Value, Role]) -> None:
-        """Note examples of the inputs in an order of the inputs, which were not put back.
+        """Note reordered rows of inputs (a sort) that other operations or outputs read unrestored.
 
         Args:
           roles: role of every value of the full program.
         """
         if self._only_draws:
             return
+        # Values that operations on weights read; between operations on inputs an order is harmless.
         read = {x for op in self._pair.ops if not self._is_of_inputs(op) for x in op.full.values}
         outputs = {x for x in self._pair.full.outputs if not isinstance(x, _jax.Literal)}
         for value in (read | outputs) & self._from_inputs:
@@ -158,6 +160,7 @@ class Candidates:
         full = self._pair.full.avals[value].shape
         # Inputs are split along their leading axis or not at all.
         axes = scaling_axes(micro, full) if len(micro) == len(full) else None
+        # No batch axis: every part gets the same value. [batch, ...]: each part gets its rows.
         if axes == ():
             self._found[value] = Replicated()
         elif axes == (0,) and full[0] == self._parts * micro[0]:
@@ -182,6 +185,7 @@ def precomputed_inputs(
     twins = _twins(pair)
     values = list(roles)
     inputs = [twins[value] for value in values]
+    # The part's own operation would define the value a second time: rename its result.
     ops, avals = _without_results(program, inputs)
     constants = {x: array for x, array in program.constants.items() if x not in inputs}
     # The operations that made the values stay in their places, their results unread.
@@ -193,6 +197,7 @@ def precomputed_inputs(
         constants=constants,
     )
     full = pair.full
+    # Captured arrays are weights of the staged program; this program runs outside of it.
     full = full.captured_as_constants(full.captured)
     # The full batch's program, as far as it makes the values.
     makers = without_dead_code(full.ops, values)

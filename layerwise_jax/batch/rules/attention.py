@@ -20,12 +20,14 @@ NUM_OPERANDS = {"dot_product_attention_fwd_wrapper": 10, "dot_product_attention_
 
 def _forward(step: OpContext) -> list[Role]:
     axis, ratio, summed = _linear_in(step, VALUE)
+    # Log-sum-exp of the scores: depends on query and key, not on the value's scale.
     statistics = [build(axis, 1.0, False)] * (len(step.micro.outvars) - 1)
     return [build(axis, ratio, summed), *statistics]
 
 
 def _backward(step: OpContext) -> list[Role]:
     axis, ratio, summed = _linear_in(step, COTANGENT)
+    # Bias without examples [1, heads, q, k]: the kernel sums its gradient over the part.
     if len(step.micro.outvars) > BIAS and axis is not None and step.axis(BIAS) is None:
         raise NotSeparableError("sums the gradient of a bias over the examples")
     return [build(axis, ratio, summed)] * len(step.micro.outvars)

@@ -38,6 +38,7 @@ def _cond(run: RunBody, step: OpContext) -> list[Role]:
     results = [run(pair_bodies(micro, full), operands) for micro, full in branches]
     if not (isinstance(index, Replicated) and index.ratio == 1):
         return _undecided(step, index, "takes a branch that depends on the examples")
+    # All parts and the full batch take the same branch; its roles are not known, so join them.
     return [_join(roles, step.parts) for roles in zip(*results, strict=True)]
 
 
@@ -107,6 +108,7 @@ def _scan(run: RunBody, step: OpContext) -> list[Role]:
     if any(isinstance(role := step.roles[i], Split) and role.axis == 0 for i in scanned):
         if carry:
             raise NotSeparableError("goes through the examples one after the other")
+        # [examples, ...] scanned along axis 0 without a carry: `lax.map` over the examples.
         return _map(run, step, consts, scanned)
     if step.params["length"] != step.full.params["length"]:
         raise NotSeparableError("loops as often as the batch is long", "size")
@@ -116,11 +118,13 @@ def _scan(run: RunBody, step: OpContext) -> list[Role]:
     results: list[Role] = []
 
     def iterate(carry: Sequence[Role]) -> list[Role]:
+        # Keep the last iteration's results: at the fixed point they hold for the stacked outputs.
         results[:] = run(body, [*(step.roles[i] for i in consts), *carry, *rows])
         return results[: len(carry)]
 
     settled = _settled(step.parts, [step.roles[i] for i in carry], iterate)
     stacked = [
+        # Stacking puts the scan's axis in front: [length, ..., examples, ...].
         Split(role.axis + 1, role.ratio) if isinstance(role, Split) else role
         for role in results[len(settled) :]
     ]
@@ -130,9 +134,7 @@ def _scan(run: RunBody, step: OpContext) -> list[Role]:
 def _map(
     run: RunBody, step: OpContext, consts: Sequence[int], scanned: Sequence[int]
 ) -> list[Role]:
-    """A scan over the examples without a carry, as `jax.lax.map` is: in its body there is one
-    example only.
-    """
+    """Roles of a scan over the examples without a carry (`jax.lax.map`): one example a step."""
     if any(step.axis(i) != 0 or not isinstance(step.roles[i], Split | Replicated) for i in scanned):
         raise NotSeparableError("goes through the examples and something else together")
     # In the body there is one example: its values are the same for the part and the batch.
@@ -149,6 +151,7 @@ def _map(
 
 
 def _row(role: Role) -> Role:
+    # Axis 0 is scanned away; a split axis 0 was handled before.
     return Split(role.axis - 1, role.ratio) if isinstance(role, Split) else role
 
 

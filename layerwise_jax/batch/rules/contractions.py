@@ -18,6 +18,7 @@ def _dot_general(step: OpContext) -> Role:
         if places[0] != places[1]:
             raise NotSeparableError(EVERY_PAIR)
         return build(None, ratio, True)
+    # Both operands have examples, along axes that dot_general does not pair.
     if places[0] and places[1] and places[0] != places[1]:
         raise NotSeparableError(EVERY_PAIR)
     if kinds == {"free"} and places[0] and places[1]:  # [examples, k] x [k, examples]
@@ -51,6 +52,7 @@ def _result_axis(step: OpContext, place: tuple[str, int] | None, side: int) -> i
     if place is None or place[0] == "batch":
         return place and place[1]
     contracting, batch = step.params["dimension_numbers"]
+    # Free axes of the right operand follow all free axes of the left one.
     left_free = len(step.shape(0)) - len(contracting[0]) - len(batch[0])
     return len(batch[0]) + place[1] + (left_free if side else 0)
 
@@ -93,6 +95,7 @@ def _grouped_by_example(step: OpContext, scaled: list[str]) -> int:
     """
     left_spec, right_spec, out_spec = step.params["dimension_numbers"]
     name = scaled[0]
+    # [b * features] of a part in b groups, [parts * b * features] of the batch in parts * b.
     follows = step.full.params[name] == step.parts * step.params[name]
     grouped = left_spec[1] if name == "feature_group_count" else left_spec[0]
     if len(scaled) > 1 or not follows or (step.axis(0), step.axis(1)) != (grouped, right_spec[0]):

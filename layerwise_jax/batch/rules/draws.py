@@ -78,6 +78,7 @@ class Draws:
         if step.name == "iota":
             return self._iota(step, position)
         nonlinear(step)
+        # Axis of the result that is as long as the batch: bits [..., examples, ...].
         drawn = one_scaling_axis(*step.result_shapes())
         if drawn is None:  # the same draw for every part
             return build(common_axis(step), 1.0, False)
@@ -94,11 +95,13 @@ class Draws:
         # One key for the batch: drawn at the full batch, rows sliced out.
         if position is None:
             raise NotSeparableError(HIDDEN, "draw")
+        # A part draws [batch] with the same key and takes its rows: bits equal the unstaged run's.
         self.full_rows[position] = FullRows(step.full, drawn)
         return Split(drawn)
 
     def _iota(self, step: OpContext, position: int | None) -> Role:
         axis = step.params["dimension"]
+        # An arange over features is the same in both traces.
         if axis not in scaling_axes(*step.result_shapes()):
             return Replicated()
         length = step.result_shapes()[0][axis]  # rows of a part
@@ -130,6 +133,7 @@ class Draws:
             raise NotSeparableError(HIDDEN, "draw")
         if role.sources is None or role.sources & self.per_part:
             raise NotSeparableError("numbers the examples of each part from 0")
+        # arange(b) - b: numbers that count back from the end differ between the traces.
         if role.offset[0] != role.offset[1]:
             raise NotSeparableError(
                 "counts the examples from a place that depends on the length of the batch", "size"
@@ -170,9 +174,11 @@ def numbers_through(step: OpContext) -> Role | None:
             role,
             offset=(role.offset[0] + sign * int(fill[0]), role.offset[1] + sign * int(fill[1])),
         )
+    # JAX tests i < 0 before it adds the length to a negative index; here it is never true.
     if step.name == "lt" and fill and fill[0] == fill[1] and min(role.offset) >= fill[0]:
         return known(False, False)
     if step.name in _MOVES and _holds(step, step.parts * role.length + max(role.offset)):
+        # Reuse the rule for rows to find the axis, then keep the numbering.
         moved = _MOVES[step.name](step.with_roles([Split(role.axis)]))
         assert isinstance(moved, Split)
         return replace(role, axis=moved.axis)

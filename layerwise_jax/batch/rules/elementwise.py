@@ -121,6 +121,7 @@ def _convert(step: OpContext) -> Role:
     Rounding to 16 bits counts as rounding of arithmetic.
     """
     old, new = step.dtypes
+    # itemsize 1 is float8, which saturates.
     is_number = jnp.issubdtype(new, jnp.inexact) and jnp.dtype(new).itemsize > 1
     # Integers wrap around, which is linear modulo their range; booleans saturate.
     widens = is_number or (jnp.issubdtype(old, jnp.integer) and jnp.issubdtype(new, jnp.integer))

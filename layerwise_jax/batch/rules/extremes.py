@@ -53,6 +53,7 @@ def extreme_through(step: OpContext) -> Role:
     if unscaled and len(set(found)) == 1 and step.name in OF_SAME_KIND[which]:
         return PartialExtreme(which)
     if unscaled and len(found) == 1:  # two may be those of different examples
+        # c - max(x) = min(c - x): the order is reversed.
         subtracts = step.name == "sub" and isinstance(step.roles[1], PartialExtreme)
         if step.name in DECREASING or subtracts:
             return PartialExtreme("min" if which == "max" else "max")

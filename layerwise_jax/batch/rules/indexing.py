@@ -37,6 +37,7 @@ def is_by_length(step: OpContext) -> bool:
 
 def _gather(step: OpContext) -> Role:
     numbers = step.params["dimension_numbers"]
+    # Operand axes that a gathered slice keeps, in the order of offset_dims.
     window = _others(step.shape(0), (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims))
     result = step.result_shapes()[0]
     # Axes of the result: those of the index vectors, and those of the windows that are read.
@@ -54,9 +55,11 @@ def _gather(step: OpContext) -> Role:
         raise NotSeparableError(STATISTICS)
     kind, axis = place
     if kind == "index":  # each example reads its own entries
+        # Axis of the index vectors -> axis of the result: result batch dims keep their order.
         return build(index_dims[axis], ratio, summed)
     if axis not in window or _is_cut(step, axis):  # places are shared, examples are read whole
         raise NotSeparableError(BY_INDEX)
+    # Rows read whole: the examples' axis is a window axis of the result.
     return build(numbers.offset_dims[window.index(axis)], ratio, summed)
 
 
@@ -68,6 +71,7 @@ def _is_cut(step: OpContext, axis: int) -> bool:
 def _scatter(step: OpContext) -> Role:
     numbers = step.params["dimension_numbers"]
     window = _others(step.shape(0), (*numbers.inserted_window_dims, *numbers.operand_batching_dims))
+    # Axes of the updates that belong to the index vectors.
     index_dims = _others(step.shape(2), numbers.update_window_dims)
     _check_indices(step, 1)
     adds = step.name in ("scatter-add", "scatter-sub")
@@ -80,6 +84,7 @@ def _scatter(step: OpContext) -> Role:
     if step.axis(0) is None:  # the array that is written has no examples
         if place is None and updates is None:
             return build(None, *_scaling(step))
+        # Embedding gradient: updates [examples, d] into [vocab, d] without examples.
         return _summed_by_scatter(step, adds)
     assert place is not None
     kind, axis = place
@@ -112,6 +117,7 @@ def _summed_by_scatter(step: OpContext, adds: bool) -> Role:
         )
     updates = step.roles[2]
     assert isinstance(updates, Split | Replicated | PartialSum)
+    # Each part adds its examples' updates only: the result is a sum over the parts.
     into, added = step.roles[0], PartialSum(updates.ratio)
     return build(None, *additive(step.with_roles([into, added])))
 
@@ -134,12 +140,14 @@ def _place(
     operand, indices = step.axis(0), step.axis(1)
     if operand is None:
         return None if indices is None else ("index", indices)
+    # Batched gather: operand[i] is read at indices[i].
     if operand in batching[0]:  # vmap: indices and operand have the examples side by side
         partner = batching[1][list(batching[0]).index(operand)]
         if indices is not None and partner != indices:
             raise NotSeparableError(BY_INDEX)
         return "index", partner
     if operand in indexed:  # x[arange(batch), labels]
+        # The examples' axis is indexed: exact only where the index is the row's own number.
         if not _counts_rows(step, operand, list(indexed).index(operand)):
             raise NotSeparableError(BY_INDEX)
         assert indices is not None
@@ -176,6 +184,7 @@ def _dynamic_slice(step: OpContext) -> Role:
 
 
 def _dynamic_update_slice(step: OpContext) -> Role:
+    # Operands: array, update, then one start index per axis.
     nonlinear(step, range(2, len(step.roles)))
     axis, update = step.axis(0), step.axis(1)
     if axis != update:

@@ -28,7 +28,9 @@ def _pallas_call(step: OpContext) -> list[Role]:
     micro, full = step.params["grid_mapping"], step.full.params["grid_mapping"]
     num_results = len(step.micro.outvars)
     axes = [step.axis(i) for i in range(len(step.roles))]
+    # axes: one entry for each operand, then one for each result.
     axes += [one_scaling_axis(*step.result_shapes(i)) for i in range(num_results)]
+    # No array follows the batch: exact if the kernel itself is the same text.
     if all(axis is None for axis in axes):  # no examples: one kernel for all
         if str(step.params["jaxpr"]) != str(step.full.params["jaxpr"]):
             raise NotSeparableError(NOT_ALONE, "unknown")
@@ -51,7 +53,7 @@ def _pallas_call(step: OpContext) -> list[Role]:
 
 
 def _has_examples(step: OpContext) -> bool:
-    """True if any operand has examples of its own; their axes may differ from array to array."""
+    """True if any operand is split over the examples, whatever its axis."""
     return any(step.has_rows(i) for i in range(len(step.roles)))
 
 

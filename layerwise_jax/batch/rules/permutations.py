@@ -75,6 +75,7 @@ def _sort(step: OpContext) -> Sequence[Role]:
         order = key.inverse()  # argsort of a permutation
         first: Role = BatchIota(0, step.shape()[0], None)
     elif isinstance(key, Split) and key.ratio == 1:
+        # Each trace sorts its own rows; the name ties uses of this order to this sort.
         order = Permutation(id(step.micro), step.shape()[0])
         first = Permuted(0, order)
     else:
@@ -88,6 +89,7 @@ def _taken(role: Role, order: Permutation) -> Role:
         return order
     if isinstance(role, Split):
         return Permuted(role.axis, order, role.ratio)
+    # x[P][P^-1] = x: back in the examples' order, so parts concatenate again.
     if isinstance(role, Permuted) and role.by == order.inverse():
         return Split(role.axis, role.ratio)
     raise NotSeparableError(ORDERED)
@@ -103,6 +105,7 @@ def _index_through(step: OpContext) -> Role:
     if step.name == "add" and isinstance(other, Replicated):
         return order.shifted()  # read only where `lt` is true
     if step.name == "rev" and len(step.shape()) == 1:
+        # A reversed order is another order of all rows; its inverse is not tracked to the old one.
         return Permutation(id(step.micro), order.length)
     if step.name in _MOVES and order.shift == 0:
         micro, full = step.result_shapes()
@@ -117,6 +120,7 @@ def _gather(step: OpContext, order: Permutation, by_rule: ByRule) -> Role:
     if order.shift or not isinstance(operand, Split | Permuted):
         raise NotSeparableError(ORDERED)
     rows = Split(operand.axis, operand.ratio)
+    # The axes follow as if each row read itself; the order is added to that result.
     (result,) = by_rule(step.with_roles([rows, _as_numbers(order)]))
     if not isinstance(result, Split):
         raise NotSeparableError(ORDERED)
@@ -133,6 +137,7 @@ def _scatter(step: OpContext, order: Permutation, by_rule: ByRule) -> Role:
     if not isinstance(result, Split):
         raise NotSeparableError(ORDERED)
     placed = _taken(replace(updates, axis=result.axis), order.inverse())
+    # Rows in two different orders would be added.
     if isinstance(base, Split) and isinstance(placed, Permuted):
         raise NotSeparableError(ORDERED)
     return placed
@@ -145,6 +150,7 @@ def _as_numbers(order: Permutation) -> BatchIota:
 
 def _of_each_row(step: OpContext, by_rule: ByRule) -> Sequence[Role]:
     """Roles where all rows are in one order, and the rule treats each row by itself."""
+    # x[P] + y[P] = (x + y)[P], but x[P] + y pairs rows of different examples.
     orders = {role.by for role in step.roles if isinstance(role, Permuted)}
     mixes = any(isinstance(role, Split | BatchIota | Permutation) for role in step.roles)
     if len(orders) != 1 or mixes:
@@ -158,6 +164,7 @@ def _of_each_row(step: OpContext, by_rule: ByRule) -> Sequence[Role]:
 
 
 def _in_order(step: OpContext, position: int, role: Role, order: Permutation) -> Role:
+    # A sum or maximum over all rows does not depend on their order.
     if isinstance(role, PartialSum | PartialExtreme | Replicated):
         return role
     # A reshape that joins or splits rows would mix rows that are not of one example.

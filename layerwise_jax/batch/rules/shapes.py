@@ -70,6 +70,7 @@ def _reshaped_axis(step: OpContext, axis: int) -> int:
         is_before = prod(micro[:i]) == prod(old_micro[:place]) and (
             prod(full[:i]) == prod(old_full[:place])
         )
+        # Examples are outermost in the joined axis: [b, t] -> [b * t], not [t, b] -> [t * b].
         follows = f == step.parts * m
         if is_before and follows and (f != m or old_full[place] == old_micro[place]):
             return i
@@ -87,6 +88,7 @@ def _reshape(step: OpContext) -> Role:
         return role
     # Constant along the axis still, unless other axes were joined to it.
     new = _reshaped_axis(step, axis)
+    # [b, 1] -> [b] stays constant along the axis; [b, t] -> [b * t] has a block of t per example.
     lengths = step.shape()[axis], step.result_shapes()[0][new]
     return role if lengths[0] == lengths[1] else Split(new, role.ratio)
 
@@ -151,6 +153,7 @@ def _slice(step: OpContext) -> Role:
     # A slice of constant rows is one of any of them; of examples it must be all.
     if isinstance(role, Split) and not _slices_all(step, role.axis):
         raise NotSeparableError("takes some of the examples by their place in the batch")
+    # x[-k:] of an axis without examples starts at the same place in both traces.
     if _starts(step.params, step.axis()) != _starts(step.full.params, step.axis()):
         raise NotSeparableError("begins at a place that depends on the length of the batch", "size")
     return build(common_axis(step), *additive(step))
@@ -225,6 +228,7 @@ def _window(linear: bool) -> Rule:
 
     def rule(step: OpContext) -> list[Role]:
         for i in range(len(step.roles)):
+            # Scalars are the initial value of the reduction.
             axis = step.axis(i) if step.shape(i) else None
             if axis is not None and not _is_window_of_one(step, axis):
                 raise NotSeparableError("moves a window along the axis of the examples")
@@ -259,6 +263,7 @@ def _leading(*trailing: int) -> Rule:
         nonlinear(step)
         for i in range(len(step.roles)):
             axis = step.axis(i)
+            # Matrices [..., n, n]: the last two axes are not a batch.
             own = trailing[min(i, len(trailing) - 1)]
             if axis is not None and axis >= len(step.shape(i)) - own:
                 raise NotSeparableError("works along the axis of the examples")
