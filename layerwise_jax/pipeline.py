@@ -31,6 +31,7 @@ from layerwise_jax.stage.staged_program import StagedProgram
 from layerwise_jax.trace.layers import LayerSequence
 from layerwise_jax.train.optimizer import StagedOptimizer, stage_optimizer
 from layerwise_jax.train.step import TrainStep
+from layerwise_jax.verify import Verification, verify_pipeline
 from layerwise_jax.xla.option_trials import CompiledPipeline, compile_pipeline
 
 
@@ -230,6 +231,20 @@ class Pipeline:
         executor = self._executor_of(staged)
         results, grads, staged = executor.value_and_grad(staged, leaves)
         return self._value(results, staged), grads
+
+    def verify(self, params: Any, *inputs: Any) -> Verification:
+        """Hold the pipeline against the unstaged function, which must fit one device.
+
+        Args:
+          params: parameters in the user's tree, not placed.
+          *inputs: the function's inputs at the full batch.
+
+        Returns:
+          For every output, gradient and state leaf the largest difference, the difference that
+          rounding explains, and the first stage at which a difference appears; a table in print.
+          Functions with `batch_statistics` or carried state are compared part by part.
+        """
+        return verify_pipeline(self, params, inputs)
 
     def optimizer(self, optimizer: Any, *, shard_over_data: bool = False) -> StagedOptimizer:
         """An optax optimizer for placed parameters, equal to optax on the user's tree: see
