@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from layerwise_jax import _jax
 from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal, ShapedArray, Tracer, is_key
@@ -205,9 +204,7 @@ class _Flattener:
         name = eqn.primitive.name
         keeps_placement = not self.policy.inlines_placed_calls and _jax.names_devices(eqn)
         if name in self.inlined and not keeps_placement:
-            if name in REMATS and self.policy.keeps_barriers and eqn.params["prevent_cse"]:
-                operands = self._behind_barrier(operands, remats)
-            return self.run(_jax.inner_jaxpr(eqn), operands, remats)
+            return self.run(self.policy.body(eqn), operands, remats)
         if name in REMATS and not eqn.params["differentiated"]:
             remat = Remat(eqn.params["policy"], eqn.params["prevent_cse"])
             return self.run(_jax.inner_jaxpr(eqn), operands, (*remats, remat))
@@ -217,14 +214,6 @@ class _Flattener:
             return self._inline_scan(eqn, operands, remats)
         rows = self._rows_taken(eqn, operands, remats)
         return self.emit(eqn, operands, remats) if rows is None else rows
-
-    def _behind_barrier(self, operands: list[Operand], remats: tuple[Remat, ...]) -> list[Operand]:
-        """The operands, which nothing reads before all of them are there."""
-        held = [x for x in operands if not isinstance(x, Literal)]
-        distinct = list(dict.fromkeys(held))
-        waiting = self.replay(lambda *arrays: lax.optimization_barrier(arrays), distinct, remats)
-        new = dict(zip(distinct, waiting, strict=True))
-        return [x if isinstance(x, Literal) else new[x] for x in operands]
 
     def emit(
         self, eqn: JaxprEqn, operands: Sequence[Operand], remats: tuple[Remat, ...]

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import jaxpr_as_fun
+
+from layerwise_jax import _jax
+from layerwise_jax._jax import Jaxpr, JaxprEqn
+from layerwise_jax.trace.primitives import REMATS
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,18 @@ class FlattenPolicy:
     inlines_placed_calls: bool = False
     keeps_barriers: bool = False
     captures: bool = False
+
+    def body(self, eqn: JaxprEqn) -> Jaxpr:
+        """The jaxpr of an equation that is inlined, behind its barrier if that is kept."""
+        inner = _jax.inner_jaxpr(eqn)
+        is_remat = eqn.primitive.name in REMATS
+        if not (self.keeps_barriers and is_remat and eqn.params["prevent_cse"]):
+            return inner
+
+        def waiting(*arrays: Any) -> Any:
+            return jaxpr_as_fun(inner)(*lax.optimization_barrier(arrays))
+
+        return jax.make_jaxpr(waiting)(*_jax.avals_of(eqn.invars))
 
 
 FOR_GRADIENTS = FlattenPolicy()
