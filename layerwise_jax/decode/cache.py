@@ -102,6 +102,7 @@ def find_cache_layers(
         uses.setdefault(weight.leaf - num_params, []).append(weight)
     # One slice [start, start + 1) a use, and never the whole leaf.
     is_stacked = [
+        # Stacked: every use is a slice of one layer.
         all(w.start is not None and w.stop == w.start + 1 for w in uses[i])
         for i in range(len(leaves))
     ]

@@ -31,11 +31,11 @@ def check_independence(
     Args:
       step_fn: the step, or with `prompt_length` the function that reads prompts.
       params: the parameters, arrays or types.
-      cache: the cache of one group, likewise.
+      cache: the cache of one group, arrays or types.
       num_sequences: sequences of a group; a leaf with as many rows has one a sequence.
       num_groups: groups in flight. A single group may mix its sequences.
       prompt_length: tokens of a prompt; None for a step of one token.
-      axes: the mesh axes, with their sizes, over which the step has collectives of its own.
+      axes: the mesh axes, with their sizes, over which the step itself has collectives.
 
     Raises:
       BatchError: several groups, and an operation mixes their sequences; it is named.
@@ -82,5 +82,6 @@ def _without_axes(step_fn: StepFunction, axes: Mapping[str, int]) -> StepFunctio
     sequences alike.
     """
     for name, size in axes.items():
+        # psum over a vmapped axis of equal values; every entry [0, ...] of the results is the same.
         step_fn = jax.vmap(step_fn, in_axes=None, axis_name=name, axis_size=size)
     return lambda *inputs: jax.tree.map(lambda x: x[(0,) * len(axes)], step_fn(*inputs))

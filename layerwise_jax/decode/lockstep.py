@@ -106,6 +106,7 @@ class LockstepLeaves:
 
     def _entry(self, i: int, leaf: Any) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):
+            # [sequences, ...] -> [...]: one entry stands for all sequences of a group.
             return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
         if not _is_even(leaf):
             raise ValueError(
@@ -175,7 +176,7 @@ def find_cache_form(
     """The ring's form of a cache.
 
     Leaves are in lockstep only where the step mixes sequences otherwise: a group with such a leaf
-    starts and ends together, while independent sequences come and go alone.
+    starts and ends together, while independent sequences start and end one by one.
 
     Args:
       step_fn: the user's step.
@@ -224,6 +225,7 @@ def find_lockstep_leaves(
     found = LockstepLeaves.none(cache, num_sequences)
     # Assume that all candidates stay equal, and drop those that do not.
     candidates = [i for i, x in enumerate(jax.tree.leaves(cache)) if _may_be(x, num_sequences)]
+    # Start from all candidates and drop those that the step does not keep equal.
     found = replace(found, leaves=frozenset(candidates))
     tokens, positions, _ = step_inputs(num_sequences)
     while found.leaves:
@@ -233,6 +235,7 @@ def find_lockstep_leaves(
             params: Any, shards: Any, *inputs: Any, found: LockstepLeaves = found, kept: list = kept
         ) -> None:
             entries = enumerate(jax.tree.leaves(shards))
+            # Trace only: `probe` collects what stays a Spread and returns nothing.
             held = [Spread(x[0], num_sequences) if i in found.leaves else x for i, x in entries]
             _, new = run_spread(step_fn, params, found.tree.unflatten(held), *inputs)
             kept += [i for i, x in enumerate(jax.tree.leaves(new)) if isinstance(x, Spread)]
@@ -256,7 +259,7 @@ def _may_be(leaf: Any, num_sequences: int) -> bool:
 
 
 def _is_even(leaf: Any) -> bool:
-    """True if all entries along the first axis are equal; a type stands for zeros."""
+    """True if all entries along the first axis are equal; a type means zeros."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return True
     values = np.asarray(leaf)

@@ -56,7 +56,7 @@ class TokenContext(MicrobatchContext):
 
 @dataclass(frozen=True, eq=False)
 class RingLoop:
-    """The ring's loop, as a value.
+    """Configuration of the ring's tick loop; `run` traces it on one device.
 
     Attributes:
       step: the step's stages.
@@ -259,7 +259,7 @@ class _Round:
     def _run_own(
         self, moment: TokenContext, arrived: list[Any], caches: Slots
     ) -> tuple[list[Any], Slots]:
-        """Segments before the common body: branch results, and the cache."""
+        """Run the segments before the common body: their results, and the cache they leave."""
         runs = {}
         for s in self.device.stages:
             segment = self._with_own_state(segment_before_body(self.loop, s))

@@ -46,7 +46,7 @@ class Message:
 
         Args:
           loop: the stages.
-          tokens_ride: whether tokens ride in an activation, where one has room.
+          tokens_ride: whether tokens are written into an activation, where one is large enough.
         """
         avals = tuple(lane.aval for lane in loop.wiring.lanes)
         num_sequences = loop.output_aval(0).shape[0]
@@ -105,7 +105,7 @@ class Message:
 
 
 def _carries(aval: Any, num_sequences: int) -> bool:
-    """True if an array is [sequences, ...] with room for a token in every sequence."""
+    """True if an array is [sequences, ...] with at least `TOKEN_BYTES` a sequence."""
     itemsize = np.dtype(aval.dtype).itemsize
     has_sequences = aval.shape[:1] == (num_sequences,)
     row_bytes = int(np.prod(aval.shape[1:])) * itemsize

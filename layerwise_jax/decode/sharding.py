@@ -89,6 +89,7 @@ class InnerSharding:
         slots = []
         for slot in placement.slots:
             # A slot is one array over all stages, so it has one spec.
+            # A slot is one array over all stages, so it has one spec.
             specs = {self.specs[weight.leaf] for weight in slot.weights if weight is not None}
             if len(specs) > 1:
                 raise ValueError(
@@ -120,6 +121,7 @@ def _shard(leaf: Any, spec: PartitionSpec, axes: Mapping[str, int]) -> jax.Shape
     # A spec may be shorter than the shape: the rest is not sharded.
     shape = list(jnp.shape(leaf))
     for dimension, entry in enumerate(spec):
+        # An entry of a spec is None, one axis name, or a tuple of names.
         names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
         unknown = [name for name in names if name not in axes]
         if unknown or dimension >= len(shape):

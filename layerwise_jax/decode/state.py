@@ -74,7 +74,7 @@ def place_caches(
       ring: the ring.
       mesh: its mesh.
       place: the place.
-      caches: for every group, the cache's leaves by leaf number; a type stands for zeros.
+      caches: for every group, the cache's leaves by leaf number; a type means zeros.
     """
     return {
         j: _fill(ring, mesh, j, _shards_at(ring, place, j, caches)) for j in ring.loop.state_slots

@@ -47,7 +47,7 @@ class StepProgram:
     Attributes:
       loop: stages, wiring and placement; the cache is among the weights, as state.
       body_state: for every cache slot of the common body, the result of the body that replaces it.
-      own_state: for every stage, the values of its own operations that replace cache, by slot.
+      own_state: for every stage, values from outside the common body that replace cache, by slot.
       sequences_are_independent: whether sequences can come and go one by one: every leaf of the
         cache is [sequences, ...], and no operation mixes them.
     """
@@ -143,7 +143,7 @@ def check_step_outputs(name: str, logits: Any, new: Any, cache: Any, num_sequenc
         got = f"{logits.dtype}{list(logits.shape)}" if is_array else type(logits).__name__
         raise ValueError(
             f"{name} must return logits float[{num_sequences}, vocabulary], one row a sequence, "
-            f"got {got}. Return the logits of the last token alone."
+            f"got {got}. Return the logits of the last token only."
         )
     got, expected = (
         jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree) for tree in (new, cache)
@@ -166,7 +166,7 @@ def _find_cache(layers: LayerSequence, num_params: int) -> dict[int, Weight]:
             raise CutError(
                 "A cache leaf must belong to one layer, got "
                 f"cache{layers.signature.params_names[leaf][3:]}, of which layers use slices. Give "
-                "every layer a leaf of its own."
+                "every layer a separate leaf."
             )
         found[position] = held[leaf]
     return found

@@ -90,6 +90,7 @@ class Places:
         started = processes.stopwatch()
         self.state, tokens = self.ring(self.staged, self.state, forced)
         seconds = processes.stopwatch() - started
+        # [steps, groups, sequences] -> [places, steps]
         by_place = np.moveaxis(tokens, 0, -1).reshape(len(self.held), steps)
         for sequence, new in zip(self.held, by_place, strict=True):
             if sequence:
@@ -120,6 +121,7 @@ class Places:
         taken = taken.reshape(free.shape)
         if self.ring.sequences_are_independent:
             return taken
+        # The whole group restarts, places without a sequence included.
         return free & taken.any(axis=1)[:, None]
 
     def _inputs(self) -> tuple[Any, Any, Any]:

@@ -15,7 +15,7 @@ from layerwise_jax.decode.sampling import data_of_keys
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt with choices of its own.
+    """A prompt with its own limit, stop sequences and key.
 
     Attributes:
       prompt: int[length], at least one token.

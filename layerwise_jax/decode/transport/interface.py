@@ -38,7 +38,7 @@ class Channel(Protocol):
 
 
 class Transport(Protocol):
-    """A way to pass messages."""
+    """Interface of a transport: sends each device's message to the next stage."""
 
     @property
     def tokens_ride(self) -> bool:
@@ -91,7 +91,7 @@ class Permute:
 
 @dataclass(frozen=True)
 class PermuteChannel:
-    """Nothing to hold: XLA's collectives own their buffers."""
+    """Channel of `Permute`: without resources, since XLA's collectives own their buffers."""
 
     @property
     def operand_type(self) -> None:

@@ -28,7 +28,7 @@ _LOCKS: dict[int, threading.Lock] = {}
 
 
 class TransportError(RuntimeError):
-    """A stage waited in vain for the message of the stage before it.
+    """A stage's wait for the message of the stage before it has timed out.
 
     Attributes:
       waiting: the stage that waited.
@@ -76,6 +76,7 @@ class Mailboxes:
         self._report_addresses = np.uint64(reports) + at
         self._reports = (ctypes.c_uint32 * ordinals.size).from_address(reports)
         for own, peer in zip(ordinals.flat, np.roll(ordinals, -1, axis=0).flat, strict=True):
+            # A ring of one stage is its own peer.
             if own != peer:
                 driver.enable_peer_access(int(own), int(peer))
 
@@ -100,7 +101,7 @@ class Mailboxes:
         """End a run.
 
         Raises:
-          TransportError: a device waited in vain.
+          TransportError: a device's wait timed out.
         """
         reports = np.array(self._reports).reshape(self.ordinals.shape)  # turns; 0 where all is well
         if not reports.any():

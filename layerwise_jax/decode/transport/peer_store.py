@@ -36,7 +36,7 @@ MailboxMaker = Callable[[np.ndarray, MailboxLayout], Mailboxes]
 
 @dataclass(frozen=True)
 class PeerStore:
-    """A kernel a message: CUDA devices of one process that reach each other's memory.
+    """Transport by one kernel a message, for CUDA devices of one process with peer access.
 
     Attributes:
       wait_seconds: the longest wait for a message; a `TransportError` follows.
