@@ -6,11 +6,13 @@ Place j of stage s holds group (j - s) mod R. Every array is [stages, ...], shar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerwise_jax import processes
@@ -108,10 +110,14 @@ def _fill(ring: RingLoop, mesh: Mesh, j: int, shards: Sequence[Any]) -> jax.Arra
     slot = placement.slots[j]
     arrays = [None if isinstance(x, jax.ShapeDtypeStruct) else x for x in shards]
     if all(x is None for x in arrays):
-        # Made where it belongs: no device ever holds all of it.
-        aval = slot.placed_aval(mesh)
-        return jax.jit(lambda: jnp.zeros(aval.shape, aval.dtype), out_shardings=aval.sharding)()
+        return _zeros(slot.placed_aval(mesh))
     return placement.fill_shards(slot, arrays, mesh)
+
+
+@partial(jax.jit, static_argnums=0)  # one compilation per type for the process
+def _zeros(aval: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros made in their sharding: no device ever holds all of them."""
+    return lax.with_sharding_constraint(jnp.zeros(aval.shape, aval.dtype), aval.sharding)
 
 
 def gather_cache(ring: RingLoop, places: RingState, group: int) -> dict[int, np.ndarray]:

@@ -185,3 +185,13 @@ def test_tensor_ways_inside_a_stage(num_stages: int, stage_mesh: Callable[..., M
     uneven = [jax.ShapeDtypeStruct((1, 2 * WIDTH + 1), jnp.float32)] * 4
     with pytest.raises(ValueError, match="does not split 2 ways"):
         decode_ring(tensor_step, gpt(4), uneven, mesh=stage_mesh(num_stages, tensor=2), **options)
+
+
+def test_a_second_generation_compiles_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    ring = make_ring("gpt", 4, 2, 2)
+    placed, prompts = ring.place(gpt(4)), prompts_for(ring)
+    first = ring.generate(placed, prompts, 3, steps_per_call=3)
+    with jax.log_compiles():
+        second = ring.generate(placed, prompts, 3, steps_per_call=3)
+    assert [r.message for r in caplog.records if r.message.startswith("Compiling")] == []
+    assert_same_tokens(second.tokens, first.tokens)
