@@ -48,7 +48,7 @@ def additive(step: OpContext, operands: Sequence[int] | None = None) -> tuple[Ra
     # r * x + r * y = r * (x + y): linear with one common ratio.
     if all(same(ratio, ratios[0]) for ratio in ratios):
         return (ratios[0] if ratios else ONE), summed
-    if not summed:
+    if not summed:  # x + batch_size
         raise NotSeparableError(SIZE, "size")
     if all(isinstance(role, PartialSum) for role in roles):
         raise NotSeparableError(
@@ -74,7 +74,7 @@ def product(
     roles = _chosen(step, operands)
     summed = _has_sums(roles)
     if inverse and isinstance(roles[1], PartialSum):
-        both = isinstance(roles[0], PartialSum)
+        both = isinstance(roles[0], PartialSum)  # a weighted mean, say
         raise NotSeparableError(
             "divides a sum over the examples by another one that depends on parameters, and the "
             "ratios of the parts do not add up to the ratio of the batch; return numerator and "

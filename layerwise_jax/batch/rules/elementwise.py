@@ -92,6 +92,7 @@ def folded(step: OpContext) -> Role | None:
 def _bitcast(step: OpContext) -> Role:
     """Role of bits read as another dtype: a wider one joins the entries along the last axis."""
     axis = step.axis()
+    # [..., 4] of bytes to [...] of 32 bits.
     if axis is not None and axis >= len(step.result_shapes()[0]):
         raise NotSeparableError("joins the bits of several examples in one number")
     return _nonlinear(step)
@@ -110,7 +111,7 @@ def _mul(step: OpContext) -> Role:
 
 
 def _div(step: OpContext) -> Role:
-    if not jnp.issubdtype(step.dtypes[1], jnp.inexact):
+    if not jnp.issubdtype(step.dtypes[1], jnp.inexact):  # integer division rounds
         return _nonlinear(step)
     return build(common_axis(step), *product(step, inverse=True))
 
