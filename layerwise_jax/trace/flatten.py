@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerwise_jax import _jax
-from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal, ShapedArray, Tracer, is_key
-from layerwise_jax.trace.flatten_policy import CAPTURED_BYTES, FOR_GRADIENTS, FlattenPolicy
+from layerwise_jax._jax import Jaxpr, JaxprEqn, Literal, ShapedArray, Tracer
+from layerwise_jax.trace.flatten_policy import FOR_GRADIENTS, FlattenPolicy
 from layerwise_jax.trace.primitives import CALLS, CUSTOM_RULES, REMATS
 from layerwise_jax.trace.program import (
     FROM_INPUTS,
@@ -28,10 +28,15 @@ from layerwise_jax.trace.program import (
     Remat,
     Value,
     Weight,
-    nbytes,
     without_dead_code,
 )
-from layerwise_jax.trace.stacked import LayerSlices, are_disjoint, leading_spans, take_row
+from layerwise_jax.trace.stacked import (
+    LayerSlices,
+    are_disjoint,
+    gaps_between,
+    leading_spans,
+    take_row,
+)
 
 
 def flatten(
@@ -44,13 +49,7 @@ def flatten(
 
     A leaf that is read only in slices along its first axis becomes one weight per slice, so that a
     stage holds only its own slices. A leaf that any operation reads whole stays one weight.
-
-    Args:
-      jaxpr: the traced function.
-      num_weight_leaves: number of leaves of the parameters.
-      policy: the equations to inline.
-      captured: the leaves of captured arrays, from another trace of the same function; None
-        captures by size.
+    `captured` are the leaves of captured arrays in another trace of the function; None: by size.
     """
     unsliced: frozenset[int] = frozenset()
     while True:
@@ -72,8 +71,7 @@ class _Flattener:
       unsliced: leaves that must stay one weight.
       captured: leaves of captured arrays; None for those of `CAPTURED_BYTES` or more.
       slices: value of every slice (start, stop) that is read, by leaf.
-      casts: the convert_element_type operation of every cast value, so that slices of a cast leaf
-        are cast slices.
+      casts: the convert_element_type of every cast value; slices of a cast leaf are cast slices.
     """
 
     def __init__(
@@ -141,10 +139,7 @@ class _Flattener:
         return placed
 
     def _gaps(self, leaf: int, spans: list[tuple[int, int]]) -> dict[Value, Weight]:
-        length = self.avals[self.leaf_values[leaf]].shape[0]
-        stops = [0, *(stop for _, stop in spans)]
-        starts = [*(start for start, _ in spans), length]
-        holes = [(stop, start) for stop, start in zip(stops, starts, strict=True) if stop < start]
+        holes = gaps_between(spans, self.avals[self.leaf_values[leaf]].shape[0])
         return {self._rows_value(leaf, *hole): Weight(leaf, *hole) for hole in holes}
 
     def value(self, aval: Any, flags: int = 0) -> Value:
@@ -178,18 +173,12 @@ class _Flattener:
         self.num_constants += 1
         # One captured array has one value, however often it is read.
         known = [own for own, array in self.arrays.items() if array is const]
-        if known or self._is_weight(leaf, aval):
+        captures = self.policy.is_weight(aval) if self.captured is None else leaf in self.captured
+        if known or captures:
             return self._captured_value(known[0] if known else leaf, const, aval)
         value = self.value(aval)
         self.constants[value] = const
         return value
-
-    def _is_weight(self, leaf: int, aval: Any) -> bool:
-        if not self.policy.captures:
-            return False
-        if self.captured is not None:
-            return leaf in self.captured
-        return bool(aval.shape) and nbytes(aval) >= CAPTURED_BYTES and not is_key(aval)
 
     def _captured_value(self, leaf: int, const: Any, aval: Any) -> Value:
         if leaf not in self.arrays:

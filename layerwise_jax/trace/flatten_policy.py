@@ -10,8 +10,12 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
 from layerwise_jax import _jax
-from layerwise_jax._jax import Jaxpr, JaxprEqn
+from layerwise_jax._jax import Jaxpr, JaxprEqn, is_key
 from layerwise_jax.trace.primitives import REMATS
+from layerwise_jax.trace.program import nbytes
+
+CAPTURED_BYTES = 1024
+"""Arrays of fewer bytes are constants of the compiled programs instead of weights."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class FlattenPolicy:
 
         return jax.make_jaxpr(waiting)(*_jax.avals_of(eqn.invars))
 
+    def is_weight(self, aval: Any) -> bool:
+        """Whether a captured array of this type becomes a weight."""
+        is_array = bool(aval.shape) and not is_key(aval)
+        return self.captures and is_array and nbytes(aval) >= CAPTURED_BYTES
+
 
 FOR_GRADIENTS = FlattenPolicy()
 FOR_STAGES = FlattenPolicy(captures=True)
@@ -56,7 +65,3 @@ BACKWARD = FlattenPolicy(is_differentiable=False, keeps_barriers=True)
 """A backward pass, in which `jax.checkpoint` computes again what forward did not keep."""
 OPTIMIZER = FlattenPolicy(is_differentiable=False, inlines_branches=True, inlines_placed_calls=True)
 """Optimizers are cut leaf by leaf, so no operation may hide the leaves that it combines."""
-
-
-CAPTURED_BYTES = 1024
-"""Arrays of fewer bytes are constants of the compiled programs instead of weights."""

@@ -93,3 +93,10 @@ def take_row(x: jax.Array, index: jax.Array) -> jax.Array:
     """The slice of an array at an index of its first axis."""
     row = jax.lax.dynamic_slice(x, (index, *[jnp.int32(0)] * (x.ndim - 1)), (1, *x.shape[1:]))
     return jax.lax.squeeze(row, (0,))
+
+
+def gaps_between(spans: Sequence[Span], length: int) -> list[Span]:
+    """The slices of an axis of `length` that no span covers; spans are in order."""
+    stops = [0, *(stop for _, stop in spans)]
+    starts = [*(start for start, _ in spans), length]
+    return [(stop, start) for stop, start in zip(stops, starts, strict=True) if stop < start]
