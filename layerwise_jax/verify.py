@@ -45,7 +45,7 @@ class Difference:
 
     @property
     def is_equal(self) -> bool:
-        """Whether the difference is one of rounding."""
+        """True if the difference is at most the allowed rounding."""
         return self.largest <= self.allowed
 
 
@@ -57,7 +57,7 @@ class Verification:
 
     @property
     def is_equal(self) -> bool:
-        """Whether the pipeline computes the function."""
+        """True if every difference is at most the allowed rounding."""
         return all(each.is_equal for each in self.differences)
 
     @property
@@ -117,7 +117,7 @@ def verify_pipeline(pipeline: Any, params: Any, inputs: tuple[Any, ...]) -> Veri
 
 @dataclass(frozen=True)
 class _Run:
-    """What a pipeline returned: leaves of outputs (None for state), parameters and gradients."""
+    """Results of a pipeline: leaves of outputs (None for state), parameters and gradients."""
 
     outputs: Sequence[Any]
     params: Sequence[Any]

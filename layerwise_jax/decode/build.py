@@ -114,7 +114,6 @@ def decode_ring(
     stop_tokens = checked_ints("stop_tokens", stop_tokens)
     check_prefill(prefill_fn, prefill_length)
     sharding = InnerSharding.of(mesh, (params, cache), (param_specs, cache_specs))
-    # Cache form first: the step that is traced below reads and returns caches in that form.
     rows = find_cache_form(step_fn, *sharding.shards, group_size, sharding.axes, cache)
     step_fn, cache_specs, cache = rows.step(step_fn), rows.specs(cache_specs), rows.split(cache)
     sharding = InnerSharding.of(mesh, (params, cache), (param_specs, cache_specs))

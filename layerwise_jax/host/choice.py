@@ -46,6 +46,7 @@ def choose_executor(
         return options.executor
     if processes.are_of_several(list(mesh.devices.flat)):
         return "loop"
+    # The loop assigns stage s to device s mod n; a V-shaped schedule does not.
     homes = tuple(schedule.device_of_stage[s] for s in range(schedule.num_stages))
     if homes != round_robin(len(homes), schedule.num_devices):
         return "host"

@@ -54,7 +54,9 @@ class ColumnCalls:
     def constants(self) -> tuple[Any, ...]:
         """The constants that the column reads, [1, *shape] on its devices."""
         held = (
-            jnp.asarray(self.program.program.constants[x])[None] for x in self.program.constants
+            # [1, *shape]: the form of a slot's shard, as the weights have it.
+            jnp.asarray(self.program.program.constants[x])[None]
+            for x in self.program.constants
         )
         return tuple(jax.device_put(x, NamedSharding(self.mesh, ON_STAGE)) for x in held)
 
@@ -67,6 +69,7 @@ class ColumnCalls:
             made = self._prepare(
                 tuple(weights[by_value[x]] for x in self.program.weights), self.constants
             )
+            # Same order as `ColumnProgram.prepare` returns them.
             prepared |= dict(zip(self.program.made, made, strict=True))
         return prepared
 
@@ -78,7 +81,7 @@ class ColumnCalls:
         )
 
     def output_zeros(self) -> dict[int, Any]:
-        """Output sums alone, for calls without gradients."""
+        """Output sums by position, all zero, for calls without gradients."""
         return dict(zip(self.summed, self._output_zeros(), strict=True))
 
     def finish(
@@ -89,7 +92,9 @@ class ColumnCalls:
         """
         program = self.program
         reads = tuple(weights[program.program.weights[x]] for x in program.weights)
+        # Popped: a donated array must not be reachable any more.
         given = {x: accumulators.pop(x) for x in program.trained}
+        # Two tuples of one length, None where the other has the array: only the first is donated.
         reused = tuple(x if value in self._reused else None for value, x in given.items())
         others = tuple(None if value in self._reused else x for value, x in given.items())
         gradients = self._finish(reused, others, reads, self.constants)
@@ -104,6 +109,7 @@ class ColumnCalls:
         """The column's outputs for the whole batch, by position, on the column's devices."""
         if not self.made:
             return {}
+        # [replicas, *shape] for a sum; one array a microbatch for a listed output.
         given = tuple(sums[p] if p in sums else tuple(listed[p]) for p in self.made)
         return dict(zip(self.made, self._collect(given), strict=True))
 
@@ -120,6 +126,7 @@ class ColumnCalls:
         return frozenset(
             x
             for x, root in zip(program.trained, roots, strict=True)
+            # A root with two accumulators is a sum of them: neither array has the result's place.
             if roots.count(root) == 1 and self._becomes_gradient(x, root)
         )
 
@@ -129,6 +136,7 @@ class ColumnCalls:
         Tied weights and replicas have other summands, on other columns or devices.
         """
         weight = self.program.program.weights.get(root)
+        # Tied: columns add their shares in float32 first, so the dtypes differ.
         if weight is None or weight in self.tied or self.program.replicas > 1:
             return False
         return self._sum_aval(value).dtype == self.program.program.avals[root].dtype
@@ -159,6 +167,7 @@ class ColumnCalls:
         program = self.program.program
         return (
             gradient
+            # Tied shares stay in `sum_dtype` until all columns' are added.
             if program.weights[value] in self.tied
             else gradient.astype(program.avals[value].dtype)
         )
@@ -174,6 +183,7 @@ class ColumnCalls:
 
     @property
     def _output_avals(self) -> list[jax.ShapeDtypeStruct]:
+        # [replicas, *shape], one shard a replica.
         avals = [self.outputs.avals[p] for p in self.summed]
         shape = (self.program.replicas,)
         return [jax.ShapeDtypeStruct((*shape, *a.shape), sum_dtype(a.dtype)) for a in avals]
@@ -205,20 +215,24 @@ class ColumnCalls:
         """
         role, aval = self.outputs.combining[position], self.outputs.avals[position]
         if role.kind == "rows":
+            # Microbatches in order: [microbatches * rows, ...] of this replica.
             return jnp.concatenate([lax.squeeze(x, (0,)) for x in given])
         if role.kind == "extreme":
             return self._extreme(jnp.concatenate(given), role)  # [microbatches, ...]
         if role.kind != "reduced":
+            # The same in every microbatch: take the first.
             return lax.squeeze(given[0], (0,))
         total = lax.squeeze(given, (0,))
         if self.program.replicas > 1:
             total = lax.psum(total, DATA)
+        # parts = microbatches * replicas, all of equal size.
         mean = total / self.outputs.parts if role.combine == "mean" else total
         return mean.astype(aval.dtype)
 
     def _extreme(self, rows: Any, role: OutputRole) -> Any:
         """The largest or smallest over [microbatches, ...] and the replicas."""
         if self.program.replicas > 1:
+            # [microbatches * replicas, ...] on every replica.
             rows = lax.all_gather(rows, DATA, tiled=True)
         return jnp.max(rows, axis=0) if role.combine == "max" else jnp.min(rows, axis=0)
 
@@ -235,6 +249,7 @@ class ColumnCalls:
                 run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
             )
 
+        # A new function: its name is the program's, and methods cannot be renamed.
         def program(*arguments: Any) -> Any:
             return run(*arguments)
 

@@ -58,12 +58,14 @@ class ColumnProgram:
     @cached_property
     def weights(self) -> tuple[Value, ...]:
         """The weights that the prelude reads, or whose gradient passes through an accumulator."""
+        # A trained weight that no prelude op reads has its accumulator only.
         read = {*self.trained, *(x for op in self.ops for x in op.values)}
         return tuple(x for x in self.program.weights if x in read)
 
     @cached_property
     def moving(self) -> tuple[Value, ...]:
         """The trained weights that get a gradient from the accumulators."""
+        # Backwards through the prelude: from accumulators to the weights behind them.
         reached = set(self.trained)
         for op in reversed(self.ops):
             if not reached.isdisjoint(op.results):
@@ -88,7 +90,7 @@ class ColumnProgram:
         self, accumulators: Sequence[Any], weights: Sequence[Any], constants: Sequence[Any]
     ) -> list[Any]:
         """Gradients of `moving`, [1, *shape] in `sum_dtype`: accumulators summed over replicas,
-        pulled back once.
+        then one vjp of the prelude.
 
         A cast at the end of the prelude is skipped: the float32 accumulator of a bfloat16 copy is
           the gradient of the
@@ -96,12 +98,15 @@ class ColumnProgram:
         """
         sums = [_local(x) for x in accumulators]
         if self.replicas > 1:
+            # One all-reduce a step, not one a microbatch.
             sums = [lax.psum(x, DATA) for x in sums]
         by_root: dict[Value, Any] = {}
         for x, total in zip(self.trained, sums, strict=True):
             root = self.roots[x]
+            # Casts of one weight to two dtypes have one root.
             by_root[root] = by_root[root] + total if root in by_root else total
         gradients: dict[Value, Any] = {x: by_root[x] for x in self.moving if x in by_root}
+        # Values that the prelude computes (a transpose): their cotangents need its vjp.
         behind = [x for x in by_root if x not in self.program.weights]
         if behind:
             local = [_local(x) for x in weights]
@@ -112,6 +117,7 @@ class ColumnProgram:
             )
             (pulled,) = vjp_fn([by_root[x].astype(self.program.avals[x].dtype) for x in behind])
             for x, gradient in pulled.items():
+                # A weight may be read directly and through the prelude: add in float32.
                 wide = gradient.astype(sum_dtype(gradient.dtype))
                 gradients[x] = gradients[x] + wide if x in gradients else wide
         return [_held(gradients[x]) for x in self.moving]
@@ -130,6 +136,7 @@ class ColumnProgram:
         return {x: self._root(x, made_by) for x in self.trained}
 
     def _root(self, value: Value, made_by: dict[Value, Op]) -> Value:
+        # None for a weight or constant, which is its own root.
         op = made_by.get(value)
         if op is None or op.name != "convert_element_type" or not op.values:
             return value
@@ -157,6 +164,7 @@ def column_programs(
         trained = tuple(dict.fromkeys(x for stage in own for x in stage.trained))
         needed = set(prepared)
         ops = []
+        # Dead code elimination: keep what this column's stages need.
         for op in reversed(prelude):
             if not needed.isdisjoint(op.results):
                 ops.append(op)

@@ -102,6 +102,7 @@ class ColumnRun:
         except StoppedError:
             raise
         except Exception as error:
+            # XLA's errors name neither stage nor microbatch.
             error.add_note(f"while running {step.describe()} on column {self.column}")
             self.failed = step
             raise
@@ -109,6 +110,7 @@ class ColumnRun:
     def _call(self, stage: int, kind: str, *arguments: Any) -> Any:
         """Dispatch a program; it runs when its arguments are there."""
         results = self.programs[stage, kind](*arguments)
+        # Timing waits for the results here; a normal step does not.
         if self.observe is not None:
             self.observe(results)
         return results
@@ -130,6 +132,7 @@ class ColumnRun:
         live_in, state = self._received(stage, microbatch), self._state(calls)
         sums, live_out, listed, new_state, stash = self._call(
             step.stage,
+            # E returns no stash: nothing is kept without a backward.
             "F" if self.trains else "E",
             self._sums(calls),
             self._prepared(stage),
@@ -138,6 +141,7 @@ class ColumnRun:
             state,
             self.indices[microbatch],
         )
+        # Residuals of this microbatch; its backward takes them out again.
         if self.trains and stage.has_backward:
             self._held[step.stage, microbatch] = Held(live_in, state, stash)
         self._send(stage, live_out, microbatch)
@@ -171,6 +175,7 @@ class ColumnRun:
         """Backward, but for gradients that are products, whose operands are kept."""
         functions = calls.functions
         stage = functions.stage
+        # Accumulators of products stay with the column: W adds to them later.
         rest = [x for j, x in enumerate(stage.trained) if j not in functions.products]
         read = self._read_by_backward(step, stage)
         given = tuple(self.accumulators[x] for x in rest)
@@ -178,6 +183,7 @@ class ColumnRun:
         self._send_back(stage, cotangents, step.microbatch)
         self.accumulators.update(zip(rest, accumulators, strict=True))
         _, live_in, _, _, stash, received, _ = read
+        # Operands are arrays that exist already; keeping a reference copies nothing.
         groups = {"computed": computed, "live_in": live_in, "stash": stash, "cotangents": received}
         operands = tuple(groups[group][place] for group, place in functions.operand_sources)
         if operands:
@@ -189,6 +195,7 @@ class ColumnRun:
         operands = self._operands.pop((step.stage, step.microbatch))
         given = tuple(self.accumulators[x] for x in products)
         accumulators = self._call(step.stage, "W", given, operands)
+        # The old accumulators were donated: the results take their place.
         self.accumulators.update(zip(products, accumulators, strict=True))
 
     def _read_by_backward(self, step: Step, stage: StageProgram) -> tuple[Any, ...]:
@@ -201,6 +208,7 @@ class ColumnRun:
             for x, consumers in stage.pulled.items()
             for consumer in consumers
         )
+        # Popped, so that the arrays are freed once the program has read them.
         held = self._held.pop((step.stage, step.microbatch))
         inputs, index = self._inputs(stage), self.indices[step.microbatch]
         return (
@@ -220,6 +228,7 @@ class ColumnRun:
     def _send(self, stage: StageProgram, arrays: Arrays, microbatch: int) -> None:
         """Live values straight to every stage that reads them."""
         for (x, consumers), array in zip(stage.consumers.items(), arrays, strict=True):
+            # `consumers` is ordered last stage first.
             for consumer in reversed(consumers):  # the next stage first
                 key = Key("activation", x, consumer, microbatch)
                 self.mail.put(key, self._moved(array, self.routes.column_of[consumer]))
@@ -227,6 +236,7 @@ class ColumnRun:
     def _send_back(self, stage: StageProgram, cotangents: Arrays, microbatch: int) -> None:
         """Cotangents to the stages that made the live values."""
         for x, array in zip(stage.differentiated, cotangents, strict=True):
+            # The key names the consumer that sends the cotangent: a maker adds one from each.
             key = Key("cotangent", x, stage.stage, microbatch)
             self.mail.put(key, self._moved(array, self.routes.maker_of[x]))
 
@@ -234,6 +244,7 @@ class ColumnRun:
         """The array on another column; itself where the consumer is on the same one."""
         if column == self.column:
             return array
+        # Asynchronous copy between devices: the thread does not wait for it.
         return jax.device_put(array, self.routes.shardings[column])
 
     def _put_outputs(
@@ -241,7 +252,9 @@ class ColumnRun:
     ) -> None:
         self.sums.update(zip(calls.summed, sums, strict=True))
         for position, array in zip(calls.listed, listed, strict=True):
+            # Forwards of a stage run in the order of microbatches: the list is in that order.
             self.listed.setdefault(position, []).append(array)
+        # The next microbatch of this stage reads the new state.
         self.state.update(zip(calls.renewed, new_state, strict=True))
 
     def _sums(self, calls: StageCalls) -> Arrays:

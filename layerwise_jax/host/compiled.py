@@ -120,7 +120,7 @@ class StageCalls:
         cotangents: Arrays,
         index: Any,
     ) -> tuple[Arrays, ...]:
-        """(accumulators of what is no product, cotangents of live_in, operands of products)."""
+        """(accumulators of all other weights, cotangents of live_in, operands of the products)."""
         arguments = self._arguments(prepared, live_in, inputs, state, index)
         gradients, of_live, operands = self.functions.input_gradients(
             arguments, _local(stash), _local(cotangents)
@@ -132,7 +132,7 @@ class StageCalls:
         )
 
     def weight_gradients(self, accumulators: Arrays, operands: Arrays) -> Arrays:
-        """Accumulators of what is a product."""
+        """Accumulators of the weights whose gradients are products, with this microbatch added."""
         return _added(accumulators, self.functions.weight_gradients(_local(operands)))
 
     def both(
@@ -157,19 +157,23 @@ class StageCalls:
         """A microbatch's arguments; `index` counts microbatches of a replica, `number` all parts of
         the batch.
         """
+        # Inside shard_map only with replicas; otherwise the program is a plain jit.
         replica = lax.axis_index(DATA) if self.replicas > 1 else 0
         rows = []
         for j, x in zip(self.functions.stage.inputs, inputs, strict=True):
             if self.in_axes[j] is not None:
                 size = self.functions.inputs_avals[j].shape[0]
+                # [microbatches * size, ...] of this replica -> [size, ...]
                 x = lax.dynamic_slice_in_dim(x, index * size, size)
             rows.append(x)
+        # The batch is split over replicas first, then over microbatches.
         number = replica * self.num_microbatches + index
         return StageArguments(_local(prepared), _local(live_in), tuple(rows), _local(state), number)
 
     def _split(self, sums: Arrays, results: Sequence[Any]) -> tuple[Arrays, ...]:
         """Results as (output sums, live_out, listed outputs, new state)."""
         stage = self.functions.stage
+        # Order of `StageProgram.results`: live_out, outputs, new state.
         num_live = len(stage.live_out)
         by_position = dict(zip((*stage.outputs, *stage.new_state), results[num_live:], strict=True))
         return (
@@ -202,7 +206,9 @@ class StageSignature:
         stage, avals = functions.stage, functions.program.avals
         arguments = functions.argument_avals
         prepared = tuple(
-            self._sharded(a, (1, *a.shape), PartitionSpec(STAGE)) for a in arguments.prepared
+            # Sub-meshes have one device on `stage`: shards [1, *shape] as in the loop's slots.
+            self._sharded(a, (1, *a.shape), PartitionSpec(STAGE))
+            for a in arguments.prepared
         )
         live_in = tuple(map(self.per_replica, arguments.live_in))
         inputs = tuple(map(self._input, stage.inputs))
@@ -210,7 +216,10 @@ class StageSignature:
         index = self._sharded(arguments.number, (), PartitionSpec())
         stash = tuple(map(self.per_replica, functions.stash_avals))
         cotangents = tuple(
-            self.per_replica(avals[x]) for x, readers in stage.pulled.items() for _ in readers
+            # One cotangent from each consumer.
+            self.per_replica(avals[x])
+            for x, readers in stage.pulled.items()
+            for _ in readers
         )
         accumulators = tuple(self._sum(avals[x]) for x in stage.trained)
         sums = tuple(
@@ -236,6 +245,7 @@ class StageSignature:
     def specs(self, kind: str) -> tuple[tuple[Any, ...], Any]:
         """(in_specs, out_specs) of a program under `shard_map`."""
         arguments = jax.tree.map(lambda x: x.sharding.spec, self.of(kind))
+        # Number of groups that a program returns; W returns one tuple.
         count = {"F": 5, "E": 5, "B": 2, "I": 3, "FB": 5}.get(kind)
         return arguments, self.replica_spec if count is None else (self.replica_spec,) * count
 
@@ -254,6 +264,7 @@ class StageSignature:
         aval = self.calls.functions.inputs_avals[j]
         if self.calls.in_axes[j] is None:
             return self._sharded(aval, aval.shape, PartitionSpec())
+        # The full batch on the column, rows split over its replicas.
         rows = aval.shape[0] * self.calls.num_microbatches * self.calls.replicas
         return self._sharded(aval, (rows, *aval.shape[1:]), self.replica_spec)
 
@@ -284,6 +295,7 @@ def jit_stage(calls: StageCalls, kind: str, name: str) -> Any:
         return run(*arguments)
 
     program.__name__ = program.__qualname__ = name
+    # Accumulators and sums are replaced by the results of the same type.
     donated = {"F": (0,), "E": (0,), "B": (0,), "W": (0,), "I": (0,), "FB": (0, 1)}[kind]
     return jax.jit(program, donate_argnums=donated)
 
@@ -301,5 +313,7 @@ def _held(x: Any) -> Any:
 def _added(sums: Sequence[Any], values: Sequence[Any]) -> Arrays:
     """Sums [1, *shape] with values [*shape] added in the type of the sums."""
     return tuple(
-        total + _held(x).astype(total.dtype) for total, x in zip(sums, values, strict=True)
+        # bfloat16 gradients add up in float32.
+        total + _held(x).astype(total.dtype)
+        for total, x in zip(sums, values, strict=True)
     )

@@ -76,6 +76,7 @@ class StageFunctions:
         if self.remat == "stage" or not self.stage.has_backward:
             return self.run(arguments), []
         found = self.linearization
+        # Results, then all leaves of the vjp; only the stashed leaves leave the program.
         made = jaxpr_as_fun(found.jaxpr)(*jax.tree.leaves(arguments))
         return list(made[: found.num_results]), [made[j] for j in found.stashed]
 
@@ -91,6 +92,7 @@ class StageFunctions:
         """
         flat = [*jax.tree.leaves(arguments), *stash, *cotangents]
         made = self.flat_backward.run(flat, widens=self.widens)
+        # Order of the results: gradients of `trained`, then cotangents of `differentiated`.
         count = len(self.stage.trained)
         return made[:count], made[count:]
 
@@ -99,14 +101,16 @@ class StageFunctions:
         made = iter(self._flat_both.run(jax.tree.leaves(arguments), widens=self.widens))
         gradients = [next(made) for _ in self.stage.trained]
         of_live = [next(made) for _ in self.stage.differentiated]
+        # After gradients and cotangents the rest are the stage's results.
         return list(made), gradients, of_live
 
     def input_gradients(
         self, arguments: StageArguments, stash: Sequence[Any], cotangents: Sequence[Any]
     ) -> tuple[list[Any], list[Any], list[Any]]:
-        """Gradients that are no products, cotangents of live values, and operands of products."""
+        """Backward without weight-gradient products: other gradients, cotangents, the operands."""
         flat = [*jax.tree.leaves(arguments), *stash, *cotangents]
         made, operands = self.flat_backward.without_products(flat)
+        # Without products: fewer gradients than `trained`, cotangents last.
         count = len(made) - len(self.stage.differentiated)
         return made[:count], made[count:], [operands[x] for x in self.flat_backward.computed]
 
@@ -126,6 +130,7 @@ class StageFunctions:
 
         Groups: "computed" (results of `input_gradients`), "live_in", "stash", "cotangents".
         """
+        # An operand is computed by the backward, or is one of its arguments.
         computed = {x: ("computed", j) for j, x in enumerate(self.flat_backward.computed)}
         given = dict(zip(self.flat_backward.program.inputs, self._argument_places, strict=True))
         return tuple(
@@ -148,6 +153,7 @@ class StageFunctions:
         return [
             (name, j)
             for name, group in groups.items()
+            # `number` is a scalar, the other groups are tuples.
             for j in range(len(group) if isinstance(group, tuple) else 1)
         ]
 
@@ -169,6 +175,7 @@ class StageFunctions:
             return [*gradients, *of_live]
 
         places = self._argument_places
+        # Inputs and state are not held until W: backward returns such operands.
         kept = [j for j, (group, _) in enumerate(places) if group in KEPT]
         num_fixed = len(self.argument_avals.prepared)
         jaxpr = jax.make_jaxpr(trace)(*flat)
@@ -194,10 +201,13 @@ class StageFunctions:
     ) -> tuple[list[Any], list[Any]]:
         """Gradients and cotangents as JAX's vjp makes them."""
         if self.remat == "stage":
+            # remat='stage': backward linearizes again from the stage's inputs.
             return self._pull(self._linearize(arguments)[1], cotangents)
         found, flat = self.linearization, jax.tree.leaves(arguments)
         num_fixed = len(arguments.prepared)
+        # From prepared values only, so the same for every microbatch.
         remade = run_part(found.jaxpr, found.remade, flat[:num_fixed])
+        # Leaf by leaf: an argument again, recomputed, or stashed by forward.
         where = {"argument": flat, "remade": remade, "stashed": stash}
         vjp_fn = jax.tree.unflatten(
             found.tree, [where[leaf.kind][leaf.place] for leaf in found.leaves]
@@ -218,6 +228,7 @@ class StageFunctions:
 
         def trace(*flat: Any) -> list[Any]:
             results, vjp_fn = self._linearize(jax.tree.unflatten(tree, flat))
+            # `vjp_fn` is a pytree of residuals; its structure leaves the trace by this dict.
             leaves, shapes["tree"] = jax.tree.flatten(vjp_fn)
             shapes["num_results"] = len(results)
             return [*results, *leaves]
@@ -256,12 +267,15 @@ class StageFunctions:
         known |= dict(
             zip((self.program.inputs[j] for j in stage.inputs), arguments.inputs, strict=True)
         )
+        # State is read as the last microbatch left it.
         known |= dict(zip(stage.state, arguments.state, strict=True))
+        # Draws are made for the full batch and sliced at part `number`.
         return evaluate(stage.ops, known, stage.results, BatchSlice(arguments.number))
 
     def _linearize(self, arguments: StageArguments) -> tuple[list[Any], Callable]:
         """The stage's results, and the vjp of those that have cotangents."""
         stage = self.stage
+        # Positions in `results`: live_out first, then outputs.
         seeded = [stage.live_out.index(x) for x in stage.pulled]
         seeded += [len(stage.live_out) + stage.outputs.index(0)] if stage.makes_loss else []
 
@@ -273,6 +287,7 @@ class StageFunctions:
                 stage.live_in, arguments.live_in, stage.differentiated, differentiated
             )
             results = self._evaluate(arguments, prepared, live_in)
+            # Other results have no cotangent and come out as aux.
             return [results[j] for j in seeded], results
 
         if self.remat == "cheap":
@@ -288,6 +303,7 @@ class StageFunctions:
         """
         left = iter(cotangents)
         seeds: list[Any] = [
+            # A fixed order of summation, last consumer first: equal bits in every run.
             sum((next(left) for _ in consumers[1:]), start=next(left))
             for consumers in self.stage.pulled.values()
         ]

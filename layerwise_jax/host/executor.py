@@ -31,11 +31,11 @@ STEPS_AHEAD = 2
 
 @dataclass(eq=False)
 class HostExecutor:
-    """Runs a pipeline's stages as programs of their own.
+    """Executor that runs a pipeline's stages as separate programs.
 
     Attributes:
-      program: what is decided before the first step.
-      threads: whether columns have threads of their own; False runs all of them in the caller's.
+      program: stages, placement, columns and routes, fixed before the first step.
+      threads: True for a thread per column; False runs all columns in the caller's thread.
       progress: called after every compiled program.
     """
 
@@ -60,6 +60,7 @@ class HostExecutor:
 
         Call it in the config contexts (matmul precision, say) that programs are to be compiled in.
         """
+        # A set: microbatches share one program of a stage and kind.
         kinds = {(step.stage, step.kind) for column in self._columns(trains) for step in column}
         wanted = [(stage, "E" if kind == "F" and not trains else kind) for stage, kind in kinds]
         self.library.compile(sorted(wanted), self.progress)
@@ -72,7 +73,7 @@ class HostExecutor:
         return column_memory(self.program, self.library, optimizer_state)
 
     def timeline(self, staged: Staged, inputs: Sequence[Any]) -> Timeline:
-        """Seconds of every step of a training step, each waited for alone: see `Timeline`.
+        """Seconds of every step of a training step, one step at a time: see `Timeline`.
 
         Args:
           staged: placed parameters.
@@ -129,6 +130,7 @@ class HostExecutor:
     ) -> list[ColumnRun]:
         """Dispatch one run of all columns; waits only for the step before the last one."""
         self.compile(trains=trains)
+        # Bounds the memory of steps in flight: each holds its activations.
         while len(self._dispatched) >= STEPS_AHEAD:
             jax.block_until_ready(self._dispatched.popleft())
         mail = Mailboxes(self.program.messages(trains))
@@ -149,7 +151,9 @@ class HostExecutor:
         trains: bool,
     ) -> ColumnRun:
         program, calls = self.program, self.program.column_calls[column]
+        # Fresh arrays every step: programs donate them.
         accumulators, sums = calls.zeros() if trains else ({}, calls.output_zeros())
+        # Only the inputs that this column's stages read are copied to it.
         read = {j for stage in program.stages if stage.device == column for j in stage.inputs}
         return ColumnRun(
             column=column,
@@ -166,6 +170,7 @@ class HostExecutor:
             state={w: weights[w] for w in program.staged.state.values() if w in weights},
             accumulators=accumulators,
             sums=sums,
+            # The first step runs in one thread, in an order in which no message is missing.
             waits=self.threads and trains in self._warm,
             trains=trains,
         )
@@ -195,6 +200,7 @@ class HostExecutor:
             for run, error in found
             if error is not None and not isinstance(error, StoppedError)
         ]
+        # StoppedError of the other columns follows from the first failure and is not reported.
         if own:
             for run in runs:
                 run.clear()
@@ -209,6 +215,7 @@ class HostExecutor:
         gradients = {}
         for weight, places in self.placement.copies().items():
             held = [(j, self.placement.column_of[j]) for j, _ in places]
+            # Shares in the order of the copies, the same for every copy.
             parts = [(c, shares[c][weight]) for _, c in held if weight in shares[c]]
             for j, column in held:
                 slot = self.placement.slots[j]
@@ -228,7 +235,9 @@ class HostExecutor:
         sharding = self.program.slot_shardings[column]
         if not parts:
             return jax.device_put(np.zeros((1, *aval.shape), aval.dtype), sharding)
+        # All shares on this column: [1, *shape] each.
         here = [x if c == column else jax.device_put(x, sharding) for c, x in parts]
+        # Not tied, and cast already: no program needed.
         if len(here) == 1 and here[0].dtype == aval.dtype:
             return here[0]
         return _add_in_order(here, np.dtype(aval.dtype))
@@ -257,6 +266,7 @@ class HostExecutor:
         new = {}
         for column, run in enumerate(runs):
             slots, sharding = self.placement.slots_of[column], self.program.slot_shardings[column]
+            # Carried state ends as [replicas, ...]; the slot's sharding is over `stage`.
             new |= {slots[w].name: jax.device_put(x, sharding) for w, x in run.state.items()}
             for position, leaf in self.program.staged.renewed.items():
                 new |= {

@@ -42,7 +42,7 @@ class Library:
         return len(self._jitted)
 
     def compile(self, wanted: Iterable[tuple[int, str]], progress: Progress | None = None) -> None:
-        """Compile what is not there yet.
+        """Compile the programs that are missing.
 
         Tracing and lowering happen here, in the caller's thread and its config contexts, XLA's part
         in several threads.
@@ -55,6 +55,7 @@ class Library:
         with ThreadPoolExecutor(COMPILE_THREADS) as threads:
             jobs = []
             for stage, kind in missing:
+                # Equal stages share the jitted function and its trace; each is lowered for its devices.
                 lowered = self._jit(stage, kind).lower(*StageSignature(self.calls[stage]).of(kind))
                 jobs.append(
                     threads.submit(lowered.compile, compiler_options=dict(self.options) or None)
@@ -72,7 +73,7 @@ class Library:
         return self._jitted[key]
 
     def _key(self, calls: StageCalls) -> Hashable:
-        """Equal for stages whose programs differ in nothing but their operands.
+        """Cache key: equal for stages whose programs differ only in their operands.
 
         Values are counted in the order of first use, so that the same layers of two stages look
         alike; literals, which
@@ -92,6 +93,7 @@ class Library:
         def name(x: Operand) -> Hashable:
             if isinstance(x, Literal):
                 return _plain(x.val)
+            # Number by order of first use: equal for layers at another place of the model.
             return numbers.setdefault(x, ("passed", len(numbers))), str(program.avals[x])
 
         inputs = [
@@ -119,14 +121,17 @@ class Library:
             ),
             (stage.makes_loss, functions.seed, functions.remat, functions.widens),
             calls.num_microbatches,
+            # shard_map closes over its mesh; a plain jit takes its devices from the arguments.
             calls.mesh if calls.replicas > 1 else None,
         )
 
     def _role(self, calls: StageCalls) -> Callable[[int], Hashable]:
+        # Output 0 may be the loss, whose cotangent is the seed.
         return lambda position: (calls.roles[position], position == 0)
 
 
 def _plain(literal: Any) -> Hashable:
+    # Keys have no bytes to compare: equal only to themselves.
     if is_key(literal) if hasattr(literal, "dtype") else False:
         return id(literal)
     array = np.asarray(literal)

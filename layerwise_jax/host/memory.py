@@ -83,22 +83,27 @@ def walk_column(column: Column, stages: Mapping[int, StageBytes]) -> tuple[int, 
     for step in column:
         stage = stages[step.stage]
         if step.kind == "F":
+            # Forward's residuals stay until this microbatch's backward.
             held += stage.arrived + stage.stash if trains else 0
         now = stage.workspace.get(step.kind, 0)
         if step.kind in ("FB", "F"):
+            # Read by this call and freed after it.
             now += stage.arrived if step.kind == "FB" or not trains else 0
         if step.kind in ("B", "I"):
             now += stage.cotangents
         peak = max(peak, (held, now), key=sum)
         if step.kind in ("B", "I"):
+            # B or I takes the held arrays out of the column.
             held -= stage.arrived + stage.stash
         if step.kind in ("I", "W"):
+            # Operands of deferred products live from I to W.
             held += stage.operands if step.kind == "I" else -stage.operands
     return peak
 
 
 def most_in_flight(column: Column, stage: int) -> int:
     """The most microbatches of a stage between forward and backward at once; at least 1."""
+    # FB holds its microbatch only during the call.
     live = most = 1 if any(step.stage == stage and step.kind == "FB" for step in column) else 0
     for step in column:
         if step.stage == stage and step.kind == "F":
@@ -122,6 +127,7 @@ def waiting_bytes(
       in_flight: the most microbatches in flight, by stage.
       consumer: the stage.
     """
+    # Microbatches that the maker may have sent and the consumer has not begun.
     ahead = [(max(0, in_flight[maker] - in_flight[consumer]), size) for maker, size in makers]
     return sum(count * size for count, size in ahead)
 
@@ -155,6 +161,7 @@ def _column(
     calls, avals = program.column_calls[column].program, program.staged.program.avals
     own = [stage for stage in program.stages if stage.device == column]
     held, workspace = walk_column(program.columns[column], {s.stage: stages[s.stage] for s in own})
+    # A live value has one maker and any number of readers.
     maker = {x: stage.stage for stage in program.stages for x in stage.live_out}
     sums = [program.outputs.avals[p] for p in program.column_calls[column].summed]
     slots = program.placement.of_column[column].slots
@@ -192,6 +199,7 @@ def _stage_bytes(program: HostProgram, library: Library, stage: StageProgram) ->
 def _workspace(compiled: Any, stash: Any) -> int:
     """Temporaries of a call and its results, but for those in the place of arguments or stashed."""
     sizes = compiled.memory_analysis()
+    # Aliased results are in the donated arguments' memory.
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes - sum(map(nbytes, stash))
     return sizes.temp_size_in_bytes + max(0, results)
 

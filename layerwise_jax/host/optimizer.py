@@ -51,6 +51,7 @@ class HostOptimizer(StagedOptimizer):
         placement = self.placement
         assert isinstance(placement, HostPlacement)
         homes: list[list[Weight]] = [[] for _ in placement.meshes]
+        # First copy of each weight: a tied weight's values are exported once.
         for weight, ((slot, _), *_) in placement.copies().items():
             homes[placement.column_of[slot]].append(weight)
         exports = tuple(map(tuple, homes))
@@ -70,6 +71,7 @@ class HostOptimizer(StagedOptimizer):
     def init(self, staged: Staged) -> StagedState:
         self.placement.check_staged(staged)
         arguments = [(self._own(staged, c),) for c in range(len(self.columns))]
+        # Small values that cross columns (a global norm) first, then every column by itself.
         arrived = self._exchange(self.traced.init, "export_of_init", arguments)
         made = [self._jit("init_state", c)(arrived[c], *own) for c, own in enumerate(arguments)]
         return self._joined(made)
@@ -100,6 +102,7 @@ class HostOptimizer(StagedOptimizer):
         arrived = self._exchange(self.traced.update, "export_of_update", arguments)
         made = []
         for c, (own_grads, own_state, own) in enumerate(arguments):
+            # Untrained slots are passed without donation: the result holds them again.
             moving = {name: x for name, x in own.items() if name in trained}
             others = {name: x for name, x in own.items() if name not in trained}
             step = self._jit("step", c, donated=(1, 2))
@@ -111,6 +114,7 @@ class HostOptimizer(StagedOptimizer):
         self._layout.check(state)
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
             return self._layout.gather(state)
+        # On the host: the columns' arrays are on different devices and cannot meet in one program.
         placed = {name: tuple(map(np.asarray, arrays)) for name, arrays in state.placed.items()}
         return self._layout.gather(StagedState(state.shared, placed))
 
@@ -131,6 +135,7 @@ class HostOptimizer(StagedOptimizer):
                 self._jit(name, c, c, level)(arrived[c], *own) for c, own in enumerate(arguments)
             ]
             for c, mesh in enumerate(self.meshes):
+                # One vector per dtype and column, copied to every column's devices.
                 arrived[c].append(jax.device_put(made, NamedSharding(mesh, EVERYWHERE)))
         return arrived
 
@@ -146,6 +151,7 @@ class HostOptimizer(StagedOptimizer):
             )
             # Results lie exactly as arguments do, so that no later step compiles again.
             shardings = own.everywhere if static else out
+            # Static arguments (column, level) choose the program; there is one a round.
             run = partial(getattr(own, name), *static)
             self._jitted[key] = jax.jit(run, donate_argnums=donated, out_shardings=shardings)
         return self._jitted[key]
@@ -176,7 +182,7 @@ class HostOptimizer(StagedOptimizer):
 
 
 class Trains(Protocol):
-    """Pipeline interface that a training step uses: its executor, and value_and_grad."""
+    """Pipeline interface that a training step uses: the staged program and `value_and_grad`."""
 
     @property
     def loop(self) -> Any: ...

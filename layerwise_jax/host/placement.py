@@ -71,7 +71,7 @@ class HostPlacement(Placement):
 
     @cached_property
     def of_column(self) -> tuple[Placement, ...]:
-        """The slots of every column, as a placement of their own."""
+        """For every column, a placement of its slots only."""
         return tuple(
             Placement(tuple(self.slots[j] for j in self._slots_on(column)), 1, self.signature)
             for column in range(len(self.meshes))
@@ -90,7 +90,7 @@ class HostPlacement(Placement):
 
 
 def check_one_process(mesh: Mesh) -> None:
-    """Refuse a mesh over several processes: a column's thread reaches devices of its own only.
+    """Refuse a mesh over several processes: a thread reaches only the devices of its process.
 
     Raises:
       ValueError: the mesh has devices of several processes.
@@ -134,8 +134,10 @@ def place_columns(
     check_one_process(mesh)
     meshes = column_meshes(mesh)
     avals = {weight: program.avals[x] for x, weight in program.weights.items()}
+    # Dicts as ordered sets: slots are in the order of first use.
     held: list[dict[Weight, None]] = [{} for _ in meshes]
     for s, stage in enumerate(stages):
+        # A weight that the stage only writes needs a slot here too.
         renewed = [state[p] for p in stage.outputs if p in state]
         held[devices[s]].update(dict.fromkeys([*stage.weights.values(), *renewed]))
     used = {weight for column in held for weight in column}

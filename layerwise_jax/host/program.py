@@ -68,6 +68,7 @@ class HostProgram:
     def trained(self) -> frozenset[Weight]:
         """The weights that have a gradient."""
         program, held_back = self.staged.program, {*self.staged.frozen, *self.staged.state.values()}
+        # Trained: floating-point, neither frozen nor state.
         weights = program.weights.items()
         return frozenset(
             w for x, w in weights if w not in held_back and is_inexact(program.avals[x])
@@ -136,6 +137,7 @@ class HostProgram:
         programs = column_programs(
             self.staged.program, self.stages, self._prelude, self.trained, len(meshes), replicas
         )
+        # A weight with slots on several columns.
         tied = frozenset(
             weight for weight, places in self.placement.copies().items() if len(places) > 1
         )
@@ -152,6 +154,7 @@ class HostProgram:
         keys = []
         for stage in self.stages:
             for m in range(self.staged.num_microbatches):
+                # One box a message and step: no box is used twice, so order needs no lock.
                 keys += [Key("activation", x, stage.stage, m) for x in stage.live_in]
                 keys += [
                     Key("cotangent", x, stage.stage, m) for x in stage.differentiated if trains

@@ -18,8 +18,8 @@ from layerwise_jax.trace.program import Op, Operand, Program, Value, Weight, nby
 
 @dataclass(frozen=True, eq=False)
 class StageProgram:
-    """One stage of one microbatch, without the operations that depend on weights alone (the
-    prelude).
+    """One stage of one microbatch, without the prelude (operations on weights
+    only, see `prelude_ops`).
 
     Attributes:
       stage: its number.
@@ -66,8 +66,7 @@ class StageProgram:
 
 
 def prelude_ops(program: Program, state: Collection[Weight]) -> list[Op]:
-    """The operations that depend on weights and constants alone: run once a step, not once a
-    microbatch.
+    """Prelude: operations on weights and constants only, run once a step, not once a microbatch.
 
     Casts, transposed and dequantized weights, the rows of a stacked leaf. Left in the stage is what
     reads state, draws
@@ -77,9 +76,11 @@ def prelude_ops(program: Program, state: Collection[Weight]) -> list[Op]:
     fixed = weights | set(program.constants)
     found = []
     for op in program.ops:
+        # Not draws for the full batch, which are sliced by microbatch.
         pure = op.full_rows is None and not op.eqn.effects
         if not pure or not fixed.issuperset(op.values) or weights.isdisjoint(op.values):
             continue
+        # Growing ops stay in the stage: their results would be held for the whole step.
         if sum(nbytes(program.avals[x]) for x in op.results) <= sum(
             nbytes(program.avals[x]) for x in op.values
         ):
@@ -98,6 +99,7 @@ def moving_values(program: Program, trained: Collection[Weight]) -> set[Value]:
     }
     for op in program.ops:
         if not moving.isdisjoint(op.values):
+            # Integers stop a gradient: an argmax has none.
             moving.update(x for x in op.results if is_inexact(program.avals[x]))
     return moving
 
@@ -157,6 +159,7 @@ class _Splitter:
             *program.constants,
             *(x for op in prelude for x in op.results),
         }
+        # State changes with every microbatch, so it cannot be prepared once a step.
         self.prepared -= self.state_values
         self.ops = [tuple(op for op in stage.ops if op not in prelude) for stage in stages]
         self.reads = [self._reads(s) for s in range(len(stages))]
@@ -183,6 +186,7 @@ class _Splitter:
         consumers = {
             x: tuple(
                 c
+                # Last stage first: the order in which their cotangents are added.
                 for c in reversed(range(s + 1, len(self.stages)))
                 if x in self.stages[c].receives and x in self.reads[c]
             )
@@ -196,9 +200,11 @@ class _Splitter:
             if (back := tuple(c for c in readers if x in later[c].differentiated))
         }
         makes_loss = 0 in stage.outputs and stage.outputs[0] in moving and 0 not in self.state
+        # Without a cotangent from a consumer or the loss there is nothing to pull back.
         has_backward = bool(pulled) or makes_loss
         outputs = tuple(p for p in stage.outputs if p not in self.state)
         new_state = tuple(p for p in stage.outputs if p in self.state)
+        # In the order of first use, so that equal layers have equal signatures.
         prepared = tuple(x for x in reads if x in self.prepared)
         return StageProgram(
             stage=s,

@@ -35,9 +35,8 @@ class TimedStep(NamedTuple):
 class Timeline:
     """The calls of a training step, timed one by one.
 
-    Steps that run alone show what each costs; how they overlap is then a matter of the schedule:
-    `simulation` lays them out. A measured step that takes longer than its makespan waits for
-    messages or for the host.
+    Steps that run one at a time show the cost of each; `simulation` lays them out by the schedule.
+    A measured step that takes longer than its makespan waits for messages or for the host.
     """
 
     schedule: Schedule
@@ -62,6 +61,7 @@ class Timeline:
         weight = [self.seconds(s, ("W",)) for s in stages]
         split = [self.seconds(s, ("I",)) + weight[s] for s in stages]
         backward = [self.seconds(s, ("B",)) or split[s] or 2 * both[s] / 3 for s in stages]
+        # Where backward was not split, half of it counts as the weight gradient.
         halves = [w or b / 2 for w, b in zip(weight, backward, strict=True)]
         return simulate_schedule(self.schedule, forward, backward, halves)
 
@@ -106,6 +106,7 @@ class StepClock:
 
     def observe(self, results: Any) -> None:
         returned = processes.stopwatch()
+        # The call has returned; now wait for the device.
         jax.block_until_ready(results)
         done = processes.stopwatch()
         assert self._step is not None

@@ -45,6 +45,7 @@ class Workers:
           Every job's exception, or None.
         """
         failures: list[BaseException | None] = [None] * len(jobs)
+        # Counts finished jobs; acquire with a timeout lets Ctrl-C through.
         left = threading.Semaphore(0)
         x64 = bool(
             jax.config.read("jax_enable_x64")
@@ -61,6 +62,7 @@ class Workers:
                 left.release()
 
         for column, (queue, job) in enumerate(zip(self._jobs, jobs, strict=True)):
+            # Defaults bind the loop's values now.
             queue.put(lambda column=column, job=job: guarded(column, job))
         waiting = len(jobs)
         try:
@@ -115,8 +117,7 @@ class Mailboxes:
         self._boxes[key].put(array)
 
     def get(self, key: Key, *, wait: bool) -> Any:
-        """The message; waits for it, or (one thread runs all columns) takes it for granted that it
-        is there.
+        """The message; waits for it, or with `wait=False` (one thread) requires that it is there.
 
         Raises:
           StoppedError: another column has failed.
@@ -134,6 +135,7 @@ class Mailboxes:
     def stop(self) -> None:
         """Wake every thread that waits, or will wait."""
         for box in self._boxes.values():
+            # Also in boxes that have a message: that message is taken first.
             box.put(_STOP)
 
 
