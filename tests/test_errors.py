@@ -132,8 +132,10 @@ def test_fewer_devices_than_stages() -> None:
 @pytest.mark.parametrize(
     ("params", "words"),
     [
-        (tuple(PARAMS), ["must have the traced tree", "PyTreeDef([", "got\n  PyTreeDef(("]),
-        (PARAMS[:3], ["must have the traced tree"]),
+        (tuple(PARAMS), ["other containers: PyTreeDef((*", "in place of PyTreeDef([*"]),
+        (PARAMS[:3], ["must have the traced tree, got another (missing [3])"]),
+        ([*PARAMS, *PARAMS], ["(unexpected [4], [5], [6], [7])"]),
+        ({"w": PARAMS}, ["missing [0], [1], [2], [3]; unexpected ['w'][0]"]),
         ([*PARAMS[:3], PARAMS[3][:2]], ["[3]", "got float32[2, 4]", "must be float32[4, 4]"]),
         (
             [PARAMS[0].astype(HALF), *PARAMS[1:]],
@@ -141,7 +143,7 @@ def test_fewer_devices_than_stages() -> None:
         ),
         ([1.0, *PARAMS[1:]], ["[0]", "float32[]"]),
     ],
-    ids=["tree", "length", "shape", "dtype", "scalar"],
+    ids=["tree", "shorter", "longer", "renamed", "shape", "dtype", "scalar"],
 )
 def test_parameters_that_were_not_traced(
     pipeline: lw.Pipeline, params: Any, words: list[str]

@@ -10,6 +10,9 @@ import jax
 
 from layerwise_jax.trace.layers import Signature
 
+# Paths that a message about two trees lists of either kind.
+MOST_PATHS = 5
+
 
 def input_axes(inputs: Any, in_axes: Any) -> tuple[int | None, ...]:
     """The batch axis of every leaf of `inputs`: 0, or None for a leaf that is not split.
@@ -112,8 +115,9 @@ def check_inputs(
     leaves, tree = jax.tree.flatten(inputs)  # None has no leaf, in both trees
     if tree != signature.inputs_tree:
         raise ValueError(
-            f"inputs must have the traced tree {signature.inputs_tree}, got {tree}. Pass all "
-            "arguments of the function but its parameters."
+            f"inputs must have the traced tree {signature.inputs_tree}, got {tree}"
+            f"{tree_difference(signature.inputs_tree, tree)}. Pass all arguments of the function "
+            "but its parameters."
         )
     for j, (leaf, aval, axis) in enumerate(zip(leaves, signature.inputs_avals, axes, strict=True)):
         # aval is that of one microbatch: [rows, ...]; the batch is [parts * rows, ...]
@@ -126,6 +130,32 @@ def check_inputs(
                 f"{list(given.shape)}. Pass that shape and dtype, or build a pipeline for this one."
             )
     return leaves
+
+
+def tree_difference(expected: Any, given: Any) -> str:
+    """The paths at which two tree structures differ, as the end of a message; at most a few."""
+    names = [
+        [
+            jax.tree_util.keystr(path)
+            for path, _ in jax.tree_util.tree_flatten_with_path(
+                jax.tree.unflatten(tree, range(tree.num_leaves))
+            )[0]
+        ]
+        for tree in (expected, given)
+    ]
+    missing = [name for name in names[0] if name not in set(names[1])]
+    surplus = [name for name in names[1] if name not in set(names[0])]
+    found = [("missing", missing), ("unexpected", surplus)]
+    parts = [
+        f"{what} {', '.join(paths[:MOST_PATHS])}"
+        + (f" and {len(paths) - MOST_PATHS} more" if len(paths) > MOST_PATHS else "")
+        for what, paths in found
+        if paths
+    ]
+    if not parts:
+        trees = [str(tree) for tree in (given, expected)]
+        return " (in other containers: {:.100} in place of {:.100})".format(*trees)
+    return f" ({'; '.join(parts)})"
 
 
 def _with_axes(inputs: tuple[Any, ...], in_axes: Any) -> list[tuple[Any, int | None]]:

@@ -22,6 +22,7 @@ from layerwise_jax import processes
 from layerwise_jax._jax import Tracer, is_key, wrap_key
 from layerwise_jax.mesh import STAGE
 from layerwise_jax.schedule.table import round_robin_device
+from layerwise_jax.stage.inputs import tree_difference
 from layerwise_jax.trace.layers import Signature
 from layerwise_jax.trace.program import Weight, nbytes
 
@@ -204,8 +205,9 @@ class Placement:
         leaves, tree = jax.tree.flatten(params)
         if tree != self.signature.params_tree:
             raise ValueError(
-                f"params must have the traced tree\n  {self.signature.params_tree},\ngot\n  {tree}."
-                "\nTrace the model again, or pass the tree it was traced with."
+                f"params must have the traced tree, got another"
+                f"{tree_difference(self.signature.params_tree, tree)}. Trace the model again, or "
+                "pass the tree that it was traced with."
             )
         avals = list(zip(leaves, self.signature.params_avals, strict=True))
         for name, (leaf, aval) in zip(self.signature.params_names, avals, strict=True):
