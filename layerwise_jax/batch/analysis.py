@@ -85,7 +85,7 @@ class BatchAnalysis:
 def analyze_batching(
     layers: LayerSequence,
     in_axes: Sequence[int | None],
-    parts: int,
+    parts: Parts,
     options: BatchOptions | None = None,
 ) -> BatchAnalysis:
     """Find out how the outputs of the full batch follow from those of its parts.
@@ -94,7 +94,8 @@ def analyze_batching(
       layers: the function, traced on one part.
       in_axes: for every input leaf, 0 if its leading axis is the batch, None if every part gets it
         whole.
-      parts: equal parts that the batch is split into.
+      parts: full batch over one part: the number of equal parts, or Fraction(batch, size) for a
+        part of another size.
       options: see `BatchOptions`.
 
     Raises:
@@ -186,7 +187,7 @@ def _words(layers: LayerSequence, options: BatchOptions) -> tuple[list[str], boo
     return words + ["auto"] * len(layers.signature.mutated), is_own_word
 
 
-def _trace_full(layers: LayerSequence, in_axes: Sequence[int | None], parts: int) -> Program:
+def _trace_full(layers: LayerSequence, in_axes: Sequence[int | None], parts: Parts) -> Program:
     signature = layers.signature
     # Weights keep their shapes; split inputs [b, ...] become [parts * b, ...].
     params = [_abstract(aval, 1) for aval in signature.params_avals]
@@ -210,8 +211,8 @@ def _trace_full(layers: LayerSequence, in_axes: Sequence[int | None], parts: int
     return flatten(jaxpr, len(params), FOR_STAGES, layers.program.captured)
 
 
-def _abstract(aval: Any, parts: int) -> jax.ShapeDtypeStruct:
-    shape = aval.shape if parts == 1 else (aval.shape[0] * parts, *aval.shape[1:])
+def _abstract(aval: Any, parts: Parts) -> jax.ShapeDtypeStruct:
+    shape = aval.shape if parts == 1 else (int(aval.shape[0] * parts), *aval.shape[1:])
     return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type)
 
 

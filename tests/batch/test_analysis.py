@@ -3,13 +3,15 @@ batch's.
 """
 
 import re
+from fractions import Fraction
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from layerwise_jax.batch.analysis import BatchError
+from layerwise_jax.batch.analysis import BatchError, analyze_batching
+from layerwise_jax.trace.layers import trace_layers
 from tests.models.zoo import CASES, Case
 from tests.support.batching_cases import (
     ACCEPTED,
@@ -169,3 +171,17 @@ def test_only_draws_by_shape_are_run_at_the_full_batch() -> None:
     for name, marked in expected.items():
         program = split(ACCEPTED[name].fn, 2).analyse().program
         assert [op.name for op in program.ops if op.full_rows] == marked
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 6])
+def test_a_part_of_any_size(size: int) -> None:
+    """Roles of a part that does not divide the batch: `parts` is a fraction."""
+
+    def fn(weight: Any, x: Any, key: Any) -> Any:
+        y = jnp.tanh(x * weight) + jax.random.normal(key, x.shape) * jnp.arange(len(x))[:, None]
+        return y, jnp.mean(y), jnp.sum(y), jnp.sum(y * x) / jnp.sum(x)
+
+    layers = trace_layers(fn, jnp.float32(1), jnp.ones((size, 2)), jax.random.key(0))
+    outputs = analyze_batching(layers, (0, None), Fraction(16, size)).outputs
+    assert [output.kind for output in outputs] == ["rows", "reduced", "reduced", "reduced"]
+    assert [output.combine for output in outputs[1:]] == ["mean", "sum", "sum"]
