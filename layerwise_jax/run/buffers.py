@@ -40,6 +40,15 @@ def load(buffers: Sequence[Any], slot: Any) -> list[Any]:
     ]
 
 
+def take(buffers: Sequence[Any], slot: Any) -> tuple[list[Any], list[Any]]:
+    """The value in `slot` of every buffer, and the buffers, to be written later in the same tick.
+
+    The barrier has XLA read before it writes. Otherwise a read that is fused into a late consumer
+    would keep the old buffer alive, and the write would copy all of it.
+    """
+    return jax.lax.optimization_barrier((load(buffers, slot), list(buffers)))
+
+
 def _index(buffer: Any, slot: Any) -> Any:
     # The dummy slot is the last: JAX would read -1 as that too, but clamps a traced index to 0.
     return jnp.where(slot < 0, buffer.shape[0] - 1, slot)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerwise_jax.run.buffers import load, store
+from layerwise_jax.run.buffers import load, store, take
 from layerwise_jax.run.conditions import run_selected
 from layerwise_jax.run.microbatch import LateAfter, MicrobatchContext
 from layerwise_jax.run.outputs import add_output
@@ -138,7 +138,11 @@ class Tick:
         late = None
         if self.options.lags:
             late = LateAfter(MicrobatchContext(self.device, now["late_microbatch"]), state.kept)
-        results = self._run_forward(state, now, context, late)
+        arrived = state.arrived
+        if state.activations:
+            arrived, activations = take(state.activations, now["activation_read"])
+            state = state._replace(activations=activations)
+        results = self._run_forward(state, arrived, now, context, late)
         sent = [
             self.device.send(x, lane.pairs(self.program.num_devices), context)
             for x, lane in zip(results.sent, self.lanes, strict=True)
@@ -166,14 +170,11 @@ class Tick:
     def _run_forward(
         self,
         state: TickState,
+        arrived: list[Any],
         now: dict[str, Any],
         context: MicrobatchContext,
         late: LateAfter | None,
     ) -> ForwardResults:
-        arrived = state.arrived
-        if state.activations:
-            arrived = load(state.activations, now["activation_read"])
-
         def run(chunk: int, carry: ForwardResults) -> ForwardResults:
             del carry
             device = self.device.of_chunk(chunk)
@@ -209,7 +210,9 @@ class Tick:
 
     def _backward(self, state: TickState, now: dict[str, Any]) -> TickState:
         context = MicrobatchContext(self.device, now["backward_microbatch"])
-        pulled = self._run_backward(state, now, context)
+        arrived, buffers = take(state.gradients, now["gradient_read"])
+        state = state._replace(gradients=buffers)
+        pulled = self._run_backward(state, arrived, now, context)
         moving = [lane for lane in self.lanes if lane.has_gradient]
         sent = [
             self.device.send(
@@ -229,14 +232,15 @@ class Tick:
         )
 
     def _run_backward(
-        self, state: TickState, now: dict[str, Any], context: MicrobatchContext
+        self,
+        state: TickState,
+        arrived: list[Any],
+        now: dict[str, Any],
+        context: MicrobatchContext,
     ) -> StageGradients:
         stashed = load(state.stash, now["stash_read"])
         is_sent = now["gradient_read"] >= 0  # nothing comes back to the last stage
-        gradients = [
-            jnp.where(is_sent, g, jnp.zeros_like(g))
-            for g in load(state.gradients, now["gradient_read"])
-        ]
+        gradients = [jnp.where(is_sent, g, jnp.zeros_like(g)) for g in arrived]
 
         def run(chunk: int, kind: int, carry: StageGradients) -> StageGradients:
             stage = self._vjp(chunk, context, state.slots)

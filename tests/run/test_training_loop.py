@@ -14,6 +14,7 @@ from layerwise_jax.build import build_pipeline
 from layerwise_jax.run import ticks, vjp
 from layerwise_jax.run.casts import CastProgram
 from layerwise_jax.trace.layers import trace_layers
+from tests.support.hlo_text import loop_bodies, read_module
 from tests.support.staging import assert_trees_close
 
 WIDTH, ROWS, NUM_STAGES, NUM_MICROBATCHES = 6, 3, 3, 4
@@ -134,3 +135,22 @@ def test_gradients_are_masked_only_where_bubbles_run(schedule: str, stage_mesh: 
     value, gradients = jax.jit(computing.value_and_grad)(computing.place(PARAMS), X)
     want = jax.value_and_grad(mixed_precision_loss)(PARAMS, X)
     assert_trees_close((value, computing.gather(gradients)), want, 2e-2)
+
+
+@pytest.mark.parametrize("skip_bubbles", [True, False])
+def test_no_tick_copies_a_buffer(skip_bubbles: bool, stage_mesh: Callable) -> None:
+    """Buffers of messages and the stash are written in place: no loop copies an array as large as
+    two messages.
+    """
+    pipeline = stage(stage_mesh(NUM_STAGES), skip_bubbles=skip_bubbles)
+    staged = pipeline.place(PARAMS)
+    program = jax.jit(pipeline.value_and_grad).lower(staged, X).compile()
+    bodies = loop_bodies(read_module(program.as_text()))
+    assert len(bodies) >= 3
+    copied = [
+        instruction.type
+        for body in bodies
+        for instruction in body
+        if instruction.opcode == "copy" and (instruction.num_elements or 0) >= 2 * ROWS * WIDTH
+    ]
+    assert not copied
