@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -185,3 +186,19 @@ def test_copies_and_reprs_of_a_pipeline() -> None:
         assert "2 stages" in repr(value)
         assert len(repr(value)) < 300
         assert "\n" not in repr(value)
+
+
+def test_profiles_name_stages_passes_and_messages() -> None:
+    def unequal(params: list[Any], x: Any) -> Any:
+        return jnp.mean(jnp.sin(loss(params, x * 2)[1]) ** 2)
+
+    layers = lw.trace_layers(unequal, PARAMS, X[:4])
+    mesh = mesh_of(AxisType.Auto, stage=2)
+    pipeline = lw.build_pipeline(layers, (0, 1, 4), mesh, 2, reduce="mean")
+    equal = build(mesh)
+    scopes = {pipeline: ("forward", "backward", "send", "stage_0", "stage_1")}
+    for staged, names in {**scopes, equal: ("stage_body",)}.items():
+        lowered = jax.jit(staged.value_and_grad).lower(staged.place(PARAMS), X)
+        text = lowered.as_text(debug_info=True)
+        for name in names:
+            assert re.search(rf"[/(]{name}[/)]", text), name

@@ -111,7 +111,8 @@ class LocalStage:
           carry: a tree of arrays, whose structure and types the functions keep.
           policy: the price of the condition: see `conditions`.
         """
-        mine = {s: run for s, run in runs.items() if s in self.stages}
+        own = [s for s in runs if s in self.stages]
+        mine = {s: jax.named_scope(f"stage_{s}")(runs[s]) for s in own}
         return run_selected(mine, self.stage, carry, policy, self.stages)
 
     def run_segment(
@@ -191,6 +192,7 @@ class LocalStage:
         made = self.run_segments({segment.stage: on_last}, carry, policy)
         return dict(zip(segment.results, made, strict=True))
 
+    @jax.named_scope("stage_body")
     def run_body(
         self,
         context: MicrobatchContext,
@@ -328,6 +330,7 @@ class LocalStage:
         avals = self.program.avals
         return {x: from_wire(v, avals[x]) for (x, _), v in zip(self.wiring.kept, kept, strict=True)}
 
+    @jax.named_scope("send")
     def send(self, value: Any, pairs: list[tuple[int, int]], context: MicrobatchContext) -> Any:
         """Move a value between these pairs of devices; a bubble sends its fill value.
 

@@ -167,6 +167,7 @@ class Tick:
         stage = jnp.clip(now["forward_chunk"], 0) * self.program.num_devices + self.device.index
         return self._add_outputs(state, results.outputs, stage, context, late)
 
+    @jax.named_scope("forward")
     def _run_forward(
         self,
         state: TickState,
@@ -231,6 +232,7 @@ class Tick:
             state, pulled.outputs, jnp.where(is_first_half, stage, -1), context, None
         )
 
+    @jax.named_scope("backward")
     def _run_backward(
         self,
         state: TickState,
