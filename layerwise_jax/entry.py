@@ -93,7 +93,7 @@ def layerwise(
       trainable: the parameters that `value_and_grad` differentiates: a tree of booleans, or a
         function from the types of the parameters to one.
       executor: "loop" runs all stages in one program, which jit, grad and vmap accept; "host" runs
-        each as programs of its own, called without jit, for training with long ticks. "auto"
+        each as separate programs, called without jit, for training with long ticks. "auto"
         chooses by the predicted tick.
 
     Raises:

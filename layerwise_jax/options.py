@@ -50,7 +50,7 @@ class PipelineOptions:
         emulated devices, which share a processor; masked work on accelerators, which wait anyway.
       bubble_fill: fill value for the inputs of idle ticks. Tests pass NaN to show that none leaks.
       executor: "loop" runs all stages in one program, which jit, grad and vmap accept; "host" runs
-        each as programs of its own, driven by a thread per device, for training with long ticks.
+        each as separate programs, driven by a thread per device, for training with long ticks.
         "auto" chooses.
       xla_options: compiler options of executor "host"'s programs.
 

@@ -1,7 +1,7 @@
 """`Pipeline`: a staged function as users hold it, run by one of two executors.
 
 The loop is one `shard_map` program, which jit, grad and vmap accept. Executor `host` runs every
-stage as programs of its own (`layerwise_jax.host`). The layout of the placed parameters decides.
+stage as separate programs (`layerwise_jax.host`). The layout of the placed parameters decides.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Pipeline:
 
     @cached_property
     def loop_executor(self) -> LoopExecutor:
-        """All stages in one program."""
+        """Executor `loop`: all stages in one program."""
         options = self.options
         backward = Backward(
             self._seed,
@@ -95,7 +95,7 @@ class Pipeline:
 
     @cached_property
     def host_executor(self) -> HostExecutor:
-        """Every stage as programs of its own."""
+        """Executor `host`: every stage as separate programs."""
         program = HostProgram(
             self.loop,
             self.layers.signature,

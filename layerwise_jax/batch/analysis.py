@@ -51,7 +51,7 @@ class BatchOptions:
       reduce: a word of `outputs.Reduce`, or a tree of words that is a prefix of the outputs' tree.
       statistics: see above; None refuses operations that mix examples.
       state: positions of the outputs that are new state, which parts update in order.
-      precompute: whether values of inputs alone may be computed for the full batch beforehand.
+      precompute: whether values of inputs only may be computed for the full batch beforehand.
     """
 
     reduce: Any = "auto"
@@ -237,7 +237,7 @@ def _interpret(
     """The interpreter after its run, and the roles of the outputs.
 
     Runs again while it finds an iota that numbers the full batch and must number each part, or a
-    value of inputs alone that must be computed for the full batch beforehand.
+    value of inputs only that must be computed for the full batch beforehand.
     """
     inputs = zip(pair.full.inputs, in_axes, strict=True)
     given: dict[Value, Role] = dict.fromkeys(pair.full.weights, Replicated())

@@ -55,7 +55,7 @@ def additive(step: OpContext, operands: Sequence[int] | None = None) -> tuple[Ra
             "adds a mean over the examples to a sum over the examples, which combine differently"
         )
     raise NotSeparableError(
-        "adds something that does not depend on the batch (weight decay, say) to a sum over "
+        "adds something that does not depend on the batch (such as weight decay) to a sum over "
         "examples, so that the sum over the parts would count it once a part; added to a mean over "
         "the examples it would be right"
     )

@@ -56,5 +56,5 @@ def mixed_numberings(
 def _sums_of_data(
     op: PairedOp, roles: Mapping[Value, Role], weights: Collection[Value]
 ) -> list[Value]:
-    """Operands that are sums over examples of inputs alone; those of activations are statistics."""
+    """Operands that are sums over examples of inputs only; those of activations are statistics."""
     return [x for x in op.full.values if isinstance(roles[x], PartialSum) and x not in weights]

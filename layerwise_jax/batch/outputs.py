@@ -217,7 +217,7 @@ class OutputAnalysis:
         return _combined(COMBINE[output.word])
 
     def _rows(self, output: TracedOutput, role: Split | Replicated) -> OutputRole:
-        # Constant rows have no axis of their own: the shapes say where the batch is.
+        # Constant rows carry no axis in their role: the shapes say where the batch is.
         axis = role.axis if isinstance(role, Split) else output.scaling_axes[0]
         if axis != 0:
             raise BatchError(_elsewhere(output, axis))

@@ -176,7 +176,7 @@ LENGTHS = frozenset(
 )
 
 
-# Parameters that follow the length of the batch where examples lie side by side; the rules of these
+# Parameters that follow the length of the batch where examples are side by side; the rules of these
 # primitives check them.
 SCALING = {
     "tile": {"reps"},

@@ -1,8 +1,8 @@
-"""Values of inputs alone that are computed for the full batch, before the first microbatch.
+"""Values of inputs only that are computed for the full batch, before the first microbatch.
 
 The denominator of a masked mean, sum(mask), is a sum over the batch of inputs: a part knows its own
 share only. It depends on no parameter, so it is computed once for the full batch and enters the
-staged program as one more input. So do draws that no part can make and examples that inputs alone
+staged program as one more input. So do draws that no part can make and examples that inputs only
 reorder.
 """
 

@@ -68,7 +68,7 @@ def decode_ring(
         tokens at int32[sequences] positions give float[sequences, vocabulary] logits and a cache of
         the same types.
       params: its parameters, arrays or `jax.ShapeDtypeStruct`.
-      cache: the cache of one group before its first token, arrays or types; types stand for zeros.
+      cache: the cache of one group before its first token, arrays or types; types mean zeros.
         A leaf that the step changes belongs to one layer, or is stacked over layers as by a scan.
         Its sequences are the first axis, or the second of a stacked leaf. A group shares a leaf
         without them (a counter), or one that is equal for all sequences and read of one (Flax's

@@ -1,8 +1,8 @@
 """Ring message: packs activations for the next stage and sampled tokens for stage 0.
 
-Where an array more costs a collective more, tokens ride in an activation: the last stage sends no
-activations, so its array has room. That array is sent as unsigned integers of its width, since a
-bit pattern that is a signalling NaN may not survive arithmetic.
+Where every array costs a collective, tokens ride in an activation: the last stage sends no
+activations, so its array is free to carry them. That array is sent as unsigned integers of its
+width, since a bit pattern that is a signalling NaN may not survive arithmetic.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Message:
         avals = tuple(lane.aval for lane in loop.wiring.lanes)
         num_sequences = loop.output_aval(0).shape[0]
         ring = tuple((s, (s + 1) % loop.num_stages) for s in range(loop.num_stages))
-        # The first array with room for a token in every sequence.
+        # The first array that has TOKEN_BYTES a sequence.
         fits = [j for j, aval in enumerate(avals) if _carries(wire_aval(aval), num_sequences)]
         carrier = fits[0] if fits and tokens_ride else None
         pairs = [tuple(lane.pairs(loop.num_stages)) for lane in loop.wiring.lanes]

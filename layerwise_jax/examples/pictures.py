@@ -36,7 +36,7 @@ def draw_stages(axes: Axes, plan: Plan) -> None:
     heights = draw_bars(axes, plan, list(COLOURS), fontsize=8)
     if plan.capacity:
         axes.axhline(plan.capacity / MIB, linestyle="--", color="black", label="capacity")
-    axes.set_ylim(0, 1.3 * max([*heights, (plan.capacity or 0) / MIB]))  # room for the legend
+    axes.set_ylim(0, 1.3 * max([*heights, (plan.capacity or 0) / MIB]))  # space for the legend
     axes.set_xlabel("stage and its layers")
     axes.set_title(f"{plan.num_stages} stages, {plan.num_microbatches} microbatches")
     axes.legend(ncols=4, loc="upper center", frameon=False)

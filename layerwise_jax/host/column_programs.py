@@ -26,7 +26,7 @@ class ColumnProgram:
 
     Attributes:
       program: the program.
-      ops: the column's operations on weights and constants alone, in the order of the trace.
+      ops: the column's operations on weights and constants only, in the order of the trace.
       prepared: all that its stages read of weights, constants and prelude.
       trained: those that have an accumulator.
       trained_weights: the weights that have a gradient.

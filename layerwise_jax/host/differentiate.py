@@ -3,7 +3,7 @@
 The stage is linearized once, as a jaxpr; every leaf of its vjp is then one of
 
 - an argument of forward: backward gets that array again, and forward does not return it;
-- made from prepared values and constants alone: backward makes it again (transposed weights,
+- made from prepared values and constants only: backward makes it again (transposed weights,
 masks);
 - anything else: stashed, each array once.
 """

@@ -58,7 +58,7 @@ class HostExecutor:
     def compile(self, *, trains: bool) -> None:
         """Compile what a step needs: done by the first step, if not before.
 
-        Call it in the config contexts (matmul precision, say) that programs are to be compiled in.
+        Call it in the config contexts (matmul precision) that programs are to be compiled in.
         """
         # A set: microbatches share one program of a stage and kind.
         kinds = {(step.stage, step.kind) for column in self._columns(trains) for step in column}

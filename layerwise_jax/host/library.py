@@ -55,7 +55,7 @@ class Library:
         with ThreadPoolExecutor(COMPILE_THREADS) as threads:
             jobs = []
             for stage, kind in missing:
-                # Equal stages share the jitted function and its trace; each is lowered for its devices.
+                # Equal stages share the jitted function and its trace; each is lowered by itself.
                 lowered = self._jit(stage, kind).lower(*StageSignature(self.calls[stage]).of(kind))
                 jobs.append(
                     threads.submit(lowered.compile, compiler_options=dict(self.options) or None)

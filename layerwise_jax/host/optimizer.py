@@ -149,7 +149,7 @@ class HostOptimizer(StagedOptimizer):
             out = (
                 own.state_shardings if name == "init_state" else (own.on_stage, own.state_shardings)
             )
-            # Results lie exactly as arguments do, so that no later step compiles again.
+            # Results have the shardings of the arguments, so that no later step compiles again.
             shardings = own.everywhere if static else out
             # Static arguments (column, level) choose the program; there is one a round.
             run = partial(getattr(own, name), *static)
@@ -211,7 +211,7 @@ class HostTrainStep:
     ) -> tuple[Staged, StagedState, Any]:
         """Train on one batch. `staged` and `state` are donated: use what comes back instead.
 
-        They are donated to the update alone, which starts once all columns have run: an error
+        Only the update donates them, and it starts once all columns have run: an error
         before that leaves them usable.
 
         Returns:

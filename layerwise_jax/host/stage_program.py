@@ -180,7 +180,7 @@ class _Splitter:
 
     def split(self, s: int, later: Mapping[int, StageProgram]) -> StageProgram:
         stage, reads, moving = self.stages[s], self.reads[s], self.moving
-        # A stage may make again, from inputs alone, what another one sends: only what it receives
+        # A stage may recompute, from inputs only, what another one sends: only what it receives
         # is live.
         live_in = tuple(x for x in reads if x in self.maker and x in stage.receives)
         consumers = {

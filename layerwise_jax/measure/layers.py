@@ -65,7 +65,7 @@ class CompiledCosts:
             return f"XLA for the local {processes.local_device().device_kind}"
         if can_compile_for_absent_gpus():
             return f"XLA:GPU for {self._spec.name}, which is not here"
-        return "shapes alone: there is no compiler for this device here (the extra 'aot' brings it)"
+        return "shapes only: there is no compiler for this device here (the extra 'aot' brings it)"
 
     @property
     def _spec(self) -> DeviceSpec:
@@ -184,7 +184,7 @@ def measured_by_shape(layers: LayerSequence) -> Sizes:
         )
         for stage in cut_stages(layers, range(len(layers) + 1))
     )
-    return Sizes(costs, "any device", "shapes alone, without workspace")
+    return Sizes(costs, "any device", "shapes only, without workspace")
 
 
 def made_outside(stage: Stage) -> tuple[Value, ...]:

@@ -121,7 +121,7 @@ def _span(timeline: Timeline, span: Span, scale: float) -> str:
 
 def _figure(height: float, drawn: str, legend: Iterable[tuple[str, str]]) -> str:
     """An SVG of fixed width with a legend of coloured squares below."""
-    width = LABEL_WIDTH + CHART_WIDTH + 90  # room for totals after the longest bar
+    width = LABEL_WIDTH + CHART_WIDTH + 90  # space for totals after the longest bar
     squares = "".join(
         f'<span style="margin-right:14px"><span style="display:inline-block;width:10px;height:10px;'
         f'background:{colour}"></span> {escape(name)}</span>'

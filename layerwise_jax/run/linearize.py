@@ -112,7 +112,7 @@ def lay_out_stash(device: LocalStage, slots: Sequence[Any]) -> StashLayout:
     # Every device lays out the residuals of all stages: one program runs on all devices.
     own = {s: _segment_residuals(chunk, s, slots) for chunk in chunks for s in chunk.stages}
     places, own_avals = share_buffers(own)
-    # The body is the same for all stages, and so are its residuals: chunk 0 stands for all.
+    # The body is the same for all stages, and so are its residuals: chunk 0 serves for all.
     body = _body_residuals(device, slots) if device.loop.has_body else None
     results = tuple(result_aval(device, source) for source in stashed_sources(device))
     return StashLayout(results, body, own, places, own_avals)

@@ -56,7 +56,7 @@ class Recomputing(StageVjp):
 
 
 class Storing(StageVjp):
-    """Stashes residuals; backward recomputes only residuals that come from weights alone."""
+    """Stashes residuals; backward recomputes only residuals that come from weights only."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """Residuals of a VJP: those that are stashed from forward to backward, and those that are not.
 
-A VJP's residuals are a tree of arrays. Residuals that come from weights alone (a weight, a cast of
+A VJP's residuals are a tree of arrays. Residuals that come from weights only (a weight, a cast of
 one) are equal for every microbatch: they are recomputed in the backward pass instead of stashed.
 Residuals that come from the microbatch are stashed, each once; the function's own `jax.checkpoint`
 policies decide which exist.
@@ -51,7 +51,7 @@ class Residuals:
         return [found[j] for j in range(len(self.avals))]
 
     def put_back(self, vjp_fn: Callable, stashed: Sequence[Any]) -> Callable:
-        """The VJP function with stashed residuals in place of its own."""
+        """The VJP function with stashed residuals in place of those it was made with."""
         leaves, tree = jax.tree.flatten(vjp_fn)
         self._check(leaves)
         values = [from_wire(x, aval) for x, aval in zip(stashed, self.avals, strict=True)]
@@ -70,7 +70,7 @@ def find_residuals(linearized: Linearized, weights: Any, microbatch: Any) -> Res
     Args:
       linearized: returns (results, VJP function), as `jax.vjp` does.
       weights: its arguments that are the same for every microbatch, arrays or types.
-      microbatch: its other arguments, likewise.
+      microbatch: its other arguments, arrays or types.
     """
     closed = jax.make_jaxpr(
         lambda weights, microbatch: jax.tree.leaves(linearized(weights, microbatch)[1])

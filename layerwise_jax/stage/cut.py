@@ -196,7 +196,7 @@ def check_cut(program: Program, stages: Sequence[Stage], pinned: Sequence[Sequen
                     f"{s} ({stage.layers[-1]}); references cannot leave their device. Keep its "
                     "uses within one layer."
                 )
-        # Replay the stage on names alone: each op may read only what is there by then.
+        # Replay the stage on names only: each op may read only what is there by then.
         known = {*stage.weights, *stage.inputs, *stage.receives, *program.constants}
         for op in stage.ops:
             assert known.issuperset(op.values), f"stage {s} reads a value it lacks: {op.eqn}"

@@ -185,7 +185,7 @@ class Placement:
     def _leaves(self, staged: Staged) -> dict[int, Any]:
         """Leaves of the parameters, by number, of which the slots are in `staged`."""
         parts: dict[int, list[tuple[int, Any]]] = {}  # leaf -> (first index, slice of the leaf)
-        # Copies of a tied weight are equal: the first stands for all.
+        # Copies of a tied weight are equal: the first is taken.
         for weight, ((j, device), *_) in self.copies().items():
             if self.slots[j].name in staged:
                 shard = read_shard(staged[self.slots[j].name], device)

@@ -202,7 +202,7 @@ def _is_same(held: Any, array: Any) -> bool:
 
 
 def _variables(fn: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """(name, value) of what a function reads besides its arguments."""
+    """(name, value) of what a function reads: bound arguments, closure, globals, attributes."""
     while isinstance(fn, functools.partial):
         yield from fn.keywords.items()
         yield from ((f"argument {i}", value) for i, value in enumerate(fn.args))

@@ -1,4 +1,4 @@
-"""Variables that a function mutates: found by its trace, and returned as outputs of their own.
+"""Variables that a function mutates: found by its trace, and returned as additional outputs.
 
 An nnx module is a tree of `nnx.Variable`. Calling it may give some of them new values: counts of
 its random streams, batch statistics, caches. `nnx.jit` writes these back into the caller's module.

@@ -24,7 +24,7 @@ class PrimitiveClass(StrEnum):
     PLACEMENT = "the operand's own values on other devices or in another layout"
     BARRIER = "operands tied together, values unchanged"
     SHAPE = "the operand's entries in another shape or order"
-    CREATION = "an array made from its shape alone"
+    CREATION = "an array made from its shape only"
     REDUCTION = "some axes reduced to one entry each"
     WINDOW = "windows reduced to one entry each"
     CUMULATIVE = "running reduction along one axis"
@@ -167,7 +167,7 @@ CALL_LIKE = names_of(_C.CALL, _C.REMAT, _C.CUSTOM_RULE, _C.HIGH_LEVEL)
 ENTRYWISE = names_of(
     _C.LINEAR, _C.PRODUCT, _C.NONLINEAR, _C.IDENTITY, _C.CONVERT, _C.SELECT, _C.BITCAST
 )
-"""Primitives whose result at an entry depends on that entry of the operands alone."""
+"""Primitives whose result at an entry depends only on that entry of the operands."""
 
 MATRIX_PRODUCTS = names_of(_C.CONTRACTION, _C.ATTENTION)
 

@@ -141,7 +141,7 @@ def _values_from(program: Program, sources: Sequence[Value]) -> set[Value]:
 def _product(
     value: Value, made_by: Mapping[Value, Op], uses: Mapping[Value, int]
 ) -> Product | None:
-    """The product behind a gradient, if nothing else uses it or what lies between."""
+    """Product that makes a gradient, if nothing else reads it or the chain up to the gradient."""
     chain: list[Op] = []
     while uses[value] == 1 and value in made_by:
         op = made_by[value]

@@ -71,7 +71,7 @@ def _run(jaxpr: Jaxpr, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _apply(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-    """The results of an operation, `Spread` where they follow from entries alone."""
+    """The results of an operation, `Spread` where one entry of the operands determines them."""
     name = eqn.primitive.name
     if not any(isinstance(x, Spread) for x in values):
         if (

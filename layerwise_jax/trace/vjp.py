@@ -3,7 +3,7 @@
 A leaf is one of
 
 - an argument of forward: backward gets that array again, and forward does not return it;
-- made from fixed arguments and constants alone: backward makes it again (transposed weights);
+- made from fixed arguments and constants only: backward makes it again (transposed weights);
 - anything else: stashed, each array once.
 """
 
@@ -81,7 +81,7 @@ def classify_leaves(closed: Any, num_results: int, tree: Any, num_fixed: int) ->
 
 
 def run_part(closed: Any, wanted: Sequence[int], arguments: Sequence[Any]) -> list[Any]:
-    """Some results of a jaxpr, which depend on its first arguments alone, by just the equations
+    """Some results of a jaxpr, which depend only on its first arguments, by just the equations
     that make them.
     """
     jaxpr = closed.jaxpr

@@ -63,7 +63,7 @@ def trace_optimizer(
         if "required keyword-only argument" not in str(error):
             raise
         raise ValueError(
-            "optimizer must be updated from gradients, state and parameters alone, got one that "
+            "optimizer must be updated from gradients, state and parameters only, got one that "
             f"takes more ({error}). Leave that part of the chain out, and do its work between "
             "steps."
         ) from error

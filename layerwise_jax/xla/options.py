@@ -2,7 +2,7 @@
 
 Options are set for one program (`compiler_options`), never for the process. No XLA option keeps
 weights in L2: the scheduler's memory limit ignores arguments, and the configured cache size changes
-nothing. Options do change the workspace that a program needs besides its weights.
+nothing. Options do change the workspace that a program needs in addition to its weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Roles through cuDNN's attention, which `jax.nn.dot_product_attention(implementation="cudnn")`
 calls.
 
-Examples lie along the first axis of all operands: query, key, value, bias, lengths of queries and
+Examples are along the first axis of all operands: query, key, value, bias, lengths of queries and
 of keys, then four arrays for packed sequences, empty where there are none; the gradient takes the
 softmax's statistics, the result and its cotangent, too.
 """

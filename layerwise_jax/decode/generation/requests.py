@@ -74,7 +74,7 @@ class Running:
             if self.is_done or self.position < len(self.prompt):
                 continue
             self.new.append(int(token))
-            # New tokens alone count: a prompt that ends with it does not end the request.
+            # Only new tokens count: a prompt that ends with it does not end the request.
             stopped = any(tuple(self.new[-len(stop) :]) == stop for stop in self.stops)
             self.is_done = stopped or len(self.new) >= self.limit
 
