@@ -3,7 +3,7 @@
 The stage is linearized once, as a jaxpr; every leaf of its vjp is then one of
 
 - an argument of forward: backward gets that array again, and forward does not return it;
-- made from prepared values and constants only: backward makes it again (transposed weights,
+- made from prepared values and constants only: backward recomputes it (transposed weights,
 masks);
 - anything else: stashed, each array once.
 """
@@ -206,9 +206,9 @@ class StageFunctions:
         found, flat = self.linearization, jax.tree.leaves(arguments)
         num_fixed = len(arguments.prepared)
         # From prepared values only, so the same for every microbatch.
-        remade = run_part(found.jaxpr, found.remade, flat[:num_fixed])
+        recomputed = run_part(found.jaxpr, found.recomputed, flat[:num_fixed])
         # Leaf by leaf: an argument again, recomputed, or stashed by forward.
-        where = {"argument": flat, "remade": remade, "stashed": stash}
+        where = {"argument": flat, "recomputed": recomputed, "stashed": stash}
         vjp_fn = jax.tree.unflatten(
             found.tree, [where[leaf.kind][leaf.place] for leaf in found.leaves]
         )

@@ -124,7 +124,7 @@ class HostOptimizer(StagedOptimizer):
     def _exchange(
         self, program: LeafProgram, name: str, arguments: Sequence[tuple[Any, ...]]
     ) -> list[list[Any]]:
-        """Run the rounds in which values become known to all.
+        """Exchange exported values between columns, one round for each level.
 
         Returns:
           For every column, the vectors of all columns by round, on the column's devices.

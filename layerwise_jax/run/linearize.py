@@ -165,7 +165,7 @@ _INDEX = jax.ShapeDtypeStruct((), jnp.int32)  # of a microbatch
 def recomputing_cheap(run: Callable[..., Any]) -> Callable[..., Any]:
     """`run`, whose VJP keeps only results of expensive ops, and its arguments.
 
-    `jax.checkpoint` policies inside of `run` hold on: they keep no more than they would alone.
+    `jax.checkpoint` policies inside of `run` still apply: they keep no more than without this one.
     """
     # prevent_cse: forward and backward are in different ticks, so there is nothing to merge
     return jax.checkpoint(run, policy=is_expensive, prevent_cse=False)

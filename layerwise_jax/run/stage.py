@@ -104,7 +104,7 @@ class LocalStage:
     def run_segments[T](
         self, runs: Mapping[int, Callable[[T], T]], carry: T, policy: BranchPolicy
     ) -> T:
-        """Run the one of `runs` that is this device's stage's; elsewhere return the carry.
+        """Run this device's stage's entry of `runs`; devices without an entry return the carry.
 
         Args:
           runs: stage -> function of the carry; stages of other chunks are left out.
@@ -288,7 +288,7 @@ class LocalStage:
         return results, state
 
     def from_results(self, results: Sequence[Any]) -> list[Any]:
-        """Branch results from wire format."""
+        """Decode branch results from wire format: random keys from their data."""
         avals = [aval for aval, _ in self.wiring.branch_results]
         return [from_wire(x, aval) for x, aval in zip(results, avals, strict=True)]
 

@@ -296,7 +296,7 @@ class Tick:
         return Storing(device, context, slots, backward.seed, layout, masks=masks)
 
     def _is_conditional(self, alternatives: Sized) -> bool:
-        """True if a device that has nothing to do runs none of the alternatives."""
+        """True if idle devices branch around all alternatives instead of computing and masking."""
         backward = self.options.backward
         return len(alternatives) > 1 or (backward is not None and backward.skips_bubbles)
 
@@ -307,7 +307,7 @@ class Tick:
         context: MicrobatchContext,
         idle: T,
     ) -> T:
-        """Run the alternative that has this code; in a bubble any result will do: it is masked."""
+        """Run the alternative of this code. Results of bubbles are arbitrary: callers mask them."""
         backward = self.options.backward
         if backward is None:  # differentiable
             return run_selected(runs, jnp.clip(code, 0), idle, "switch", range(len(runs)))

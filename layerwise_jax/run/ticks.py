@@ -61,7 +61,7 @@ class TickLoop:
 
     @classmethod
     def forward(cls, program: StagedProgram, roles: Sequence[str]) -> TickLoop:
-        """The forward loop: microbatches follow each other round the devices."""
+        """The forward loop: a device runs one stage for one microbatch a tick."""
         schedule = forward_only(program.num_devices, program.num_microbatches, program.num_chunks)
         return cls(program, lower_schedule(schedule), tuple(roles))
 

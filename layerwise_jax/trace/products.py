@@ -26,18 +26,18 @@ RESHAPING = frozenset({"transpose", "reshape", "squeeze", "convert_element_type"
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """A gradient that is a product.
+    """Weight gradient that is one `dot_general`, then reshapes, transposes and casts.
 
     Attributes:
       op: the `dot_general`.
-      chain: what its result goes through, in order.
+      chain: operations between the product and the gradient, in order.
     """
 
     op: Op
     chain: tuple[Op, ...]
 
     def make(self, left: Any, right: Any, *, widens: bool) -> Any:
-        """The gradient; in float32 if `widens` and the operands are narrower."""
+        """The gradient; with `widens`, narrow operands multiply into float32, casts dropped."""
         narrow = jnp.issubdtype(left.dtype, jnp.floating) and left.dtype.itemsize < 4
         wide = widens and narrow and left.dtype == right.dtype
         params = dict(self.op.eqn.params)
@@ -71,11 +71,11 @@ class FlatBackward:
 
     @cached_property
     def computed(self) -> tuple[Value, ...]:
-        """The operands that backward has to return."""
+        """Operands that are not kept inputs: the backward without products returns them."""
         return tuple(x for x in self.operands if x not in self.kept)
 
     def run(self, arguments: Sequence[Any], *, widens: bool) -> list[Any]:
-        """All outputs."""
+        """All outputs in order: gradients, then other values. Products are made last."""
         rest, operands = self.without_products(arguments)
         made = iter(rest)
         products = self.make(operands, widens=widens)
@@ -103,7 +103,7 @@ class FlatBackward:
 def flatten_backward(
     closed: Any, num_gradients: int, num_fixed: int, kept: Sequence[int] = ()
 ) -> FlatBackward:
-    """A backward pass, and which of its gradients are products.
+    """Flatten a backward pass and find the gradients that are products.
 
     Args:
       closed: its jaxpr; the first results are gradients.

@@ -3,7 +3,7 @@
 A leaf is one of
 
 - an argument of forward: backward gets that array again, and forward does not return it;
-- made from fixed arguments and constants only: backward makes it again (transposed weights);
+- made from fixed arguments and constants only: backward recomputes it (transposed weights);
 - anything else: stashed, each array once.
 """
 
@@ -19,10 +19,10 @@ from layerwise_jax import _jax
 class Leaf(NamedTuple):
     """Source of a leaf of the vjp in backward: its group, and the place in that group.
 
-    Groups: "argument" (an argument of forward), "remade" (recomputed), "stashed".
+    Groups: "argument" (an argument of forward), "recomputed", "stashed".
     """
 
-    kind: Literal["argument", "remade", "stashed"]
+    kind: Literal["argument", "recomputed", "stashed"]
     place: int
 
 
@@ -36,7 +36,7 @@ class Linearization:
       tree: the structure of the vjp.
       leaves: where backward finds each leaf of the vjp.
       stashed: the jaxpr's results that are stashed, by position.
-      remade: the jaxpr's results that backward makes again.
+      recomputed: the jaxpr's results that backward recomputes.
       avals: the types of what is stashed.
     """
 
@@ -45,13 +45,15 @@ class Linearization:
     tree: Any
     leaves: tuple[Leaf, ...]
     stashed: tuple[int, ...]
-    remade: tuple[int, ...]
+    recomputed: tuple[int, ...]
     avals: tuple[Any, ...]
 
 
 def classify_leaves(closed: Any, num_results: int, tree: Any, num_fixed: int) -> Linearization:
-    """Sort the leaves of a vjp; the first `num_fixed` arguments are the same for every
-    microbatch.
+    """Classify the leaves of a vjp by how backward gets them.
+
+    The first `num_fixed` arguments are the same for every microbatch: what depends only on them is
+    recomputed, arguments are passed again, and the rest is stashed.
     """
     jaxpr = closed.jaxpr
     arguments = {x: j for j, x in enumerate(jaxpr.invars)}
@@ -61,14 +63,14 @@ def classify_leaves(closed: Any, num_results: int, tree: Any, num_fixed: int) ->
             moving.update(eqn.outvars)
     stashed: dict[Any, int] = {}  # variable to its place in the stash
     positions: list[int] = []
-    remade: list[int] = []
+    recomputed: list[int] = []
     leaves = []
     for position, x in enumerate(jaxpr.outvars[num_results:], start=num_results):
         if not isinstance(x, _jax.Literal) and x in arguments:
             leaves.append(Leaf("argument", arguments[x]))
         elif isinstance(x, _jax.Literal) or x not in moving:
-            leaves.append(Leaf("remade", len(remade)))
-            remade.append(position)
+            leaves.append(Leaf("recomputed", len(recomputed)))
+            recomputed.append(position)
         else:
             if x not in stashed:
                 stashed[x] = len(stashed)
@@ -76,13 +78,14 @@ def classify_leaves(closed: Any, num_results: int, tree: Any, num_fixed: int) ->
             leaves.append(Leaf("stashed", stashed[x]))
     avals = tuple(x.aval for x in stashed)
     return Linearization(
-        closed, num_results, tree, tuple(leaves), tuple(positions), tuple(remade), avals
+        closed, num_results, tree, tuple(leaves), tuple(positions), tuple(recomputed), avals
     )
 
 
 def run_part(closed: Any, wanted: Sequence[int], arguments: Sequence[Any]) -> list[Any]:
-    """Some results of a jaxpr, which depend only on its first arguments, by just the equations
-    that make them.
+    """Evaluate the results at positions `wanted`, which depend only on the first arguments.
+
+    Only the equations behind them run.
     """
     jaxpr = closed.jaxpr
     outvars = [jaxpr.outvars[position] for position in wanted]

@@ -48,7 +48,7 @@ class ColumnOptimizer(StagedOptimizer):
 
     @property
     def everywhere(self) -> NamedSharding:
-        """The sharding of what no parameter owns."""
+        """Sharding of shared values (counts, norms): replicated over the column."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
@@ -152,5 +152,5 @@ class ColumnOptimizer(StagedOptimizer):
 
 
 def export_levels(program: LeafProgram) -> list[int]:
-    """The rounds in which values of leaves become known to all."""
+    """Levels of exported values, ascending: one round of exchange between columns for each."""
     return sorted({program.levels[x] for x in program.exported})

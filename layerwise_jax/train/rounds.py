@@ -101,7 +101,7 @@ class OptimizerRounds:
         return {weight: places[0] for weight, places in self.placement.copies().items()}
 
     def _export(self, values: Sequence[Value]) -> None:
-        """Gather exported values, each from the first copy of its weight or of its slices."""
+        """Compute exported values on the first copy of each weight and replicate them."""
         by_leaf: dict[int, list[Value]] = {}
         for x in values:
             by_leaf.setdefault(self.program.exported[x], []).append(x)

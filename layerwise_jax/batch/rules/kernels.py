@@ -1,9 +1,9 @@
 """Rule of Pallas calls: a kernel treats examples one by one if one axis of its grid counts them.
 
 `vmap` puts such an axis in front of the grid; a kernel written for a batch has one already. Along
-it every instance of the kernel reads and writes the blocks of its example: in each array that has the
-examples, blocks are one long on that axis and the grid index is the block index; no other block
-index, and nothing in the kernel, depends on it.
+it every instance of the kernel reads and writes the blocks of its example: in each array that has
+the examples, blocks are one long on that axis and the grid index is the block index; no other
+block index, and nothing in the kernel, depends on it.
 """
 
 from __future__ import annotations
