@@ -53,7 +53,7 @@ class FlattenPolicy:
         return jax.make_jaxpr(waiting)(*_jax.avals_of(eqn.invars))
 
     def is_weight(self, aval: Any) -> bool:
-        """Whether a captured array of this type becomes a weight."""
+        """True if a captured array of this type becomes a weight: `CAPTURED_BYTES` or more."""
         is_array = bool(aval.shape) and not is_key(aval)
         return self.captures and is_array and nbytes(aval) >= CAPTURED_BYTES
 
