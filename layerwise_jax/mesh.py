@@ -120,17 +120,17 @@ def moved_to(mesh: Mesh, tree: Any) -> Any:
 
 
 def in_context(mesh: Mesh, results: Any) -> Any:
-    """Results of a call on the caller's context mesh, if there is one that asks for it.
+    """Results of a call, moved to the caller's context mesh where JAX would refuse to mix the two.
 
-    Explicit axes ask for it, since JAX refuses to mix meshes in types; so do other devices.
+    That is a context mesh with Explicit axes, which types carry, or with other devices.
     """
     context = context_mesh()
-    if context is None or not _asks(context, mesh):
+    if context is None or not _needs_move(context, mesh):
         return results
     return jax.tree.map(lambda x: _moved_out(x, mesh, context), results)
 
 
-def _asks(context: Mesh, mesh: Mesh) -> bool:
+def _needs_move(context: Mesh, mesh: Mesh) -> bool:
     is_explicit = AxisType.Explicit in context.axis_types and context != mesh
     return is_explicit or set(context.devices.flat) != set(mesh.devices.flat)
 

@@ -82,12 +82,12 @@ def decide(choose: Callable[[], Any]) -> Any:
         except Exception as error:  # every process has to learn of it, whatever it is
             failure = error
             found = {"error": f"{type(error).__name__}: {error}"}
-    told = json.loads(_broadcast_text(json.dumps(found)))
+    received = json.loads(_broadcast_text(json.dumps(found)))
     if failure is not None:
         raise failure
-    if "error" in told:
-        raise RuntimeError(f"Process 0 failed: {told['error']}")
-    return told["value"]
+    if "error" in received:
+        raise RuntimeError(f"Process 0 failed: {received['error']}")
+    return received["value"]
 
 
 def _broadcast_text(text: str) -> str:
@@ -120,7 +120,7 @@ def barrier(name: str) -> None:
 
 
 def exists(path: Path) -> bool:
-    """True if process 0 sees the path: a file that appears meanwhile splits no decision."""
+    """True if process 0 sees the path. All processes get its answer, so they decide alike."""
     return bool(decide(path.exists))
 
 

@@ -1,8 +1,8 @@
 """`Pipeline.verify`: the pipeline against the unstaged function, on the user's own data.
 
-Values that cross a boundary between stages are read out of a run of the pipeline (probes) and held
-against the function evaluated part by part. The first boundary that differs names the stage at
-fault; gradients are traced back from the last stage.
+Values that cross a boundary between stages are read out of a run of the pipeline (probes) and
+compared with the function evaluated part by part. The first boundary that differs names the stage
+at fault; gradients are traced back from the last stage.
 """
 
 from __future__ import annotations

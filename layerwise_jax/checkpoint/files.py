@@ -91,7 +91,7 @@ def write_step(directory: Path, step: int, trees: Mapping[str, Any], keep: int |
 def open_to_write(
     directory: Path, items: tuple[str, ...], keep: int | None, in_background: bool
 ) -> ocp.CheckpointManager:
-    """A manager that writes steps with these items; temporary directories of killed saves go."""
+    """Open a manager that writes steps with these items; deletes what killed saves left."""
     return _manager(
         directory,
         items,

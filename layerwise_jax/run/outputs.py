@@ -115,7 +115,7 @@ class Outputs:
         return num_rows % self.loop.num_devices == 0
 
     def _scatter(self, rows: Any) -> Any:
-        """Equal shares of the rows on all stages: nothing is gathered that no one asked for."""
+        """Give each stage an equal share of the rows; no device gathers all of them."""
         # zeros from all stages but one: the sum is that stage's rows
         summed = lax.psum_scatter(_addable(rows), STAGE, scatter_dimension=0, tiled=True)
         return summed.astype(rows.dtype)

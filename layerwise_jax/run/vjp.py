@@ -1,7 +1,7 @@
 """One stage's forward for one microbatch, and its backward, part by part from the end.
 
-The VJP of a segment is taken under a condition, where only its own stage runs it: a stage's
-residuals are never another's. Two residual policies implement `StageVjp`: see `residual_policies`.
+The VJP of a segment is taken under a condition that only its stage enters, so that each stage has
+separate residuals. Two residual policies implement `StageVjp`: see `residual_policies`.
 
     forward    before -> body                         (stashes; sends results over lanes)
     backward   after (forward and VJP) -> VJP of body -> VJP of before

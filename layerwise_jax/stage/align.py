@@ -38,7 +38,7 @@ class StageParts:
 
 
 class BodyFunction(Protocol):
-    """The common body of all stages as a function. A kernel can stand in its place.
+    """The common body of all stages as a function. A kernel can replace it.
 
     The loop differentiates it, so a kernel that trains needs a `custom_vjp`.
     """

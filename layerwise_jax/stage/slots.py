@@ -54,6 +54,7 @@ def assign_slots(
     num_common = len(slots)
     outside = _weights_outside_body(program, stages, slots, num_devices, state)
     for (value, weight), devices in outside.items():
+        # Slots behind `num_common`: those of the body hold the same weight of every stage.
         shareable = [
             j
             for j in range(num_common, len(slots))
@@ -107,12 +108,14 @@ def _weights_outside_body(
     read = {value for stage in stages for value in stage.weights}
     outside: dict[tuple[Value, Weight], list[int]] = {}
     for value, weight in program.weights.items():
+        # Devices of the stages that read the weight or give it a new value.
         users = {
             round_robin_device(s, num_devices)
             for s, stage in enumerate(stages)
             if value in stage.weights or weight in updated[s]
         }
         devices = [device for device in sorted(users) if weight not in held[device]]
+        # Weights that the body holds on all their devices need no further slot.
         if devices or value not in read:
             outside[value, weight] = devices or [0]
     # stable: equal counts keep the order of the program
