@@ -70,11 +70,6 @@ class StagedProgram:
         """True if the stages have a common body and a result of it is used."""
         return bool(self.wiring.body_results)
 
-    @property
-    def num_body_weights(self) -> int:
-        """Weights of the common body."""
-        return len(self.alignment.parts[0].shape.weights)
-
     @cached_property
     def state_slots(self) -> tuple[int, ...]:
         """The slots that hold state."""
