@@ -54,7 +54,7 @@ class CapacityBound:
 
     @property
     def ways_to_fit(self) -> str:
-        """A sentence without its stop: devices, bits and tensor ways under which weights fit."""
+        """Sentence without a full stop: devices, bits and tensor ways under which weights fit."""
         bits, devices = next(iter(self.devices_needed.items()))
         narrower = [
             f"{count:,} at {NAMES[width]}"

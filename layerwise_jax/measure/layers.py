@@ -91,7 +91,8 @@ class CompiledCosts:
     def stage_bytes(self, start: int, stop: int) -> int:
         """Peak bytes of layers start..stop-1 compiled as one stage.
 
-        Less than the sum of the layers' sizes, since layers reuse one workspace.
+        Less than the sum of the layers' sizes, since layers reuse one workspace. Without a compiler
+        it is that sum.
         """
         boundaries = sorted({0, start, stop, len(self.layers)})
         stage = cut_stages(self.layers, boundaries)[boundaries.index(start)]

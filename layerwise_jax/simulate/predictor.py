@@ -150,7 +150,10 @@ class _Simulation:
 
     @cached_property
     def step_parts(self) -> Parts:
-        """Time of all ticks: the slowest stage's pass and the messages, for each tick."""
+        """Time of a step: every tick takes the slowest stage's pass and the messages.
+
+        In training, forward and backward ticks and the all-reduce of gradients.
+        """
         by_stage = [each.parts(self.calibration) for each in self.passes]
         pace = max(by_stage, key=lambda parts: parts.seconds)
         if self.work.kind != "training":

@@ -126,7 +126,7 @@ def _check_mutated(
 def split_state(
     layers: LayerSequence, found: Mapping[int, int], kinds: Sequence[str], replicas: int
 ) -> State:
-    """Tell carried state from renewed state.
+    """Separate carried state (depends on examples) from renewed state (does not).
 
     Args:
       layers: the traced function.

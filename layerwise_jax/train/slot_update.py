@@ -79,7 +79,7 @@ class RowClass:
     ) -> list[Any]:
         """Wanted values for all shards of the slot, each [num_rows, ...].
 
-        Shards of other classes hold garbage, which `run_slot` masks.
+        Entries of shards of other classes are arbitrary; `run_slot` masks them.
         """
         placed = [arrays[component] for component in self.placed.values()]
         columns = list(zip(*self.reads, strict=True))
