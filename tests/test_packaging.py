@@ -52,7 +52,6 @@ class Installed:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=280,
         )
         assert ran.returncode == 0, ran.stdout + ran.stderr
         return ran
@@ -153,9 +152,7 @@ def _build(source: Path, folder: Path, *targets: str) -> None:
 
 
 def _output(command: Sequence[str | Path], cwd: Path | None = None) -> str:
-    ran = subprocess.run(
-        command, cwd=cwd, env=dict(os.environ), capture_output=True, text=True, timeout=120
-    )
+    ran = subprocess.run(command, cwd=cwd, env=dict(os.environ), capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
 

@@ -32,7 +32,6 @@ def run_quickstart(*arguments: str) -> subprocess.CompletedProcess:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
         env=fast_compile(),
     )
 

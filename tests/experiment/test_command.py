@@ -48,9 +48,7 @@ runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("module", COMMANDS)

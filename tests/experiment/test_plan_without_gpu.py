@@ -16,9 +16,7 @@ from layerwise_jax.xla.aot import can_compile_for_absent_gpus
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "experiments" / "plan_without_gpu" / "README.md"
-# 12 to 26 s were measured on two cores shared with other work; the rest is for machines that are
-# busier.
-MAX_SECONDS, MAX_BYTES = 100, 2**30
+MAX_BYTES = 2**30
 
 needs_plugin = pytest.mark.skipif(
     not can_compile_for_absent_gpus(), reason="the CUDA plugin (extra aot) is not importable"
@@ -29,9 +27,7 @@ def run(folder: Path, *models: str) -> str:
     """Run the experiment in a process of its own, whose memory it measures."""
     command = [sys.executable, "-m", "experiments.plan_without_gpu", f"--out={folder}"]
     command += [f"--models={model}" for model in models]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -55,7 +51,7 @@ def test_a_small_model_from_end_to_end(tmp_path: Path) -> None:
 
 
 @needs_plugin
-def test_175_billion_parameters_are_planned_for_1024_gpus_in_bounded_time_and_memory(
+def test_175_billion_parameters_are_planned_for_1024_gpus_in_a_gigabyte(
     tmp_path: Path,
 ) -> None:
     printed = run(tmp_path, "large")
@@ -74,7 +70,6 @@ def test_175_billion_parameters_are_planned_for_1024_gpus_in_bounded_time_and_me
             < plan["largest_stage_compiled_bytes"]
             < plan["largest_stage_bytes"]
         )
-    assert sum(figures["seconds"].values()) < MAX_SECONDS
     assert figures["peak_memory_bytes"] < MAX_BYTES
 
 

@@ -257,7 +257,7 @@ def test_threads_end_with_their_executor(stage_mesh: Callable[..., Mesh]) -> Non
     assert {t.name for t in columns} == {"lw-column-0", "lw-column-1", "lw-column-2"}
     pipeline.host_executor._workers.close()
     for thread in columns:
-        thread.join(timeout=30)
+        thread.join()
     assert not any(t.is_alive() for t in columns)
 
 
