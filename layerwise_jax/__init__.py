@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from layerwise_jax.cost.layer_cost import LayerCost
     from layerwise_jax.decode.build import decode_ring
     from layerwise_jax.decode.generation import Generation
+    from layerwise_jax.decode.options import DecodeOptions
     from layerwise_jax.decode.ring import DecodeRing
     from layerwise_jax.decode.sampling import Sampler
     from layerwise_jax.entry import layerwise
@@ -101,6 +102,7 @@ _HOMES = {
     "simulate.calibration": ("Calibration",),
     "simulate.fit": ("fit_calibration",),
     "decode.build": ("decode_ring",),
+    "decode.options": ("DecodeOptions",),
     "decode.ring": ("DecodeRing",),
     "decode.generation": ("Generation",),
     "decode.sampling": ("Sampler",),
@@ -145,6 +147,7 @@ __all__ = [
     "DeviceSpec",
     "Checkpoint",
     "CheckpointWriter",
+    "DecodeOptions",
     "DecodeRing",
     "Comparison",
     "Prediction",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, cast
 
 import numpy as np
@@ -62,3 +63,17 @@ def checked_choice(name: str, value: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
     return value
+
+
+def updated_options[Options](options: Options, choices: Mapping[str, Any]) -> Options:
+    """A frozen options value with some of its fields replaced.
+
+    Raises:
+      TypeError: the options have no field of a name.
+      ValueError: the options refuse a value.
+    """
+    value = cast(Any, options)  # a dataclass, for which typing has no public name
+    names = [field.name for field in fields(value)]
+    if unknown := sorted(set(choices) - set(names)):
+        raise TypeError(f"Options must be among {', '.join(names)}, got {', '.join(unknown)}.")
+    return cast(Options, replace(value, **choices))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from layerwise_jax._arguments import updated_options
 from layerwise_jax.batch.outputs import check_words
 from layerwise_jax.schedule.registry import SCHEDULES, ScheduleName
 from layerwise_jax.schedule.table import Schedule
@@ -94,13 +95,7 @@ class PipelineOptions:
           TypeError: an option of that name does not exist.
           ValueError: a value is refused.
         """
-        unknown = set(choices) - set(self.__dataclass_fields__)
-        if unknown:
-            raise TypeError(
-                f"Options must be among {', '.join(self.__dataclass_fields__)}, got "
-                f"{', '.join(sorted(unknown))}."
-            )
-        return replace(self, **choices)
+        return updated_options(self, choices)
 
 
 def _check_word(name: str, value: Any, words: tuple[str | None, ...], other: str = "") -> None:
