@@ -44,6 +44,7 @@ def check(results: list[dict[str, Any]], num_devices: int) -> None:
         for name in (
             "value_and_gradients",
             "gradients_of_a_call",
+            "replicas_across_processes_and_within",
             "place_takes_global_arrays",
             "place_takes_a_process_s_own_stages",
             "a_batch_as_each_process_s_own_rows",
@@ -53,6 +54,7 @@ def check(results: list[dict[str, Any]], num_devices: int) -> None:
             assert result[name] < TOLERANCE, name
         assert max(result["training_and_checkpoints"].values()) < 10 * TOLERANCE
         assert result["gather_to_shardings_that_are_asked_for"] == [True, False]
+        assert result["tokens_of_prompts_read_at_once"]
         assert result["plan_prints_what_crosses_processes"]
         assert result["devices_without_a_mesh"] == num_devices
         held, whole = result[own]

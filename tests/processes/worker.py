@@ -44,6 +44,21 @@ def decode(params: Any, cache: Any, tokens: Any, positions: Any) -> tuple[Any, A
     return x @ params["embed"].T, kept
 
 
+def prefill(params: Any, cache: Any, tokens: Any, lengths: Any) -> tuple[Any, Any]:
+    """The step over int32[sequences, length] tokens at once: states are decayed sums."""
+    x, kept = params["embed"][tokens], []  # [sequences, length, width]
+    at = jnp.arange(tokens.shape[1])
+    last = (lengths - 1)[:, None, None]  # [sequences, 1, 1]
+    ago = at[:, None] - at
+    decay = jnp.where(ago >= 0, 0.9 ** jnp.maximum(ago, 0), 0.0)  # [length, length]
+    for weight, state in zip(params["layers"], cache, strict=True):
+        states = jnp.einsum("tu,nud->ntd", decay, x)
+        states = states + 0.9 ** (at + 1.0)[:, None] * state[:, None]
+        x = x + jnp.tanh(states @ weight)
+        kept.append(jnp.take_along_axis(states, last, axis=1)[:, 0])
+    return jnp.take_along_axis(x, last, axis=1)[:, 0] @ params["embed"].T, kept
+
+
 class Case:
     """The model, its data and its unstaged results, equal on all processes."""
 
@@ -96,6 +111,18 @@ def farthest(found: Any, expected: Any) -> float:
 def value_and_gradients(case: Case) -> float:
     found = jax.jit(case.pipeline.value_and_grad)(case.pipeline.place(case.params), case.x, case.y)
     return farthest((found[0], case.pipeline.gather(found[1])), case.expected)
+
+
+@check
+def replicas_across_processes_and_within(case: Case) -> float:
+    """`data` x `stage` both ways: the axis that comes first lies across the processes."""
+    half = jax.device_count() // 2
+    worst = 0.0
+    for axes in ({"data": 2, "stage": half}, {"stage": half, "data": 2}):
+        pipeline = staged(case, mesh(**axes))
+        loss, grads = jax.jit(pipeline.value_and_grad)(pipeline.place(case.params), case.x, case.y)
+        worst = max(worst, farthest((loss, pipeline.gather(grads)), case.expected))
+    return worst
 
 
 @check
@@ -191,7 +218,7 @@ def training_and_checkpoints(case: Case) -> dict[str, float]:
     }
 
 
-def ring_of(case: Case) -> Any:
+def ring_of(case: Case, **options: Any) -> Any:
     """A ring over all devices, and its placed parameters."""
     draw = np.random.default_rng(1)
     params = {
@@ -199,7 +226,7 @@ def ring_of(case: Case) -> Any:
         "layers": [draw.normal(size=(WIDTH, WIDTH)).astype("f") / 6 for _ in range(DEPTH)],
     }
     cache = [jax.ShapeDtypeStruct((2, WIDTH), jnp.float32)] * DEPTH
-    ring = lw.decode_ring(decode, params, cache, group_size=2, mesh=case.mesh)
+    ring = lw.decode_ring(decode, params, cache, group_size=2, mesh=case.mesh, **options)
     return ring, ring.place(params)
 
 
@@ -208,6 +235,20 @@ def tokens(case: Case) -> list[list[int]]:
     ring, placed = ring_of(case)
     generation = ring.generate(placed, [[1, 2, 3], [4], [5, 6]], max_new_tokens=5)
     return [np.asarray(x).tolist() for x in generation.tokens]
+
+
+@check
+def tokens_of_prompts_read_at_once(case: Case) -> bool:
+    """As many prompts again as places, so that ended sequences are replaced in flight."""
+    draw = np.random.default_rng(2)
+    lengths = [1 + i % 4 for i in range(4 * jax.device_count())]
+    prompts = [draw.integers(0, 32, n).tolist() for n in lengths]
+    ring, placed = ring_of(case)
+    expected = ring.generate(placed, prompts, max_new_tokens=4).tokens
+    at_once, placed = ring_of(case, prefill_fn=prefill, prefill_length=4)
+    found = at_once.generate(placed, prompts, max_new_tokens=4).tokens
+    pairs = zip(expected, found, strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
 
 
 @check
