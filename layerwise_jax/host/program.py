@@ -115,7 +115,7 @@ class HostProgram:
                 StageFunctions(
                     staged.program,
                     stage,
-                    self.signature.inputs_avals,
+                    staged.inputs_avals,
                     self.seed,
                     self.remat,
                     on_accelerator if self.widens is None else self.widens,

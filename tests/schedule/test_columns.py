@@ -70,8 +70,6 @@ def test_forwards_alone() -> None:
 
 
 def test_state_asks_for_the_order_of_microbatches() -> None:
-    stateful = StageTraits(
-        sends=False, has_state=True, weight_gradients=True, input_gradients=False
-    )
+    stateful = StageTraits(sends=False, has_state=True, has_backward=True, has_products=False)
     with pytest.raises(ScheduleError, match="0F0 after 0F1"):
         lay_out(Schedule.parse("0F1\n0F0\n0B1\n0B0"), [stateful])

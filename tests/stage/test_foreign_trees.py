@@ -12,6 +12,7 @@ import pytest
 
 import layerwise_jax as lw
 from layerwise_jax.schedule.generators import one_f_one_b
+from tests.support.staging import assert_trees_close
 
 WIDTH = 8
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, WIDTH)), jnp.float32)
@@ -142,7 +143,6 @@ NOT_LINEAR: dict[str, Callable[[jax.Array], jax.Array]] = {
     "norm": lambda g: g / (1 + jnp.linalg.norm(g)),
     "shift": lambda g: g + 1,
     "float8": lambda g: g.astype(jnp.float8_e4m3fn).astype(jnp.float32),
-    "ones": jnp.ones_like,
 }
 
 
@@ -166,6 +166,25 @@ def test_rules_on_weights_that_parts_of_a_gradient_do_not_add_up_through(
         lw.layerwise(
             function, PARAMS, X, num_stages=2, num_microbatches=1, reduce="mean", capacity=None
         )
+
+
+@pytest.mark.parametrize("place", ["weights", "loss"])
+def test_a_cotangent_that_each_part_would_inject_in_full_counts_once(place: str) -> None:
+    """A rule that returns ones whatever comes back is off by the number of parts, and corrected."""
+    ruled = rule(jnp.ones_like)
+
+    def on_weights(params: list[jax.Array], x: jax.Array) -> jax.Array:
+        return loss([ruled(weight) for weight in params], x)
+
+    def on_loss(params: list[jax.Array], x: jax.Array) -> jax.Array:
+        return ruled(loss(params, x))
+
+    function = {"weights": on_weights, "loss": on_loss}[place]
+    pipeline = lw.layerwise(function, PARAMS, X, num_stages=2, num_microbatches=4, capacity=None)
+    value, grads = jax.jit(pipeline.value_and_grad)(pipeline.place(PARAMS), X)
+    assert_trees_close(
+        (value, pipeline.gather(grads)), jax.value_and_grad(function)(PARAMS, X), 2e-6
+    )
 
 
 @pytest.mark.parametrize(
