@@ -87,7 +87,7 @@ MICROBATCHES = flags.DEFINE_list(
 STRATEGIES = flags.DEFINE_list(
     "strategies",
     [*RIVALS, *LAYER_WISE],
-    f"strategies to run, of {', '.join((*RIVALS, *LAYER_WISE, *HOST))}",
+    f"strategies to run, of {', '.join((*RIVALS, *LAYER_WISE, 'cheap', *HOST))}",
 )
 ACCUMULATE = flags.DEFINE_integer(
     "accumulate", 2, "microbatches over which one device accumulates gradients"
@@ -219,7 +219,11 @@ def builders(
         for name, make in makers.items()
         if name in STRATEGIES.value
     }
-    remats: dict[str, Literal["stage"] | None] = {"stored": None, "recomputed": "stage"}
+    remats: dict[str, Literal["stage", "cheap"] | None] = {
+        "stored": None,
+        "recomputed": "stage",
+        "cheap": "cheap",
+    }
     staged: dict[str, Callable[[], Compiled]] = {}
     for count in microbatches:
         sizes = (model, devices, examples, count)

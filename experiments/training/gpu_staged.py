@@ -70,24 +70,30 @@ def stage_model(
     return StagedModel(pipeline, how, figures)
 
 
+# By residual policy: the strategy's name, and what its backward goes by.
+BACKWARDS = {
+    None: ("stored", "residuals stored for backward"),
+    "cheap": ("cheap", "products and attention kept, the rest recomputed"),
+    "stage": ("recomputed", "backward recomputes its stage"),
+}
+
+
 def layer_wise(
     model: Model,
     devices: Sequence[Any],
     examples: int,
     microbatches: int,
-    remat: Literal["stage"] | None,
+    remat: Literal["stage", "cheap"] | None,
     options: dict[str, Any],
 ) -> Strategy:
-    """All stages in one program; backward recomputes a stage or reads stored residuals."""
+    """All stages in one program; backward recomputes a stage, part of it, or nothing."""
     staged = stage_model(model, devices, examples, microbatches, remat=remat, executor="loop")
     pipeline = staged.pipeline
     shapes = pipeline.place(model.shapes())
     whole = NamedSharding(pipeline.mesh, PartitionSpec())
-    backward = (
-        "backward recomputes its stage" if remat == "stage" else "residuals stored for backward"
-    )
+    kind, backward = BACKWARDS[remat]
     return Strategy(
-        name=f"layer-wise, M = {microbatches}, {'recomputed' if remat == 'stage' else 'stored'}",
+        name=f"layer-wise, M = {microbatches}, {kind}",
         how=f"{staged.how}, {backward}",
         devices=len(devices),
         shapes=shapes,
