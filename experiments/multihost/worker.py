@@ -23,6 +23,9 @@ DIRECTORY = flags.DEFINE_string("directory", "build/multihost", "folder of check
 HEARTBEAT = flags.DEFINE_integer(
     "heartbeat", 10, "seconds after which a silent process counts as dead", lower_bound=1
 )
+CONNECT = flags.DEFINE_integer(
+    "connect", 60, "seconds within which all processes must have started", lower_bound=1
+)
 
 
 def main(argv: list[str]) -> None:
@@ -40,6 +43,7 @@ def main(argv: list[str]) -> None:
             COORDINATOR.value,
             PROCESSES.value,
             PROCESS.value,
+            initialization_timeout=CONNECT.value,
             heartbeat_timeout_seconds=HEARTBEAT.value,
         )
     train(Path(DIRECTORY.value), STEPS.value, EVERY.value)
