@@ -8,12 +8,28 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
+import optax
 import pytest
 
+import layerwise_jax as lw
 from experiments.multihost.launch import free_port
+from tests.processes.worker import data, farthest, loss_fn
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 2e-6  # float32, entries of about 1
+
+
+def restored_by_one_process(steps: Path) -> float:
+    """The difference of two saved steps from two unstaged ones, read here, without a cluster."""
+    params, x, y = data()
+    tx = optax.adamw(1e-2)
+    trained, state = params, tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(jax.grad(loss_fn)(trained, x, y), state, trained)
+        trained = optax.apply_updates(trained, updates)
+    saved = lw.read_checkpoint(steps, params, tx.init(params))
+    return farthest((saved.params, saved.optimizer_state), (trained, state))
 
 
 @functools.cache
@@ -33,6 +49,7 @@ def found(processes: int, devices: int) -> list[dict[str, Any]]:
             for process in range(processes)
         ]
         texts = [process.communicate()[0] for process in running]
+        assert restored_by_one_process(Path(directory) / "steps") < 10 * TOLERANCE
     lines = [[x for x in text.splitlines() if x.startswith("FOUND ")] for text in texts]
     assert all(lines), "\n".join(texts)[-6000:]
     return [json.loads(line[-1].removeprefix("FOUND ")) for line in lines]

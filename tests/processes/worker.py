@@ -59,17 +59,20 @@ def prefill(params: Any, cache: Any, tokens: Any, lengths: Any) -> tuple[Any, An
     return jnp.take_along_axis(x, last, axis=1)[:, 0] @ params["embed"].T, kept
 
 
+def data() -> tuple[Any, Any, Any]:
+    """(parameters, inputs, targets), equal in all processes."""
+    draw = np.random.default_rng(0)
+    shape = (WIDTH, WIDTH)
+    params = [(draw.normal(size=shape).astype("f") / 4, np.zeros(WIDTH, "f")) for _ in range(DEPTH)]
+    x, y = (draw.normal(size=(BATCH, WIDTH)).astype("f") for _ in range(2))
+    return params, x, y
+
+
 class Case:
     """The model, its data and its unstaged results, equal on all processes."""
 
     def __init__(self, directory: Path):
-        draw = np.random.default_rng(0)
-        shape = (WIDTH, WIDTH)
-        self.params = [
-            (draw.normal(size=shape).astype("f") / 4, np.zeros(WIDTH, "f")) for _ in range(DEPTH)
-        ]
-        self.x = draw.normal(size=(BATCH, WIDTH)).astype("f")
-        self.y = draw.normal(size=(BATCH, WIDTH)).astype("f")
+        self.params, self.x, self.y = data()
         self.directory = directory
         self.mesh = mesh(stage=jax.device_count())
         self.pipeline = staged(self, self.mesh)
@@ -134,11 +137,17 @@ def gradients_of_a_call(case: Case) -> float:
 
 @check
 def place_takes_global_arrays(case: Case) -> float:
-    spread = NamedSharding(case.mesh, PartitionSpec("stage"))
-    params = jax.tree.map(
-        lambda a: jax.make_array_from_callback(a.shape, spread, lambda i: a[i]), case.params
-    )
-    return farthest(case.pipeline.gather(case.pipeline.place(params)), case.params)
+    """Spread over the devices, and replicated."""
+    worst = 0.0
+    for spec in (PartitionSpec("stage"), PartitionSpec()):
+        sharding = NamedSharding(case.mesh, spec)
+        params = jax.tree.map(
+            lambda a, s=sharding: jax.make_array_from_callback(a.shape, s, lambda i: a[i]),
+            case.params,
+        )
+        found = case.pipeline.gather(case.pipeline.place(params))
+        worst = max(worst, farthest(found, case.params))
+    return worst
 
 
 @check
