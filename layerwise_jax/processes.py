@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from layerwise_jax._jax import Tracer
+from layerwise_jax._jax import Tracer, is_key, wrap_key
 
 
 def is_main() -> bool:
@@ -142,11 +142,13 @@ def stopwatch() -> float:
     return time.perf_counter()
 
 
-def read_shard(array: Any, index: int) -> np.ndarray:
-    """Entry `index` of an array's first axis, on the host of every process.
+def read_shard(array: Any, index: int) -> Any:
+    """Entry `index` of an array's first axis, on the host of every process; keys stay keys.
 
     Every process calls this, in one order, for an array that some process holds only in part.
     """
+    if is_key(array):
+        return wrap_key(read_shard(jax.random.key_data(array), index), array)
     if is_partial(array):
         everywhere = NamedSharding(mesh_of(array), PartitionSpec())
         array = jax.jit(lambda x: x[index], out_shardings=everywhere)(array)

@@ -286,7 +286,7 @@ def _gather(placement: Placement, staged: Staged) -> Any:
             (weight.start or 0, placement.slots[j].name, device)
         )
     leaves = [
-        _together([_row(staged[name], d) for _, name, d in sorted(rows)])
+        _together([processes.read_shard(staged[name], d) for _, name, d in sorted(rows)])
         for _, rows in sorted(parts.items())
     ]
     return jax.tree.unflatten(placement.signature.params_tree, leaves)
@@ -296,13 +296,6 @@ def _together(rows: list[Any]) -> Any:
     if len(rows) == 1:
         return rows[0]
     return jnp.concatenate(rows) if is_key(rows[0]) else np.concatenate(rows)
-
-
-def _row(array: Any, device: int) -> Any:
-    """One device's row on the host, read from the shard that has it; keys stay keys."""
-    if is_key(array):
-        return wrap_key(_row(jax.random.key_data(array), device), array)
-    return processes.read_shard(array, device)
 
 
 def _to_device(tree: Any) -> Any:

@@ -302,8 +302,6 @@ def read_shard(array: Any, device: int) -> Any:
     """
     if isinstance(array, Tracer) or not isinstance(array, jax.Array):
         return array[device]
-    if is_key(array):
-        return wrap_key(read_shard(jax.random.key_data(array), device), array)
     return jnp.asarray(processes.read_shard(array, device))
 
 
